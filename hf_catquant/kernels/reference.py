@@ -1,0 +1,136 @@
+"""The reference: every op in plain torch, on any device. It is the specification that other kernels are compared with.
+
+It dequantizes the whole weight to float32, rounds it to the dtype of x, and calls torch's own product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats import get_format
+from ..ops import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
+from ..packing import unpack as unpack_codes
+from ..weight import dequantize_packed, quantize_activation
+
+
+def linear(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    input_scale: Tensor | None,
+    input_offset: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+) -> Tensor:
+    """x_hat (..., K) times w_hat (N, K) transposed, plus bias (N,): (..., N) in the dtype of x."""
+    columns = x.shape[-1]
+    check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
+    check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    if activations is not None:
+        x = quantize_activation(x, get_format(activations), input_scale, input_offset)
+    weight = dequantize_packed(weight_packed, weight_scale, weight_offset, get_format(weights), group_size, columns)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def conv(
+    x: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    input_scale: Tensor | None,
+    input_offset: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution of x_hat (B, C, *spatial) with w_hat (N, C / groups * prod(kernel_size)), zero padding."""
+    check_conv(x, weight_packed, weight_scale, weight_offset, weights, group_size, kernel_size, groups)
+    check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    if activations is not None:
+        x = quantize_activation(x, get_format(activations), input_scale, input_offset)
+    shape = (weight_packed.shape[0], x.shape[1] // groups, *kernel_size)
+    columns = shape[1]
+    for size in kernel_size:
+        columns *= size
+    weight = dequantize_packed(weight_packed, weight_scale, weight_offset, get_format(weights), group_size, columns)
+    function = torch.nn.functional.conv1d if len(kernel_size) == 1 else torch.nn.functional.conv2d
+    bias = None if bias is None else bias.to(x.dtype)
+    out = function(x, weight.view(shape).to(x.dtype), bias, list(stride), list(padding), list(dilation), groups)
+    return out.contiguous()
+
+
+def embedding(
+    indices: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    weights: str,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of w_hat (N, ``columns``) at ``indices`` (...): (..., ``columns``); only the gathered rows are unpacked."""
+    check_indices(indices)
+    check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
+    rows = indices.reshape(-1)
+    # F.embedding and not indexing: it refuses negative and too large indices instead of wrapping around.
+    packed, scale, offset = (
+        None if table is None else torch.nn.functional.embedding(rows, table)
+        for table in (weight_packed, weight_scale, weight_offset)
+    )
+    assert packed is not None and scale is not None
+    values = dequantize_packed(packed, scale, offset, get_format(weights), group_size, columns)
+    return values.to(dtype).view(*indices.shape, columns)
+
+
+def dequantize(
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    weights: str,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """w_hat (N, ``columns``) in ``dtype``."""
+    check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
+    fmt = get_format(weights)
+    return dequantize_packed(weight_packed, weight_scale, weight_offset, fmt, group_size, columns).to(dtype)
+
+
+def unpack(weight_packed: Tensor, weights: str, group_size: int, columns: int) -> Tensor:
+    """Codes (N, ``columns``) uint8."""
+    check_packed(weight_packed, weights, group_size, columns)
+    return unpack_codes(weight_packed, get_format(weights), group_size, columns)
+
+
+def cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """gamma[c] * y + beta[c], c the nearest of the centroids (C, P) to y (..., D) @ basis (D, P)."""
+    check_cluster_affine(y, basis, centroids, gamma, beta)
+    rows = y.reshape(-1, y.shape[-1]).float()
+    cluster = nearest_centroid(rows, basis, centroids)
+    return (gamma.float()[cluster] * rows + beta.float()[cluster]).to(y.dtype).view(y.shape)
+
+
+def nearest_centroid(rows: Tensor, basis: Tensor | None, centroids: Tensor) -> Tensor:
+    """Index (M,) int64 of the centroid nearest to each projected row; the first one on a tie."""
+    projected = rows if basis is None else rows @ basis.float()
+    centroids = centroids.float()
+    distance = centroids.square().sum(-1) - 2 * projected @ centroids.T  # ||z||^2 is the same for all of them
+    return distance.argmin(-1)
+
+
+for _kernel in (linear, conv, embedding, dequantize, unpack, cluster_affine):
+    torch.library.register_kernel(f"catquant::{_kernel.__name__}", None, _kernel)

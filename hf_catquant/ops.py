@@ -1,0 +1,290 @@
+"""Ops: the schemas, the checks on their arguments, and their gradients. What they compute is in ``kernels/``.
+
+Letters: N out features, K in features, M rows of x, G groups a row, C clusters, D corrected width, P projection rank.
+
+    catquant::linear          x (..., K)                -> (..., N)
+    catquant::conv            x (B, C_in, *spatial)     -> (B, N, *spatial_out)     one or two spatial dimensions
+    catquant::embedding       indices (...)             -> (..., K)
+    catquant::dequantize      packed rows               -> w_hat (N, K)
+    catquant::unpack          packed rows               -> codes (N, K) uint8
+    catquant::cluster_affine  y (..., D)                -> (..., D)
+
+x may be float32, float16 or bfloat16; the result has the dtype of x. Gradients flow to x and bias; packed weights are
+constants, and activation quantization passes gradients straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .formats import ACTIVATION_FORMATS, get_format, group_count
+from .packing import packed_width
+
+_WEIGHT = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_offset"
+_INPUT = "Tensor? input_scale, Tensor? input_offset"
+
+SCHEMAS = {
+    "linear": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations) -> Tensor",
+    "conv": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    "embedding": f"(Tensor indices, {_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",
+    "dequantize": f"({_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",
+    "unpack": "(Tensor weight_packed, str weights, int group_size, int columns) -> Tensor",
+    "cluster_affine": "(Tensor y, Tensor? basis, Tensor centroids, Tensor gamma, Tensor beta) -> Tensor",
+}
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"catquant::{_name}", _schema)
+
+
+def check_weight(
+    packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, group_size: int, columns: int
+) -> None:
+    """Refuse packed weights whose dtypes or shapes do not agree with the format.
+
+    Raises:
+        RuntimeError: naming the tensor, the rule and the value.
+    """
+    fmt = get_format(weights)
+    check_packed(packed, weights, group_size, columns)
+    shape = (packed.shape[0], group_count(columns, group_size))
+    torch._check(
+        tuple(scale.shape) == shape, lambda: f"weight_scale must be (N, G) = {shape}, got {tuple(scale.shape)}"
+    )
+    torch._check(
+        (offset is not None) == fmt.affine,
+        lambda: f"weight_offset must be {'given' if fmt.affine else 'None'} for {weights}",
+    )
+    if offset is not None:
+        torch._check(
+            tuple(offset.shape) == shape, lambda: f"weight_offset must be (N, G) = {shape}, got {tuple(offset.shape)}"
+        )
+
+
+def check_packed(packed: Tensor, weights: str, group_size: int, columns: int) -> None:
+    """Refuse packed codes of another dtype or width than the format has.
+
+    Raises:
+        RuntimeError: naming the rule and the value.
+    """
+    width = packed_width(get_format(weights), columns, group_size)
+    torch._check(packed.dtype == torch.uint8, lambda: f"weight_packed must be uint8, got {packed.dtype}")
+    torch._check(
+        packed.dim() == 2 and packed.shape[1] == width,
+        lambda: (
+            f"weight_packed must be (N, {width}) for {columns} {weights} columns in groups of {group_size}, "
+            f"got {tuple(packed.shape)}"
+        ),
+    )
+
+
+def check_input(
+    x: Tensor, bias: Tensor | None, rows: int, activations: str | None, input_scale: Tensor | None
+) -> None:
+    """Refuse inputs that are not floating point, a bias of another length, or an unknown activation format.
+
+    Raises:
+        RuntimeError: naming the tensor, the rule and the value.
+    """
+    torch._check(
+        x.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}",
+    )
+    if bias is not None:
+        torch._check(tuple(bias.shape) == (rows,), lambda: f"bias must be (N,) = ({rows},), got {tuple(bias.shape)}")
+    if activations is not None:
+        torch._check(
+            activations in ACTIVATION_FORMATS,
+            lambda: f"activations must be None or one of {', '.join(ACTIVATION_FORMATS)}, got {activations!r}",
+        )
+    torch._check(
+        input_scale is None or activations is not None, lambda: "input_scale was given but activations is None"
+    )
+
+
+def check_cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    """Refuse correction tensors whose shapes do not agree with y (..., D).
+
+    Raises:
+        RuntimeError: naming the tensor, the rule and the value.
+    """
+    torch._check(y.is_floating_point(), lambda: f"y must be floating point, got {y.dtype}")
+    width, clusters = y.shape[-1], gamma.shape[0]
+    rank = width if basis is None else basis.shape[-1]
+    for name, tensor, shape in (
+        ("basis", basis, (width, rank)),
+        ("centroids", centroids, (clusters, rank)),
+        ("gamma", gamma, (clusters, width)),
+        ("beta", beta, (clusters, width)),
+    ):
+        if tensor is not None:
+            torch._check(
+                tuple(tensor.shape) == shape,
+                lambda name=name, tensor=tensor, shape=shape: (
+                    f"{name} must be {shape} for y of width {width}, got {tuple(tensor.shape)}"
+                ),
+            )
+
+
+@torch.library.register_fake("catquant::linear")
+def _linear(x, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations):
+    check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
+    check_input(x, bias, packed.shape[0], activations, input_scale)
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.register_fake("catquant::conv")
+def _conv(
+    x,
+    packed,
+    scale,
+    offset,
+    input_scale,
+    input_offset,
+    bias,
+    weights,
+    group_size,
+    activations,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+):
+    check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
+    check_input(x, bias, packed.shape[0], activations, input_scale)
+    sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
+    return x.new_empty((x.shape[0], packed.shape[0], *spatial))
+
+
+def check_conv(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    weights: str,
+    group_size: int,
+    kernel_size: Sequence[int],
+    groups: int,
+) -> None:
+    """Refuse a convolution input whose rank or channels do not agree with the packed weight.
+
+    Raises:
+        RuntimeError: naming the rule and the value.
+    """
+    rank = len(kernel_size) + 2
+    torch._check(
+        rank in (3, 4) and x.dim() == rank,
+        lambda: (
+            f"x must be (B, C, *spatial) with {len(kernel_size)} spatial dimensions (1 or 2), got {tuple(x.shape)}"
+        ),
+    )
+    torch._check(
+        x.shape[1] % groups == 0 and packed.shape[0] % groups == 0,
+        lambda: f"channels in {x.shape[1]} and out {packed.shape[0]} must be multiples of groups {groups}",
+    )
+    columns = x.shape[1] // groups
+    for size in kernel_size:
+        columns *= size
+    check_weight(packed, scale, offset, weights, group_size, columns)
+
+
+@torch.library.register_fake("catquant::embedding")
+def _embedding(indices, packed, scale, offset, weights, group_size, columns, dtype):
+    check_indices(indices)
+    check_weight(packed, scale, offset, weights, group_size, columns)
+    return packed.new_empty((*indices.shape, columns), dtype=dtype)
+
+
+def check_indices(indices: Tensor) -> None:
+    """Refuse row indices that are not int32 or int64.
+
+    Raises:
+        RuntimeError: naming the dtype.
+    """
+    torch._check(
+        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
+    )
+
+
+@torch.library.register_fake("catquant::dequantize")
+def _dequantize(packed, scale, offset, weights, group_size, columns, dtype):
+    check_weight(packed, scale, offset, weights, group_size, columns)
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
+@torch.library.register_fake("catquant::unpack")
+def _unpack(packed, weights, group_size, columns):
+    check_packed(packed, weights, group_size, columns)
+    return packed.new_empty((packed.shape[0], columns))
+
+
+@torch.library.register_fake("catquant::cluster_affine")
+def _cluster_affine(y, basis, centroids, gamma, beta):
+    check_cluster_affine(y, basis, centroids, gamma, beta)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+def _save_linear(ctx, inputs, output):
+    x, packed, scale, offset, _, _, bias, ctx.weights, ctx.group_size, _ = inputs
+    ctx.columns, ctx.has_bias = x.shape[-1], bias is not None
+    ctx.save_for_backward(packed, scale, offset)
+
+
+def _linear_backward(ctx, grad):
+    packed, scale, offset = ctx.saved_tensors
+    weight = torch.ops.catquant.dequantize(packed, scale, offset, ctx.weights, ctx.group_size, ctx.columns, grad.dtype)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    return grad @ weight, None, None, None, None, None, grad_bias, None, None, None
+
+
+def _save_conv(ctx, inputs, output):
+    x, packed, scale, offset, _, _, bias, ctx.weights, ctx.group_size, _, *ctx.geometry = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, packed, scale, offset)
+
+
+def _conv_backward(ctx, grad):
+    x, packed, scale, offset = ctx.saved_tensors
+    kernel_size, stride, padding, dilation, groups = ctx.geometry
+    columns = x.shape[1] // groups
+    shape = (packed.shape[0], columns, *kernel_size)
+    for size in kernel_size:
+        columns *= size
+    weight = torch.ops.catquant.dequantize(packed, scale, offset, ctx.weights, ctx.group_size, columns, grad.dtype)
+    no_output_padding = [0] * len(kernel_size)
+    grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight.view(shape),
+        [packed.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        no_output_padding,
+        groups,
+        [True, False, ctx.has_bias],
+    )
+    return (grad_x, None, None, None, None, None, grad_bias if ctx.has_bias else None, *([None] * 8))
+
+
+def _save_cluster_affine(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _cluster_affine_backward(ctx, grad):
+    y, basis, centroids, gamma, _ = ctx.saved_tensors
+    # gamma of each row's cluster is the op itself with a slope of zero and gamma in the place of the offset.
+    slope = torch.ops.catquant.cluster_affine(y.detach(), basis, centroids, torch.zeros_like(gamma), gamma)
+    return grad * slope, None, None, None, None
+
+
+torch.library.register_autograd("catquant::linear", _linear_backward, setup_context=_save_linear)
+torch.library.register_autograd("catquant::conv", _conv_backward, setup_context=_save_conv)
+torch.library.register_autograd(
+    "catquant::cluster_affine", _cluster_affine_backward, setup_context=_save_cluster_affine
+)
