@@ -1,0 +1,27 @@
+"""hf_catquant: post-training binary, ternary and 2/3/4/8-bit quantization for models of the Hugging Face Hub.
+
+Importing the package registers ``quant_method="catquant"`` with transformers.
+"""
+
+from .config import CatQuantConfig
+from .correction import CatConfig, load_correction, save_correction
+from .discrimination import FEATURE_DISCRIMINATION, feature_discrimination
+from .fitting import fit_correction
+from .quantizer import quantize, register
+from .report import report
+from .version import __version__
+
+register()
+
+__all__ = [
+    "FEATURE_DISCRIMINATION",
+    "CatConfig",
+    "CatQuantConfig",
+    "__version__",
+    "feature_discrimination",
+    "fit_correction",
+    "load_correction",
+    "quantize",
+    "report",
+    "save_correction",
+]

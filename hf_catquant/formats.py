@@ -99,7 +99,7 @@ def check_group_size(group_size: int) -> int:
 
 
 def group_width(columns: int, group_size: int) -> int:
-    """Columns that share a scale in a row of ``columns``: ``group_size``, or the whole row if that is shorter or -1."""
+    """Columns that share a scale in a row of ``columns``: ``group_size``, or the whole row if shorter or -1."""
     return columns if group_size == -1 else min(group_size, columns)
 
 

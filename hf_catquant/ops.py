@@ -27,7 +27,8 @@ _WEIGHT = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_offset"
 _INPUT = "Tensor? input_scale, Tensor? input_offset"
 
 SCHEMAS = {
-    "linear": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations) -> Tensor",
+    "linear": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations) "
+    "-> Tensor",
     "conv": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     "embedding": f"(Tensor indices, {_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",

@@ -1,8 +1,8 @@
 """Packing: codes to bytes and back, bit for bit. The only Python that knows bytes.
 
-A row of K codes is packed group by group, so that every group starts on a byte: group ``g`` of width ``w`` lies at byte
-``g * packed_len(w)`` of its row. The last group of a row may be narrower and then takes only the bytes it needs. Inside
-a group each storage word holds ``digits`` codes, the first code least significant, in little-endian bytes.
+A row of K codes is packed group by group, so that every group starts on a byte: group ``g`` of width ``w`` lies at
+byte ``g * packed_len(w)`` of its row. The last group of a row may be narrower and then takes only the bytes it needs.
+Inside a group each storage word holds ``digits`` codes, the first code least significant, in little-endian bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def pack(codes: Tensor, fmt: Format, group_size: int) -> Tensor:
     words = (digits.to(torch.int32) * place).sum(-1, dtype=torch.int32)
     shifts = torch.arange(fmt.nbytes, dtype=torch.int32, device=codes.device) * 8
     packed = ((words.unsqueeze(-1) >> shifts) & 255).to(torch.uint8)
-    return packed.view(rows, -1)[:, : packed_width(fmt, columns, group_size)].contiguous()
+    packed = packed.view(rows, groups * words_per_group * fmt.nbytes)
+    return packed[:, : packed_width(fmt, columns, group_size)].contiguous()
 
 
 def unpack(packed: Tensor, fmt: Format, group_size: int, columns: int) -> Tensor:
@@ -93,7 +94,8 @@ def _decode(packed: Tensor, fmt: Format, group_size: int, columns: int, table: T
     width, groups = group_width(columns, group_size), group_count(columns, group_size)
     group_bytes = fmt.packed_len(width)
     index = _indices(_pad(packed, groups * group_bytes), fmt)
-    values = table.index_select(0, index.reshape(-1)).view(rows, groups, -1)[:, :, :width]
+    values = table.index_select(0, index.reshape(-1))
+    values = values.view(rows, groups, group_bytes // fmt.nbytes * fmt.digits)[:, :, :width]
     return values.reshape(rows, groups * width)[:, :columns].contiguous()
 
 
@@ -101,7 +103,8 @@ def _indices(packed: Tensor, fmt: Format) -> Tensor:
     if fmt.nbytes == 1:
         return packed.to(torch.int32)
     shifts = torch.arange(fmt.nbytes, dtype=torch.int32, device=packed.device) * 8
-    words = (packed.view(packed.shape[0], -1, fmt.nbytes).to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+    words = packed.view(packed.shape[0], packed.shape[1] // fmt.nbytes, fmt.nbytes).to(torch.int32)
+    words = (words << shifts).sum(-1, dtype=torch.int32)
     size = fmt.radix ** _table_digits(fmt)
     return torch.stack((words % size, words // size), dim=-1)
 

@@ -86,11 +86,9 @@ def embedding(
     check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
     rows = indices.reshape(-1)
     # F.embedding and not indexing: it refuses negative and too large indices instead of wrapping around.
-    packed, scale, offset = (
-        None if table is None else torch.nn.functional.embedding(rows, table)
-        for table in (weight_packed, weight_scale, weight_offset)
-    )
-    assert packed is not None and scale is not None
+    packed = torch.nn.functional.embedding(rows, weight_packed)
+    scale = torch.nn.functional.embedding(rows, weight_scale)
+    offset = None if weight_offset is None else torch.nn.functional.embedding(rows, weight_offset)
     values = dequantize_packed(packed, scale, offset, get_format(weights), group_size, columns)
     return values.to(dtype).view(*indices.shape, columns)
 

@@ -1,0 +1,280 @@
+"""CatQuantConfig: what a user asks for, and what a checkpoint stores.
+
+The two halves never mix: the request (format, solver, data) is what ``from_pretrained`` takes; the stored half
+(``modules``, ``corrections``, ``format_version``) is written by quantizing and is all that loading needs. How the codes
+were found is kept as ``provenance`` and is never needed to load. Data and processors never reach JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import solvers
+from .correction import CatConfig
+from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size, get_format
+from .layers import Scheme
+
+QUANT_METHOD = "catquant"
+FORMAT_VERSION = 1
+OVERRIDABLE = ("weights", "group_size", "activations")
+_RUNTIME = ("dataset", "processor")
+
+
+class CatQuantConfig(QuantizationConfigMixin):
+    """How to quantize a model, and how a quantized one is stored.
+
+    Args:
+        weights: format of the weights: binary, ternary, int2, int3, int4 or int8.
+        group_size: columns that share a scale, a positive multiple of 8, or -1 for one group a row.
+        activations: None, or the format of the inputs: int2, int3, int4 or int8. Linears find a range for every token;
+            convolutions calibrate one.
+        solver: how codes are found: "rtn" needs no data, "gptq" needs ``dataset``.
+        correction: None, "cat" or a :class:`CatConfig`: the output correction, fitted on ``dataset``.
+        dataset: calibration samples: a ``datasets.Dataset`` or ``IterableDataset``, a DataLoader, a list of dicts or of
+            raw samples, or any iterable. Test data does not belong here.
+        processor: tokenizer, image processor or feature extractor, for raw samples.
+        num_samples: how many samples to take.
+        batch_size: samples in one forward.
+        seed: of the choice of samples and of the fits.
+        edge_weights: format of the layers outside the repeated blocks (embeddings, stem, pooler, head), which low bits
+            hurt most; None: the same as ``weights``. Never fewer bits than ``weights``.
+        modules_to_not_convert: names of modules to leave in float, matched as transformers does.
+        overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations; the regular expression is
+            searched in the module's name, later entries win.
+        strict: raise if any layer with a weight would be skipped.
+
+    Raises:
+        ValueError, TypeError: a value breaks its rule, or a field is unknown.
+    """
+
+    def __init__(
+        self,
+        weights: str = "ternary",
+        group_size: int = 128,
+        activations: str | None = None,
+        solver: str = "gptq",
+        correction: str | dict[str, Any] | CatConfig | None = "cat",
+        dataset: Any = None,
+        processor: Any = None,
+        num_samples: int = 256,
+        batch_size: int = 16,
+        seed: int = 0,
+        edge_weights: str | None = "int8",
+        modules_to_not_convert: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        strict: bool = False,
+        *,
+        quant_method: str = QUANT_METHOD,
+        bits: int | None = None,
+        format_version: int = FORMAT_VERSION,
+        modules: dict[str, dict[str, Any]] | None = None,
+        corrections: dict[str, dict[str, Any]] | None = None,
+        checksums: dict[str, int] | None = None,
+        provenance: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = ", ".join(n for n in CatQuantConfig.__init__.__annotations__ if n not in ("return", "unknown"))
+            raise ValueError(f"CatQuantConfig has no field {', '.join(map(repr, unknown))}; its fields are {known}")
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}")
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.weights = weights
+        self.group_size = group_size
+        self.activations = activations
+        self.edge_weights = edge_weights
+        self.solver = solver
+        self.correction = _correction(correction)
+        self.dataset = dataset
+        self.processor = processor
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.modules_to_not_convert = modules_to_not_convert
+        self.overrides = overrides or {}
+        self.strict = strict
+        self.modules = modules
+        self.corrections = corrections or {}
+        self.checksums = checksums or {}
+        self.provenance = provenance or {}
+        self._check()
+
+    @property
+    def bits(self) -> int:
+        """Storage bits of a weight, rounded up: what the Hub's pages show."""
+        return get_format(self.weights).bits
+
+    def scheme_for(self, name: str, edge: bool) -> Scheme:
+        """Format, group size and activations of the layer called ``name``; ``edge``: it is outside the blocks."""
+        fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}
+        if edge and self.edge_weights is not None:
+            fields["weights"] = _wider(self.weights, self.edge_weights)
+            if self.activations is not None:
+                fields["activations"] = _wider(self.activations, "int8")
+        for pattern, values in self.overrides.items():
+            if re.search(pattern, name):
+                fields.update(values)
+        return Scheme(**fields)
+
+    def needs_data(self) -> list[str]:
+        """The settings that cannot work without a dataset, in words."""
+        reasons = []
+        if solvers.get(self.solver).NEEDS_MOMENTS:
+            reasons.append(f'solver="{self.solver}"')
+        if self.correction is not None:
+            reasons.append("correction")
+        return reasons
+
+    def check_data(self) -> None:
+        """Refuse a request that needs a dataset and has none.
+
+        Raises:
+            ValueError: naming what needs it and the way out.
+        """
+        reasons = self.needs_data()
+        if reasons and self.dataset is None:
+            raise ValueError(
+                f"{' and '.join(reasons)} need{'s' if len(reasons) == 1 else ''} calibration data, but dataset is None: "
+                'pass dataset=samples, or solver="rtn" with correction=None, which need none'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields; dataset and processor stay behind."""
+        fields = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
+        fields["correction"] = None if self.correction is None else self.correction.to_dict()
+        return copy.deepcopy({"quant_method": self.quant_method, "bits": self.bits, **fields})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`: a checkpoint says everything, defaults change."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> CatQuantConfig | tuple[CatQuantConfig, dict[str, Any]]:
+        """Build from stored fields; fields that this version does not know raise.
+
+        Raises:
+            ValueError: an unknown field or ``format_version``.
+        """
+        config_dict = dict(config_dict)
+        check_format_version(config_dict.get("format_version", FORMAT_VERSION))
+        own = {k: kwargs.pop(k) for k in list(kwargs) if k in ("dataset", "processor")}
+        config = cls(**config_dict, **own)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def __iter__(self) -> Iterable[tuple[str, Any]]:  # type: ignore[override]
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CatQuantConfig:
+        # transformers copies the config several times; data sets and generators are passed on, never copied.
+        new = copy.copy(self)
+        for name, value in self.__dict__.items():
+            if name not in _RUNTIME:
+                setattr(new, name, copy.deepcopy(value, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: (None if k in _RUNTIME else v) for k, v in self.__dict__.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CatQuantConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        fields = {k: v for k, v in self.to_dict().items() if k not in ("modules", "checksums", "provenance")}
+        fields["modules"] = None if self.modules is None else f"{len(self.modules)} modules"
+        return f"CatQuantConfig {json.dumps(fields, indent=2)}"
+
+    def _check(self) -> None:
+        check_format_version(self.format_version)
+        _check_choice("weights", self.weights, FORMATS)
+        check_group_size(self.group_size)
+        if self.activations is not None:
+            _check_choice("activations", self.activations, ACTIVATION_FORMATS, "None or ")
+        if self.edge_weights is not None:
+            _check_choice("edge_weights", self.edge_weights, FORMATS, "None or ")
+        if self.modules is None:  # a stored config only remembers its solver, it does not need it
+            _check_choice("solver", self.solver, solvers.names())
+        for name in ("num_samples", "batch_size"):
+            _check_count(name, getattr(self, name), 1)
+        _check_count("seed", self.seed, 0)
+        _check_names(self.modules_to_not_convert)
+        _check_overrides(self.overrides)
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+
+
+def check_format_version(version: Any) -> None:
+    """Refuse a stored format that this version cannot read.
+
+    Raises:
+        ValueError: naming both versions and the way out.
+    """
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version must be {FORMAT_VERSION}, got {version!r}: "
+            "the checkpoint was written by another version of hf_catquant; install a version that reads it"
+        )
+
+
+def module_entry(scheme: Scheme, shape: tuple[int, int]) -> dict[str, Any]:
+    """What the checkpoint stores of one quantized module: its scheme and its logical (N, K)."""
+    return {**asdict(scheme), "shape": list(shape)}
+
+
+def _correction(value: Any) -> CatConfig | None:
+    if value is None or isinstance(value, CatConfig):
+        return value
+    if value == "cat":
+        return CatConfig()
+    if isinstance(value, dict):
+        return CatConfig.from_dict(value)
+    raise ValueError(f'correction must be None, "cat" or a CatConfig, got {value!r}')
+
+
+def _wider(first: str, second: str) -> str:
+    return max(first, second, key=lambda name: get_format(name).storage_bits)
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str], extra: str = "") -> None:
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be {extra}one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_names(names: Any) -> None:
+    if names is not None and (isinstance(names, str) or not all(isinstance(n, str) for n in names)):
+        raise TypeError(f"modules_to_not_convert must be None or a list of names, got {names!r}")
+
+
+def _check_overrides(overrides: Any) -> None:
+    if not isinstance(overrides, dict):
+        raise TypeError(f"overrides must be {{regex: {{field: value}}}}, got {overrides!r}")
+    for pattern, fields in overrides.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
+        for field, value in fields.items():
+            if field not in OVERRIDABLE:
+                raise ValueError(f"overrides[{pattern!r}] must set {', '.join(OVERRIDABLE)}, got {field!r}")
+            if field == "weights":
+                _check_choice(f"overrides[{pattern!r}]: weights", value, FORMATS)
+            elif field == "activations" and value is not None:
+                _check_choice(f"overrides[{pattern!r}]: activations", value, ACTIVATION_FORMATS, "None or ")
+            elif field == "group_size":
+                check_group_size(value)

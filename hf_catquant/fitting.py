@@ -1,0 +1,197 @@
+"""Corrections on models: where they sit, and fitting them on paired outputs of a quantized model and its teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import samples
+from .correction import CatConfig, ClusterAffine, attach, fit
+from .log import logger
+from .model import stacks
+from .walk import hooked, logits_site, run
+
+MAX_VALUES = 1 << 26  # floats of each stream that a fit looks at
+
+
+class Pairs:
+    """Rows of a site's output in the quantized and in the float stream, token by token the same.
+
+    Of very many rows (language model logits) an equal random share of every batch is kept, ``MAX_VALUES`` floats in all.
+    """
+
+    def __init__(self, seed: int, batches: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batches = batches
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._dim = -1
+
+    def add(self, teacher: Tensor, quantized: Tensor, dim: int, mask: Tensor | None) -> None:
+        """Add one batch of outputs of equal shape; ``dim`` is the corrected dimension, ``mask`` picks rows."""
+        self._dim = dim
+        f, q = (t.movedim(dim, -1).reshape(-1, t.shape[dim]).float() for t in (teacher, quantized))
+        if mask is not None:
+            f, q = f[mask], q[mask]
+        quota = max(1, MAX_VALUES // (f.shape[1] * self._batches))
+        if len(f) > quota:
+            chosen = torch.randperm(len(f), generator=self._generator)[:quota].to(f.device)
+            f, q = f[chosen], q[chosen]
+        self._rows.append((f.cpu(), q.cpu()))
+
+    def fit_and_attach(
+        self, model: nn.Module, name: str, config: CatConfig, kind: str
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
+        teacher, quantized = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
+        result = fit(quantized, teacher, config, kind)
+        logger.info("correction at %s: %s", name, result.summary())
+        if result.correction is None:
+            return None, result.to_dict()
+        correction = result.correction.to(next(model.parameters()).device)
+        correction.dim = self._dim
+        attach(model, name, correction)
+        return entry_of(correction), result.to_dict()
+
+
+def entry_of(correction: ClusterAffine) -> dict[str, Any]:
+    """What a checkpoint stores of a correction beside its tensors."""
+    rank = None if correction.basis is None else correction.basis.shape[1]
+    clusters, width = correction.gamma.shape
+    return {"width": width, "clusters": clusters, "rank": rank, "dim": correction.dim}
+
+
+def empty_correction(entry: dict[str, Any], device: torch.device) -> ClusterAffine:
+    """The correction that a stored entry describes, waiting for its tensors.
+
+    Raises:
+        ValueError: the entry has other fields.
+    """
+    if set(entry) != {"width", "clusters", "rank", "dim"}:
+        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {sorted(entry)}")
+    correction = ClusterAffine(entry["width"], entry["clusters"], entry["rank"], device=device)
+    correction.dim = entry["dim"]
+    return correction
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that a correction acts on: the output itself, or the first of several.
+
+    Raises:
+        TypeError: there is no tensor at that place.
+    """
+    value = output
+    while not isinstance(value, Tensor):
+        if isinstance(value, dict) and value:
+            value = next(iter(value.values()))
+        elif isinstance(value, tuple | list) and value:
+            value = value[0]
+        else:
+            raise TypeError(f"a correction needs a module that returns a tensor first, got {type(output).__name__}")
+    return value
+
+
+def correction_dim(module: nn.Module, output: Tensor) -> int:
+    """The dimension of features: 1 for images and for what convolutions return, else the last one."""
+    convolutions = [m for m in module.modules() if hasattr(m, "out_channels") and hasattr(m, "kernel_size")]
+    channels_first = output.dim() > 2 and any(m.out_channels == output.shape[1] for m in convolutions)
+    return 1 if channels_first else -1
+
+
+def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str], logits: str | None) -> list[str]:
+    """Names of the modules that ``config.at`` means, in the order the model holds them.
+
+    Raises:
+        ValueError: a name is not in the model, or "blocks" is asked of a model without repeated blocks.
+    """
+    if config is None:
+        return []
+    wanted: set[str] = set()
+    names = [name for name, _ in model.named_modules() if name]
+    for place in [config.at] if isinstance(config.at, str) else config.at:
+        if place == "logits":
+            wanted |= {logits} if logits is not None else set()
+        elif place == "blocks":
+            if not blocks:
+                raise ValueError(f'CatConfig(at="blocks"): {type(model).__name__} has no repeated blocks')
+            wanted |= set(blocks)
+        elif place in names:
+            wanted.add(place)
+        else:
+            raise ValueError(f"CatConfig(at={place!r}): no module has this name; names look like {', '.join(names[-3:])}")
+    return [name for name in names if name in wanted]
+
+
+@torch.no_grad()
+def fit_correction(
+    model: nn.Module,
+    teacher: nn.Module,
+    dataset: Any,
+    config: CatConfig | None = None,
+    *,
+    processor: Any = None,
+    num_samples: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Fit corrections of any quantized model against its float teacher, and attach them to ``model`` in place.
+
+    Sites are fitted in the order of the model, each on outputs that the earlier corrections already changed.
+
+    Args:
+        model: the quantized model, of any library; its modules are named as the teacher's.
+        teacher: the float model.
+        dataset, processor, num_samples, batch_size, seed: as in ``CatQuantConfig``.
+        config: what to fit and where; None: the default, at the logits.
+
+    Returns:
+        The report of each fit by module name.
+
+    Raises:
+        ValueError: the data cannot be used, a site is not in the model, or no module returns the logits.
+    """
+    config = config or CatConfig()
+    data = samples.collect(
+        dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
+    )
+    was_training = [(m, m.training) for m in (model, teacher)]
+    for module, _ in was_training:
+        module.eval()
+    try:
+        logits = logits_site(teacher, placed(data.batches[0], teacher))
+        blocks = [block for names in stacks(teacher).values() for block in names]
+        sites = resolve_sites(model, config, blocks, logits)
+        if not sites:
+            raise ValueError(f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)")
+        return {name: _fit_site(model, teacher, data, config, name, name == logits, seed) for name in sites}
+    finally:
+        for module, training in was_training:
+            module.train(training)
+
+
+def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch on the device of ``model``, floats in its floating-point dtype."""
+    reference = next(p for p in model.parameters() if p.is_floating_point())
+    return {k: v.to(reference.device, reference.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+def _fit_site(
+    model: nn.Module, teacher: nn.Module, data: samples.Batches, config: CatConfig, name: str, is_logits: bool, seed: int
+) -> dict[str, Any]:
+    pairs = Pairs(seed, len(data.batches))
+    for batch in data.batches:
+        f, q = (tensor_of(_output_of(m, name, placed(batch, m))) for m in (teacher, model))
+        dim = correction_dim(teacher.get_submodule(name), f)
+        mask = samples.padding_mask(batch, teacher, name, f) if dim == -1 and f.dim() == 3 else None
+        pairs.add(f, q, dim, None if mask is None else mask.flatten().to(f.device))
+    return pairs.fit_and_attach(model, name, config, "logits" if is_logits else "hidden")[1]
+
+
+def _output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
+    caught: list[Any] = []
+    with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
+        run(model, batch)
+    if not caught:
+        raise ValueError(f"CatConfig(at={name!r}): the model does not run this module on the calibration data")
+    return caught[-1]

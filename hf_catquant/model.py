@@ -1,0 +1,242 @@
+"""What of a model is quantized, what is not and why; building the empty layers of a stored model; the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .config import CatQuantConfig
+from .layers import QuantizedModule, Scheme, layer_for
+
+_SMALL = 2  # parameters of fewer dimensions (biases, norms) are not weights
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that will be quantized.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the float module.
+        scheme: how it will be stored.
+        tied_to: name of the site whose packed weight it shares, or None.
+    """
+
+    name: str
+    module: nn.Module
+    scheme: Scheme
+    tied_to: str | None = None
+
+
+@dataclass
+class Selection:
+    """The sites of a model, in module order, and the reason for every weight that stays in float."""
+
+    sites: list[Site] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def select(model: nn.Module, config: CatQuantConfig) -> Selection:
+    """Decide for every weight of ``model`` whether and how it is quantized.
+
+    Raises:
+        ValueError: a pattern of ``modules_to_not_convert`` or ``overrides`` matches no module, nothing at all would be
+            quantized, or ``strict`` is set and something would be skipped.
+    """
+    _check_patterns(model, config)
+    selection = Selection()
+    inside = block_members(model)
+    candidates = {name: module for name, module in model.named_modules() if layer_for(module) is not None}
+    edges = _edges(candidates, inside)
+    for name, module in model.named_modules():
+        reason = _refusal(name, module, config)
+        if reason is not None:
+            selection.skipped[name] = reason
+        elif name in candidates:
+            selection.sites.append(Site(name, module, config.scheme_for(name, edge=name in edges)))
+    _resolve_ties(model, selection)
+    _skip_loose_parameters(model, selection)
+    if not selection.sites:
+        raise ValueError(f"nothing in {type(model).__name__} can be quantized: {_listed(selection.skipped)}")
+    if config.strict and selection.skipped:
+        raise ValueError(f"strict=True, but these would stay in float: {_listed(selection.skipped)}")
+    return selection
+
+
+def stacks(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the repeated blocks, by the name of the list that holds them.
+
+    A stack is a ``ModuleList`` or ``Sequential`` of two or more blocks of one class that each hold at least two layers;
+    of stacks within stacks the innermost counts (a Swin stage is not a block, its layers are).
+    """
+    layers = [name for name, module in model.named_modules() if layer_for(module) is not None]
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for child in module}) != 1:
+            continue
+        blocks = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        if all(sum(layer.startswith(f"{block}.") for layer in layers) >= 2 for block in blocks):
+            found[name] = blocks
+    outer = {a for a in found for b in found if b != a and b.startswith(f"{a}.")}
+    inner = {name: blocks for name, blocks in found.items() if name not in outer}
+    # A single block is a stack only beside a longer one of its kind (a stage of depth 1).
+    kinds = {type(model.get_submodule(b[0])) for b in inner.values() if len(b) > 1}
+    return {n: b for n, b in inner.items() if len(b) > 1 or type(model.get_submodule(b[0])) in kinds}
+
+
+def block_members(model: nn.Module) -> set[str]:
+    """Names of all modules inside a repeated block."""
+    prefixes = tuple(f"{block}." for blocks in stacks(model).values() for block in blocks)
+    return {name for name, _ in model.named_modules() if prefixes and name.startswith(prefixes)}
+
+
+def prepare(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Replace float modules by the empty quantized layers that a checkpoint stores, in place.
+
+    Args:
+        model: float model, possibly on the meta device.
+        modules: stored entries by module name: scheme fields, "shape" [N, K], and "tied_to", the name of the module
+            whose packed weight this one shares, or None.
+
+    Raises:
+        ValueError: an entry names no module, a module of another type, or another shape.
+    """
+    for name, entry in modules.items():
+        original = _get(model, name)
+        layer = None if original is None else layer_for(original)
+        if original is None or layer is None:
+            kind = "no module" if original is None else f"a {type(original).__name__}"
+            raise ValueError(f"the checkpoint quantizes {name!r}, but the model has {kind} there")
+        scheme = Scheme(**{k: v for k, v in entry.items() if k not in ("shape", "tied_to")})
+        if list(layer.matrix_shape(original)) != list(entry["shape"]):
+            raise ValueError(
+                f"{name}: the checkpoint stores a weight of shape {entry['shape']}, "
+                f"the model expects {list(layer.matrix_shape(original))}"
+            )
+        replace_module(model, name, layer(original, scheme))
+    for name, entry in modules.items():
+        if entry["tied_to"] is not None:
+            share_weight(model, name, entry["tied_to"])
+
+
+def share_weight(model: nn.Module, name: str, source: str) -> None:
+    """Make the quantized module ``name`` hold the very buffers of ``source``, which alone are saved."""
+    module, owner = model.get_submodule(name), model.get_submodule(source)
+    for buffer in ("weight_packed", "weight_scale", "weight_offset"):
+        setattr(module, buffer, getattr(owner, buffer))
+        module._non_persistent_buffers_set.add(buffer)
+    module.scheme = owner.scheme  # type: ignore[assignment]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """Quantized layers by name; a module that sits at two names counts once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None:
+    weight = module._parameters.get("weight")
+    layer = layer_for(module)
+    if layer is None:
+        if weight is not None and weight.dim() >= _SMALL:
+            return f"{type(module).__name__} is not a layer type that can be quantized"
+        return None
+    if not should_convert_module(name, config.modules_to_not_convert or []):
+        return "listed in modules_to_not_convert"
+    if weight is None:
+        return f"its weight is not a plain parameter of {type(module).__name__}"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    return layer.refusal(module)
+
+
+def _edges(candidates: Iterable[str], inside: set[str]) -> set[str]:
+    names = list(candidates)
+    if inside:
+        return {name for name in names if name not in inside}
+    return {names[0], names[-1]} if names else set()
+
+
+def _resolve_ties(model: nn.Module, selection: Selection) -> None:
+    """Tied modules share one packed weight, or none of them is quantized."""
+    kept = {id(_weight(model, name)): name for name in selection.skipped if _weight(model, name) is not None}
+    owners: dict[int, str] = {}
+    sites = []
+    for site in selection.sites:
+        key = id(site.module.weight)
+        owner = owners.setdefault(key, site.name)
+        if key in kept:
+            selection.skipped[site.name] = f"tied to {kept[key]}, which stays in float"
+        else:
+            sites.append(site if owner == site.name else replace(site, tied_to=owner))
+    selection.sites = sites
+
+
+def _skip_loose_parameters(model: nn.Module, selection: Selection) -> None:
+    """Weights held by modules without a ``weight`` of their own: experts, position tables, class tokens."""
+    for name, module in model.named_modules():
+        for parameter, value in module._parameters.items():
+            if parameter not in ("weight", "bias") and value is not None and value.dim() >= _SMALL:
+                full = f"{name}.{parameter}" if name else parameter
+                selection.skipped[full] = f"a parameter of {type(module).__name__}, not a layer that can be quantized"
+
+
+def _weight(model: nn.Module, name: str) -> Tensor | None:
+    return model.get_submodule(name)._parameters.get("weight")
+
+
+def _check_patterns(model: nn.Module, config: CatQuantConfig) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in config.modules_to_not_convert or []:
+        if all(should_convert_module(name, [pattern]) for name in names):
+            raise ValueError(_no_match("modules_to_not_convert", pattern, names))
+    for pattern in config.overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(_no_match("overrides", pattern, names))
+
+
+def _no_match(field_name: str, pattern: str, names: list[str]) -> str:
+    return f"{field_name}: {pattern!r} matches no module; module names look like {', '.join(names[-3:])}"
+
+
+def _listed(skipped: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no layer with a weight"
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every quantized layer by a float one with the same weights, in place; ties stay ties."""
+    made: dict[int, Tensor] = {}
+    for name, module in quantized_modules(model).items():
+        new = module.to_float()
+        if dtype is not None:
+            new = new.to(dtype)
+        shared = made.setdefault(module.weight_packed.data_ptr(), new.weight)  # type: ignore[arg-type]
+        if shared is not new.weight and shared.shape == new.weight.shape:
+            new.weight = shared
+        _move_correction(module, new)
+        replace_module(model, name, new)
+
+
+def _move_correction(old: nn.Module, new: nn.Module) -> None:
+    correction = old._modules.get("correction")
+    if correction is not None:
+        new.correction = correction
+        new._forward_hooks.update(old._forward_hooks)

@@ -1,0 +1,74 @@
+"""Statistics of calibration, all of them sums over rows, so that batches can come one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .solvers import Moments
+
+
+class MomentSums:
+    """Running second moments of the rows that meet a matrix, in both streams."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: tuple[Tensor, ...] | None = None
+
+    def add(self, float_rows: Tensor, rows: Tensor) -> None:
+        """Add rows x of the float stream and x~ of the quantized stream, (B, M, K) each, row by row the same tokens."""
+        x, y = float_rows.float(), rows.float()
+        parts = (y.transpose(1, 2) @ y, x.transpose(1, 2) @ y, y.sum(1), x.sum(1))
+        self.count += x.shape[1]
+        if self._sums is None:
+            self._sums = parts
+        else:
+            for total, part in zip(self._sums, parts, strict=True):
+                total += part
+
+    def result(self) -> Moments | None:
+        """The moments, or None if no row came."""
+        if self._sums is None or self.count == 0:
+            return None
+        gram, cross, mean, float_mean = (total / self.count for total in self._sums)
+        return Moments(gram, cross, mean, float_mean, self.count)
+
+
+class ChannelSums:
+    """Running mean and variance of every channel of (B, C, ...) tensors."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch (B, C, ...)."""
+        values = x.double().transpose(0, 1).flatten(1)
+        first, second = values.sum(1), values.square().sum(1)
+        self.count += values.shape[1]
+        self._first = first if self._first is None else self._first + first
+        self._second = second if self._second is None else self._second + second
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and population variance (C,) float64."""
+        assert self._first is not None and self._second is not None
+        mean = self._first / self.count
+        return mean, (self._second / self.count - mean.square()).clamp_min(0)
+
+
+def match_batch_norm(norm: nn.Module, float_stream: ChannelSums, quantized_stream: ChannelSums) -> None:
+    """Move the running statistics of ``norm`` so that its output keeps the mean and deviation it had in float.
+
+    With r = var_q / var_f over the calibration data: running_var + eps is multiplied by r, and running_mean becomes
+    mean_q - (mean_f - running_mean) * sqrt(r). Only the *change* between the streams is estimated from the few
+    calibration samples; the running statistics of the training set stay the base. Channels that are constant in either
+    stream keep their variance.
+    """
+    mean_f, var_f = float_stream.result()
+    mean_q, var_q = quantized_stream.result()
+    usable = (var_f > 1e-12) & (var_q > 1e-12)
+    ratio = torch.where(usable, var_q / var_f.clamp_min(1e-12), torch.ones_like(var_f)).clamp(0.01, 100)
+    running_mean, running_var, eps = norm.running_mean, norm.running_var, float(norm.eps)  # type: ignore[arg-type]
+    norm.running_var = ((running_var.double() + eps) * ratio - eps).clamp_min(1e-12).to(running_var.dtype)  # type: ignore[union-attr,operator]
+    norm.running_mean = (mean_q - (mean_f - running_mean.double()) * ratio.sqrt()).to(running_mean.dtype)  # type: ignore[union-attr,operator]

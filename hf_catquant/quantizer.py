@@ -1,0 +1,258 @@
+"""The HfQuantizer: the only file that touches the internals of transformers.
+
+Quantizing on load happens after the float weights are in (``_process_model_after_weight_loading``), because the solvers
+need the whole model to calibrate. Loading a stored model replaces the layers before the weights come, so that the loader
+fills our buffers by name; nothing is converted.
+
+A checkpoint *fails closed*: beside each packed weight it stores a one-byte tensor under the original name of the weight.
+Where this package is not imported, transformers finds a tensor of the wrong shape there and raises, instead of
+returning a model with random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .calibrate import quantize_modules
+from .config import QUANT_METHOD, CatQuantConfig
+from .correction import attach, corrections
+from .fitting import empty_correction
+from .integrity import checksums, verify_files
+from .log import logger
+from .model import dequantize_modules, prepare, quantized_modules, share_weight
+from .report import provenance, stored_bytes
+
+
+class CatQuantizer(HfQuantizer):
+    """Quantizes while loading, and loads what was quantized."""
+
+    requires_calibration = False
+    quantization_config: CatQuantConfig
+
+    def __init__(self, quantization_config: CatQuantConfig, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        if self.pre_quantized and self.quantization_config.modules is None:
+            raise ValueError(
+                "the checkpoint's quantization_config has no 'modules': it is a request, not a quantized model; "
+                "pass it as quantization_config to from_pretrained together with a float checkpoint"
+            )
+        if not self.pre_quantized:
+            self.quantization_config.check_data()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Quantizing needs the weights in memory: refuse to do it on a model that is partly offloaded.
+
+        Raises:
+            ValueError: the device map sends modules to disk, or to more than one device.
+        """
+        if not self.pre_quantized and isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+            raise ValueError(
+                f"quantizing on load needs the whole model on one device, got device_map over "
+                f"{sorted(map(str, set(device_map.values())))}: load with device_map=None, save, and load that dispatched"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        if checkpoint_files is not None:
+            verify_files(checkpoint_files, config.checksums)
+        names = _resolve_names(model, config)
+        config.modules = _renamed(config.modules or {}, names)
+        config.corrections = _renamed(config.corrections, _resolve_corrections(model, config))
+        prepare(model, config.modules)
+        for name, entry in config.corrections.items():
+            attach(model, name, empty_correction(entry, torch.device("meta")))
+        _untie(model)
+        sentinels = {rf"^{re.escape(name)}\.weight$" for pair in names.items() for name in pair}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config = quantize_model(model, self.quantization_config)
+            model.config.quantization_config = self.quantization_config
+            return
+        entries = self.quantization_config.modules or {}
+        for name, entry in entries.items():
+            if entry["tied_to"] is not None:
+                share_weight(model, name, entry["tied_to"])
+        for name, module in quantized_modules(model).items():
+            _check_loaded(name, module)
+            module.check_values()
+        for name, correction in corrections(model).items():
+            _check_loaded(f"{name}.correction", correction)
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` can write the model."""
+        return self.quantization_config.modules is not None
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through the packed layers; adapters, biases and norms can learn."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True, so that ``Trainer`` accepts the model, also to evaluate only."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fakes: ``torch.compile`` sees through the model."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
+        state = model.state_dict()
+        stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
+        state.update({f"{name}.weight": torch.zeros(1, dtype=torch.uint8) for name in stored})
+        config = self.quantization_config
+        config.checksums = checksums(_as_written(model, state))
+        model.config.quantization_config = config
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if corrections(model):
+            logger.warning(
+                "the corrections at %s stay in memory; a copy saved without quantization would lose them",
+                ", ".join(corrections(model)),
+            )
+        dequantize_modules(model, dtype)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        return model
+
+
+def register() -> None:
+    """Make transformers know ``quant_method="catquant"``; a second call changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(CatQuantConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(CatQuantizer)
+
+
+def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
+    """Quantize a model that is already in memory, in place, and return it.
+
+    Args:
+        model: a transformers model, or any module; its layers are replaced.
+        config: what to do. It is not changed.
+
+    Raises:
+        ValueError, TypeError: the config or its data cannot be used; the model is then unchanged or, if that happens in
+            the middle of the walk, still whole but partly quantized.
+    """
+    if quantized_modules(model):
+        raise ValueError(f"{type(model).__name__} is already quantized: start from the float model")
+    if not isinstance(model, PreTrainedModel):
+        model.quantization_config = quantize_model(model, copy.deepcopy(config))  # type: ignore[assignment]
+        return model
+    quantizer = CatQuantizer(config, pre_quantized=False)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    return model
+
+
+def quantize_model(model: nn.Module, config: CatQuantConfig) -> CatQuantConfig:
+    """Quantize in place; returns the config that a checkpoint of ``model`` stores."""
+    before = stored_bytes(model)
+    selection, outcome, batches = quantize_modules(model, config)
+    config.modules, config.corrections = outcome.modules, outcome.corrections
+    config.provenance = provenance(config, before, selection, outcome, batches)
+    config.dataset = config.processor = None
+    if isinstance(model, PreTrainedModel):
+        _untie(model)
+    return config
+
+
+def _as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that ``save_pretrained`` gives them: ties once, original names of the Hub."""
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {k: v for k, v in state.items() if k not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+
+
+def _renamed(entries: dict[str, dict[str, Any]], names: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Stored entries under the names they have in this model; entries without one are not part of it."""
+    renamed = {}
+    for stored, name in names.items():
+        entry = dict(entries[stored])
+        if entry.get("tied_to") is not None:
+            entry["tied_to"] = names[entry["tied_to"]]
+        renamed[name] = entry
+    return renamed
+
+
+def _resolve_names(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, str]:
+    """Where each stored module is in this model: a base model and its task models differ by a prefix.
+
+    Raises:
+        ValueError: a module is not there although the model is of the very class that was saved.
+    """
+    entries = config.modules or {}
+    present = {name for name, _ in model.named_modules()}
+    names = {stored: found for stored in entries if (found := _find(stored, present, model.base_model_prefix)) is not None}
+    missing = [name for name in entries if name not in names]
+    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    if not names or (missing and same_class):
+        raise ValueError(
+            f"the checkpoint quantizes {', '.join((missing or list(entries))[:5])}, "
+            f"which {type(model).__name__} does not have: it is a checkpoint of another model"
+        )
+    return names
+
+
+def _resolve_corrections(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, str]:
+    present = {name for name, _ in model.named_modules()}
+    found = {stored: _find(stored, present, model.base_model_prefix) for stored in config.corrections}
+    return {stored: name for stored, name in found.items() if name is not None}
+
+
+def _find(stored: str, present: set[str], prefix: str) -> str | None:
+    for candidate in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
+        if candidate in present:
+            return candidate
+    return None
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Take packed weights out of transformers' own tying, which knows parameters only."""
+    for prefix, module in model.named_modules():
+        ties = getattr(module, "_tied_weights_keys", None)
+        if isinstance(module, PreTrainedModel) and ties:
+            inside = quantized_modules(module)
+            module._tied_weights_keys = {k: v for k, v in ties.items() if not _names_packed(k, v, inside)}
+    packed = quantized_modules(model)
+    model.all_tied_weights_keys = {
+        k: v for k, v in model.all_tied_weights_keys.items() if not _names_packed(k, v, packed)
+    }
+
+
+def _names_packed(target: str, source: str, packed: dict[str, Any]) -> bool:
+    return any(name.removesuffix(".weight") in packed for name in (target, source))
+
+
+def _check_loaded(name: str, module: nn.Module) -> None:
+    """Refuse buffers that no file filled."""
+    for buffer_name, buffer in module.named_buffers(recurse=False):
+        if buffer_name in module._non_persistent_buffers_set or hasattr(module, "_hf_hook"):
+            continue
+        if not getattr(buffer, "_is_hf_initialized", False):
+            raise ValueError(f"the checkpoint has no tensor {name}.{buffer_name}: it is incomplete")

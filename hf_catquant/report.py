@@ -1,0 +1,196 @@
+"""The report: what was quantized, what it costs, what it saved, and what was left alone and why."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor, nn
+
+from .calibrate import Outcome
+from .config import CatQuantConfig
+from .layers import QuantizedModule
+from .model import Selection, quantized_modules
+from .samples import Batches
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: of the module.
+        shape: logical (N, K).
+        weights, group_size, activations: its scheme.
+        bits: stored bits a weight, scales and offsets included; 0 where the weight is another layer's.
+        error: relative squared error of its output on the calibration data, or of its weight without data; None if it
+            shares another layer's weight.
+        tied_to: that layer, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weights: str
+    group_size: int
+    activations: str | None
+    bits: float
+    error: float | None
+    tied_to: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantizing did to a model. ``print(report)`` shows it as a table; ``to_dict()`` is JSON-clean.
+
+    Attributes:
+        parameters: of the float model, tied ones once.
+        quantized_parameters: how many of them are stored as codes.
+        bits_per_parameter: stored bits of the whole model (codes, scales, offsets, floats, corrections) a parameter.
+        bytes_before, bytes_after: of the float model in the dtype it was quantized in, and of the stored one.
+        layers: the quantized layers, in module order.
+        skipped: every weight that stays in float, with the reason.
+        corrections: the fit of each correction, by module name.
+        notes: anything else that a user should know.
+    """
+
+    parameters: int
+    quantized_parameters: int
+    bits_per_parameter: float
+    bytes_before: int
+    bytes_after: int
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    corrections: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+    @property
+    def coverage(self) -> float:
+        """Percent of the parameters that are quantized."""
+        return 100 * self.quantized_parameters / max(1, self.parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the coverage, JSON-clean."""
+        return {**asdict(self), "coverage": self.coverage}
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'weights':>8}  {'group':>5}  {'bits':>6}  error"]
+        for layer in self.layers:
+            error = f"tied to {layer.tied_to}" if layer.error is None else f"{layer.error:.5f}"
+            inputs = "" if layer.activations is None else f"  inputs {layer.activations}"
+            shape = f"{layer.shape[0]}x{layer.shape[1]}"
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>13}  {layer.weights:>8}  {layer.group_size:>5}  {layer.bits:>6.3f}  "
+                f"{error}{inputs}"
+            )
+        lines += [f"not quantized: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"correction at {name}: {_correction_line(fit)}" for name, fit in self.corrections.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        ratio = self.bytes_before / max(1, self.bytes_after)
+        lines.append(
+            f"{self.coverage:.2f} % of {self.parameters:,} parameters quantized, {self.bits_per_parameter:.3f} bits a "
+            f"parameter; {self.bytes_before:,} -> {self.bytes_after:,} bytes ({ratio:.2f} times smaller)"
+        )
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Coverage, effective bits, bytes, per-layer error, and every skipped weight with its reason.
+
+    Raises:
+        ValueError: the model was not quantized by this package.
+    """
+    modules = quantized_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no layer quantized by hf_catquant: nothing to report")
+    config = stored_config(model)
+    known = config.provenance if config is not None else {}
+    entries = (config.modules or {}) if config is not None else {}
+    owned = {name: module for name, module in modules.items() if entries.get(name, {}).get("tied_to") is None}
+    quantized = sum(module.rows_ * module.columns for module in owned.values())
+    bytes_after = stored_bytes(model)
+    parameters = quantized + sum(p.numel() for p in model.parameters())
+    errors = known.get("errors", {})
+    layers = tuple(_layer(n, m, errors.get(n), entries.get(n, {}).get("tied_to")) for n, m in modules.items())
+    return Report(
+        parameters=parameters,
+        quantized_parameters=quantized,
+        bits_per_parameter=8 * bytes_after / max(1, parameters),
+        bytes_before=known.get("bytes_before", 0),
+        bytes_after=bytes_after,
+        layers=layers,
+        skipped=dict(known.get("skipped", {})),
+        corrections=dict(known.get("fits", {})),
+        notes=tuple(known.get("notes", ())),
+    )
+
+
+def stored_config(model: nn.Module) -> CatQuantConfig | None:
+    """The config that quantizing left on the model, or None."""
+    holder = getattr(model, "config", None)
+    found = getattr(holder, "quantization_config", None) or getattr(model, "quantization_config", None)
+    return found if isinstance(found, CatQuantConfig) else None
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a checkpoint of ``model`` holds, shared ones once."""
+    tensors: dict[tuple[int, int], Tensor] = {}
+    for tensor in model.state_dict().values():
+        tensors[tensor.data_ptr(), tensor.nbytes] = tensor
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def provenance(
+    config: CatQuantConfig, bytes_before: int, selection: Selection, outcome: Outcome, data: Batches | None
+) -> dict[str, Any]:
+    """How a model was quantized, for the report and the card; loading never needs it."""
+    calibration = None
+    if data is not None:
+        calibration = {"source": data.source, "num_samples": data.num_samples, "fingerprint": data.fingerprint}
+    return {
+        "bytes_before": bytes_before,
+        "errors": {name: float(f"{error:.6g}") for name, error in outcome.errors.items()},
+        "skipped": selection.skipped,
+        "fits": outcome.fits,
+        "notes": outcome.notes,
+        "calibration": calibration,
+        "solver": config.solver,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+    }
+
+
+_LIBRARIES = ("hf-catquant", "torch", "transformers", "scikit-learn")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _layer(name: str, module: QuantizedModule, error: float | None, tied_to: str | None) -> LayerReport:
+    size = sum(t.nbytes for t in module.packed_tensors())
+    bits = 0.0 if tied_to is not None else 8 * size / (module.rows_ * module.columns)
+    scheme = module.scheme
+    return LayerReport(
+        name,
+        (module.rows_, module.columns),
+        scheme.weights,
+        scheme.group_size,
+        scheme.activations,
+        bits,
+        error,
+        tied_to,
+    )
+
+
+def _correction_line(fit: dict[str, Any]) -> str:
+    if not fit.get("clusters"):
+        return "off: it would not have helped"
+    return (
+        f"{fit['clusters']} clusters, alpha {fit['alpha']}, {fit['metric']} {fit['loss_before']:.5f} -> "
+        f"{fit['loss_after']:.5f} (cross-validated)"
+    )

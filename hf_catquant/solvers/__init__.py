@@ -1,0 +1,35 @@
+"""Solvers: find codes, scales and offsets for one matrix. The folder is the registry.
+
+Every module here whose name does not start with ``_`` is a solver and offers
+
+    NEEDS_MOMENTS: bool
+    solve(weight: Tensor (N, K), fmt: Format, group_size: int, moments: Moments | None) -> QuantizedWeight
+
+A solver is a pure function: it changes none of its arguments and gives the same result for the same input.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+from ._common import Moments, output_error
+
+__all__ = ["Moments", "get", "names", "output_error"]
+
+
+def names() -> list[str]:
+    """Names of the solvers, sorted; none of them is imported."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """The solver module called ``name``.
+
+    Raises:
+        ValueError: there is no such solver.
+    """
+    if name not in names():
+        raise ValueError(f"solver must be one of {', '.join(names())}, got {name!r}")
+    return import_module(f".{name}", __name__)

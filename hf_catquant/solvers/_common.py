@@ -1,0 +1,100 @@
+"""What solvers share: the statistics they are given, the checks of their input, the measure of their result.
+
+The N rows of a matrix are B equal consecutive runs, one for each group of a convolution (B = 1 for a linear). Run b
+meets only the inputs of its own group, hence only ``gram[b]``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Statistics over the M calibration rows that reach a matrix (N, K) in B runs.
+
+    Attributes:
+        gram: (B, K, K) float32, mean of x~^T x~, with x~ (1, K) the input in the quantized stream.
+        cross: (B, K, K) float32, mean of x^T x~, with x (1, K) the input of the same row in the float stream.
+        mean: (B, K) float32, mean of x~.
+        float_mean: (B, K) float32, mean of x.
+        count: M.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    mean: Tensor
+    float_mean: Tensor
+    count: int  # type: ignore[assignment]  # a statistic beside the others, not tuple.count
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse anything but a finite (N, K) floating-point matrix with N, K > 0.
+
+    Raises:
+        ValueError: naming the rule and the value.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        got = f"{tuple(weight.shape)} {weight.dtype}"
+        raise ValueError(f"weight must be a (N, K) floating-point matrix with N, K > 0, got {got}")
+    check_finite("weight", weight)
+
+
+def check_moments(moments: Moments | None, weight: Tensor, solver: str) -> Moments:
+    """``moments`` on the device of ``weight`` (N, K), if they are there, fit to it and are finite.
+
+    Raises:
+        ValueError: naming the statistic, the rule and the value.
+    """
+    if moments is None:
+        raise ValueError(
+            f"solver {solver} needs calibration moments, got None: calibrate with a dataset, or use solver rtn"
+        )
+    rows, columns = weight.shape
+    runs = moments.gram.shape[0] if moments.gram.dim() == 3 else 1
+    if runs < 1 or rows % runs:
+        raise ValueError(f"moments.gram must have a number of runs that divides the {rows} rows, got {runs}")
+    for name, value in moments._asdict().items():
+        if not isinstance(value, Tensor):
+            continue
+        shape = (runs, columns) if name.endswith("mean") else (runs, columns, columns)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"moments.{name} must be {shape} for weight {rows, columns}, got {tuple(value.shape)}")
+        check_finite(f"moments.{name}", value)
+    if moments.count < 1:
+        raise ValueError(f"moments.count must be at least 1, got {moments.count}")
+    gram, cross, mean, float_mean = (value.to(weight.device, torch.float32) for value in moments[:4])
+    return Moments(gram, cross, mean, float_mean, moments.count)
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: counting them.
+    """
+    bad = value.numel() - int(torch.isfinite(value).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values that are NaN or infinite")
+
+
+def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> float:
+    """Relative output error ||(W - W_hat) x~||^2 / ||W x~||^2 of weights (N, K).
+
+    Without moments, or where no calibration row excites the weight, every direction counts the same:
+    ||W - W_hat||^2 / ||W||^2. An all-zero weight has error 0.
+    """
+    difference = weight.float() - w_hat.float()
+    if moments is not None:
+        signal = _energy(weight.float(), moments.gram)
+        if signal > 0:
+            return _energy(difference, moments.gram) / signal
+    signal = float(weight.double().square().sum())
+    return float(difference.double().square().sum()) / signal if signal > 0 else 0.0
+
+
+def _energy(matrix: Tensor, gram: Tensor) -> float:
+    runs = matrix.view(gram.shape[0], -1, matrix.shape[1])
+    return max(0.0, float(((runs @ gram.to(matrix.device)) * runs).sum(dtype=torch.float64)))
