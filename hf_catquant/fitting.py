@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import samples
-from .correction import CatConfig, ClusterAffine, attach, fit
+from .cluster_fit import Kind, fit
+from .correction import CatConfig, attach, entry_of
 from .log import logger
 from .model import stacks
 from .walk import hooked, logits_site, run
@@ -41,7 +42,7 @@ class Pairs:
         self._rows.append((f.cpu(), q.cpu()))
 
     def fit_and_attach(
-        self, model: nn.Module, name: str, config: CatConfig, kind: str
+        self, model: nn.Module, name: str, config: CatConfig, kind: Kind
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
         teacher, quantized = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
@@ -53,26 +54,6 @@ class Pairs:
         correction.dim = self._dim
         attach(model, name, correction)
         return entry_of(correction), result.to_dict()
-
-
-def entry_of(correction: ClusterAffine) -> dict[str, Any]:
-    """What a checkpoint stores of a correction beside its tensors."""
-    rank = None if correction.basis is None else correction.basis.shape[1]
-    clusters, width = correction.gamma.shape
-    return {"width": width, "clusters": clusters, "rank": rank, "dim": correction.dim}
-
-
-def empty_correction(entry: dict[str, Any], device: torch.device) -> ClusterAffine:
-    """The correction that a stored entry describes, waiting for its tensors.
-
-    Raises:
-        ValueError: the entry has other fields.
-    """
-    if set(entry) != {"width", "clusters", "rank", "dim"}:
-        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {sorted(entry)}")
-    correction = ClusterAffine(entry["width"], entry["clusters"], entry["rank"], device=device)
-    correction.dim = entry["dim"]
-    return correction
 
 
 def tensor_of(output: Any) -> Tensor:

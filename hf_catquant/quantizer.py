@@ -25,8 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
-from .correction import attach, corrections
-from .fitting import empty_correction
+from .correction import attach, check_values, corrections, empty_correction
 from .integrity import checksums, verify_files
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
@@ -94,6 +93,7 @@ class CatQuantizer(HfQuantizer):
             module.check_values()
         for name, correction in corrections(model).items():
             _check_loaded(f"{name}.correction", correction)
+            check_values(name, correction)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""

@@ -1,0 +1,296 @@
+"""Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
+
+For rows q of the quantized and f of the float model, per cluster k and channel, with prior weight lambda
+(``shrinkage``), the affine map (gamma_g, beta_g) of all rows as the prior of the clusters and the identity as its prior:
+
+    gamma "ls"    (n cov_k + lambda gamma_g v) / (n var_k(q) + lambda v)                       v: variance of all rows
+    gamma "std"   sqrt((n var_k(f) + lambda gamma_g^2 v) / (n var_k(q) + lambda v))
+    beta          (n (f_k - gamma q_k) + lambda (gamma_g q_k + beta_g - gamma q_k)) / (n + lambda)
+
+With lambda = 0 and "ls" this is the published estimator (arXiv 2509.26277; population variance, floor 1e-8, an empty
+cluster is the identity), which explodes on few rows. The default is chosen by 5-fold cross-validation instead, with
+"off" among the choices.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from .correction import CatConfig, ClusterAffine
+from .kernels.reference import nearest_centroid
+
+FOLDS = 5
+CLUSTERS = (1, 4, 8, 16, 32, 64)
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+ROWS_PER_CLUSTER = 64
+VARIANCE_FLOOR = 1e-8
+MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
+CHUNK = 1 << 24  # floats of rows that are scored at once
+
+Kind = Literal["logits", "hidden"]
+
+
+@dataclass
+class CorrectionFit:
+    """What fitting found.
+
+    Attributes:
+        correction: the correction, or None: "off" was best.
+        clusters, alpha: what was chosen; 0 and 0.0 for "off".
+        gain: loss without minus loss with correction, mean over rows that the fit had not seen; None if it was not
+            measured (a fixed number of clusters and a fixed alpha).
+        gain_low, gain_high: paired 95 % interval of the gain.
+        loss_before, loss_after: mean loss over the same rows.
+        metric: "kl" (Kullback-Leibler divergence to the teacher, nats) or "mse".
+        rows: rows that were fitted on.
+        candidates: mean held-out loss by "clusters/alpha".
+    """
+
+    correction: ClusterAffine | None
+    clusters: int
+    alpha: float
+    rows: int
+    metric: str
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    candidates: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the correction, JSON-clean."""
+        return {k: v for k, v in self.__dict__.items() if k != "correction"}
+
+    def summary(self) -> str:
+        """One line."""
+        gain = "" if self.gain is None else (
+            f", held-out {self.metric} {self.loss_before:.5f} -> {self.loss_after:.5f}, "
+            f"gain {self.gain:.5f} [{self.gain_low:.5f}, {self.gain_high:.5f}]"
+        )
+        chosen = f"{self.clusters} clusters, alpha {self.alpha:g}" if self.clusters else "off"
+        return f"{chosen}{gain} ({self.rows} rows)"
+
+
+class Sums:
+    """Sums over rows by fold and cluster: all that fitting needs, so that batches and processes can add up."""
+
+    def __init__(self, clusters: int, width: int, folds: int = 1) -> None:
+        self.count = torch.zeros(folds, clusters, dtype=torch.float64)
+        self.values = torch.zeros(5, folds, clusters, width, dtype=torch.float64)  # q, f, q^2, f^2, q f
+
+    def add(self, q: Tensor, f: Tensor, cluster: Tensor, fold: Tensor) -> None:
+        """Add rows q, f (M, D) of clusters and folds (M,) int64."""
+        folds, clusters = self.count.shape
+        slot = fold * clusters + cluster
+        self.count.view(-1).index_add_(0, slot, torch.ones(len(slot), dtype=torch.float64))
+        q, f = q.double(), f.double()
+        for total, part in zip(self.values, (q, f, q * q, f * f, q * f), strict=True):
+            total.view(folds * clusters, -1).index_add_(0, slot, part)
+
+    def without(self, fold: int | None) -> tuple[Tensor, Tensor]:
+        """Count (C,) and sums (5, C, D) over all folds but one."""
+        count, values = self.count.sum(0), self.values.sum(1)
+        return (count, values) if fold is None else (count - self.count[fold], values - self.values[:, fold])
+
+
+def solve(count: Tensor, values: Tensor, gamma: str, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Gamma and beta (C, D) float64 from count (C,) and sums (5, C, D)."""
+    total = _affine(count.sum().view(1), values.sum(1, keepdim=True), gamma, shrinkage, None)
+    return _affine(count, values, gamma, shrinkage, total)
+
+
+def _affine(
+    count: Tensor, values: Tensor, kind: str, prior: float, outer: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    n = count.clamp_min(1).unsqueeze(-1)
+    mean_q, mean_f, square_q, square_f, product = values / n
+    var_q, var_f = (square_q - mean_q**2).clamp_min(0), (square_f - mean_f**2).clamp_min(0)
+    cov = product - mean_q * mean_f
+    weight = count.unsqueeze(-1)
+    gamma_g, beta_g = outer if outer is not None else (torch.ones_like(mean_q), torch.zeros_like(mean_q))
+    # The scale of the prior is the variance of all rows: rows of all clusters together.
+    whole = values.sum(1, keepdim=True) / count.sum().clamp_min(1)
+    v = (whole[2] - whole[0] ** 2).clamp_min(VARIANCE_FLOOR)
+    if kind == "ls":
+        gamma = (weight * cov + prior * gamma_g * v) / (weight * var_q + prior * v).clamp_min(
+            VARIANCE_FLOOR * weight.clamp_min(1)
+        )
+    else:
+        floor = VARIANCE_FLOOR * weight.clamp_min(1)
+        gamma = ((weight * var_f + prior * gamma_g**2 * v) / (weight * var_q + prior * v).clamp_min(floor)).sqrt()
+        constant = (var_q <= VARIANCE_FLOOR) | (var_f <= VARIANCE_FLOOR)
+        gamma = torch.where(constant, gamma_g.expand_as(gamma), gamma)
+    pull = gamma_g * mean_q + beta_g - gamma * mean_q
+    beta = (weight * (mean_f - gamma * mean_q) + prior * pull) / (weight + prior).clamp_min(1e-12)
+    empty = weight == 0
+    return torch.where(empty, gamma_g.expand_as(gamma), gamma), torch.where(empty, beta_g.expand_as(beta), beta)
+
+
+def fit(quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind) -> CorrectionFit:
+    """Fit a correction of rows ``quantized`` (M, D) towards ``teacher`` (M, D), token by token the same.
+
+    Raises:
+        ValueError: too few rows, shapes that differ, or values that are not finite.
+    """
+    q, f = quantized.detach().float().cpu(), teacher.detach().float().cpu()
+    _check_rows(q, f)
+    notes: list[str] = []
+    fixed = config.num_clusters != "auto" and config.alpha != "auto"
+    space = _Space(q, config, notes)
+    if fixed:
+        clusters = min(int(config.num_clusters), len(q))
+        assert not isinstance(config.alpha, str)
+        correction = _fit_all(q, f, space, clusters, float(config.alpha), config)
+        return CorrectionFit(correction, clusters, float(config.alpha), len(q), _metric(kind), notes=notes)
+    return _choose(q, f, space, config, kind, notes)
+
+
+class _Space:
+    """Where clusters are found: the rows projected on their principal components."""
+
+    def __init__(self, q: Tensor, config: CatConfig, notes: list[str]) -> None:
+        self.seed = config.seed
+        self.mean = q.mean(0)
+        self.basis: Tensor | None = None
+        if config.projection is not None and config.projection < q.shape[1]:
+            rank = min(config.projection, len(q))
+            if rank < config.projection:
+                notes.append(f"projection {config.projection} lowered to {rank}: there are {len(q)} rows")
+            components = PCA(n_components=rank, random_state=config.seed).fit(q.numpy()).components_
+            self.basis = torch.from_numpy(np.ascontiguousarray(components.T)).float()
+        self.points = q if self.basis is None else (q - self.mean) @ self.basis
+        self._centroids: dict[int, Tensor] = {}
+
+    def centroids(self, clusters: int) -> Tensor:
+        """Centroids (C, P) of the rows' own projections, centring absorbed."""
+        if clusters not in self._centroids:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
+                fitted = KMeans(n_clusters=clusters, random_state=self.seed).fit(self.points.numpy())
+            centers = torch.from_numpy(fitted.cluster_centers_).float()
+            self._centroids[clusters] = centers if self.basis is None else centers + self.mean @ self.basis
+        return self._centroids[clusters]
+
+
+def _fit_all(q: Tensor, f: Tensor, space: _Space, clusters: int, alpha: float, config: CatConfig) -> ClusterAffine:
+    centroids = space.centroids(clusters)
+    sums = _sums(q, f, nearest_centroid(q, space.basis, centroids), torch.zeros(len(q), dtype=torch.int64), clusters, 1)
+    gamma, beta = solve(*sums.without(None), config.gamma, config.shrinkage)
+    # One cluster needs no projection at all.
+    basis = space.basis if clusters > 1 else torch.zeros(q.shape[1], 1)
+    centroids = centroids if clusters > 1 else torch.zeros(1, 1)
+    return ClusterAffine.of(basis, centroids, 1 + alpha * (gamma - 1), alpha * beta)
+
+
+def _choose(
+    q: Tensor, f: Tensor, space: _Space, config: CatConfig, kind: Kind, notes: list[str]
+) -> CorrectionFit:
+    folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
+    before = _losses(q, f, kind)
+    gains: dict[tuple[int, float], Tensor] = {}
+    for clusters in _cluster_choices(q, config):
+        cluster = nearest_centroid(q, space.basis, space.centroids(clusters))
+        sums = _sums(q, f, cluster, folds, clusters, FOLDS)
+        maps = [solve(*sums.without(fold), config.gamma, config.shrinkage) for fold in range(FOLDS)]
+        for alpha in ALPHAS if config.alpha == "auto" else (float(config.alpha),):
+            gains[clusters, alpha] = before - _held_out(q, f, cluster, folds, maps, alpha, kind)
+    best = max(gains, key=lambda key: (float(gains[key].mean()), -key[0]))
+    chosen = _simplest(gains, best)
+    gain, half = _interval(gains[chosen])
+    result = CorrectionFit(
+        None, 0, 0.0, len(q), _metric(kind), 0.0, 0.0, 0.0, float(before.mean()), float(before.mean()), notes=notes
+    )
+    result.candidates = {f"{c}/{a:g}": float((before - g).mean()) for (c, a), g in gains.items()}
+    if gain - half > 0:
+        result.clusters, result.alpha = chosen
+        result.gain, result.gain_low, result.gain_high = gain, gain - half, gain + half
+        result.loss_after = float(before.mean()) - gain
+        result.correction = _fit_all(q, f, space, *chosen, config)
+    return result
+
+
+def _cluster_choices(q: Tensor, config: CatConfig) -> list[int]:
+    if config.num_clusters != "auto":
+        return [min(int(config.num_clusters), len(q))]
+    return [
+        c for c in CLUSTERS if c == 1 or (len(q) >= ROWS_PER_CLUSTER * c and 5 * FOLDS * c * q.shape[1] <= MAX_SUMS)
+    ]
+
+
+def _simplest(gains: dict[tuple[int, float], Tensor], best: tuple[int, float]) -> tuple[int, float]:
+    """Fewest clusters, then smallest alpha, that is within one standard error of the best, row by row."""
+    for key in sorted(gains):
+        difference = gains[best] - gains[key]
+        error = float(difference.std()) / math.sqrt(len(difference))
+        if float(difference.mean()) <= error:
+            return key
+    return best
+
+
+def _interval(gain: Tensor) -> tuple[float, float]:
+    return float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
+
+
+def _held_out(
+    q: Tensor,
+    f: Tensor,
+    cluster: Tensor,
+    folds: Tensor,
+    maps: list[tuple[Tensor, Tensor]],
+    alpha: float,
+    kind: Kind,
+) -> Tensor:
+    losses = torch.empty(len(q))
+    for fold, (gamma, beta) in enumerate(maps):
+        rows = (folds == fold).nonzero().flatten()
+        for part in rows.split(max(1, CHUNK // q.shape[1])):
+            slope, shift = gamma.float()[cluster[part]], beta.float()[cluster[part]]
+            y = q[part] + alpha * ((slope - 1) * q[part] + shift)
+            losses[part] = _losses(y, f[part], kind)
+    return losses
+
+
+def _losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
+    """Loss of every row (M,)."""
+    parts = []
+    for y, target in zip(*(t.split(max(1, CHUNK // q.shape[1])) for t in (q, f)), strict=True):
+        if kind == "hidden":
+            parts.append((y - target).square().mean(-1))
+        else:
+            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
+
+
+def _sums(q: Tensor, f: Tensor, cluster: Tensor, fold: Tensor, clusters: int, folds: int) -> Sums:
+    sums = Sums(clusters, q.shape[1], folds)
+    size = max(1, CHUNK // q.shape[1])
+    for parts in zip(*(t.split(size) for t in (q, f, cluster, fold)), strict=True):
+        sums.add(*parts)
+    return sums
+
+
+def _metric(kind: Kind) -> str:
+    return "kl" if kind == "logits" else "mse"
+
+
+def _check_rows(q: Tensor, f: Tensor) -> None:
+    if q.dim() != 2 or q.shape != f.shape:
+        raise ValueError(f"quantized and teacher rows must be (M, D) of one shape, got {tuple(q.shape)}, {tuple(f.shape)}")
+    if len(q) < 2 * FOLDS:
+        raise ValueError(f"fitting a correction needs at least {2 * FOLDS} rows, got {len(q)}: pass more samples")
+    for name, rows in (("quantized", q), ("teacher", f)):
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"the {name} outputs have values that are not finite: a correction cannot be fitted")

@@ -1,0 +1,307 @@
+"""The output correction: cluster-wise affine transformation (CAT, arXiv 2509.26277), and its place on a model.
+
+    y <- gamma[c] * y + beta[c],        c the nearest of C centroids to y @ basis
+
+It acts on the last dimension of what a module returns (or on ``dim``, for images). One cluster is the plain affine map.
+The blending factor alpha of the paper is folded in: gamma is 1 + alpha * (gamma - 1), beta is alpha * beta; the centring
+of the PCA is absorbed by the centroids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import kernels  # noqa: F401  registers what the op computes
+
+FILE_NAME = "correction.safetensors"
+FILE_VERSION = "1"
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class CatConfig:
+    """How a correction is fitted, and where it sits.
+
+    Args:
+        num_clusters: clusters, or "auto": chosen by cross-validation among off, 1, 4, 8, 16, 32 and 64.
+        projection: principal components that clusters are found in, or None for all dimensions.
+        alpha: blending factor in (0, 1], or "auto": chosen by cross-validation.
+        gamma: "std", the ratio of standard deviations, or "ls", least squares, which attenuates.
+        shrinkage: rows that the prior counts for: clusters shrink to the affine map of all rows, that to the identity.
+        at: "logits", "blocks", the name of a module, or several of these.
+        seed: of the clustering and of the folds.
+
+    Raises:
+        ValueError: a value breaks its rule.
+    """
+
+    num_clusters: int | Literal["auto"] = "auto"
+    projection: int | None = 50
+    alpha: float | Literal["auto"] = "auto"
+    gamma: Literal["std", "ls"] = "std"
+    shrinkage: float = 32.0
+    at: str | tuple[str, ...] = "logits"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.at, list):
+            object.__setattr__(self, "at", tuple(self.at))
+        places = (self.at,) if isinstance(self.at, str) else self.at
+        rules = (
+            ("num_clusters", '"auto" or an integer of at least 1', self.num_clusters == "auto" or _count(self.num_clusters)),
+            ("projection", "None or an integer of at least 1", self.projection is None or _count(self.projection)),
+            ("alpha", '"auto" or a number above 0 and up to 1', self.alpha == "auto" or _number(self.alpha, 1) > 0),
+            ("gamma", '"std" or "ls"', self.gamma in ("std", "ls")),
+            ("shrinkage", "a number of at least 0", _number(self.shrinkage) >= 0),
+            ("at", '"logits", "blocks" or names of modules', bool(places) and all(isinstance(p, str) for p in places)),
+            ("seed", "an integer of at least 0", self.seed == 0 or _count(self.seed)),
+        )
+        for name, rule, holds in rules:
+            if not holds:
+                raise ValueError(f"CatConfig: {name} must be {rule}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def paper(cls, at: str | tuple[str, ...] = "logits") -> CatConfig:
+        """The method exactly as published: PCA 50, KMeans 64, least-squares gamma, alpha 0.4, no shrinkage."""
+        return cls(num_clusters=64, projection=50, alpha=0.4, gamma="ls", shrinkage=0.0, at=at, seed=42)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields."""
+        fields = asdict(self)
+        return {**fields, "at": fields["at"] if isinstance(self.at, str) else list(self.at)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CatConfig:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown field, or a value that breaks its rule.
+        """
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"CatConfig has no field {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}")
+        return cls(**fields)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any, most: float = float("inf")) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value <= most
+    return float(value) if good else float("nan")
+
+
+class ClusterAffine(nn.Module):
+    """The correction as a module. Buffers, float32 whatever the model's dtype:
+
+    ``basis`` (D, P) or None, ``centroids`` (C, P), ``gamma`` (C, D), ``beta`` (C, D).
+    """
+
+    def __init__(self, width: int, clusters: int, rank: int | None, dim: int = -1, device: Any = None) -> None:
+        """An identity for D = ``width``, waiting for its tensors; ``rank`` P, or None to cluster y itself."""
+        super().__init__()
+        self.dim = dim
+        make = dict(dtype=torch.float32, device=device)
+        self.register_buffer("basis", None if rank is None else torch.zeros(width, rank, **make))
+        self.register_buffer("centroids", torch.zeros(clusters, width if rank is None else rank, **make))
+        self.register_buffer("gamma", torch.ones(clusters, width, **make))
+        self.register_buffer("beta", torch.zeros(clusters, width, **make))
+
+    @classmethod
+    def of(cls, basis: Tensor | None, centroids: Tensor, gamma: Tensor, beta: Tensor) -> ClusterAffine:
+        """The correction with these tensors."""
+        made = cls(gamma.shape[1], gamma.shape[0], None if basis is None else basis.shape[1], device=gamma.device)
+        for name, value in (("basis", basis), ("centroids", centroids), ("gamma", gamma), ("beta", beta)):
+            setattr(made, name, None if value is None else value.detach().float().contiguous())
+        return made
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (..., D), or with D at ``dim``, corrected, in its own dtype."""
+        if self.dim == -1:
+            return torch.ops.catquant.cluster_affine(y, self.basis, self.centroids, self.gamma, self.beta)
+        moved = y.movedim(self.dim, -1).contiguous()
+        out = torch.ops.catquant.cluster_affine(moved, self.basis, self.centroids, self.gamma, self.beta)
+        return out.movedim(-1, self.dim)
+
+    def fold_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight (D, K) and bias (D,) of the linear in front with a one-cluster correction folded in.
+
+        Raises:
+            ValueError: there is more than one cluster.
+        """
+        if len(self.gamma) != 1:
+            raise ValueError(f"only a correction of one cluster folds into a linear, this one has {len(self.gamma)}")
+        gamma, beta = self.gamma[0].to(weight.dtype), self.beta[0].to(weight.dtype)
+        return weight * gamma[:, None], beta if bias is None else gamma * bias + beta
+
+    def extra_repr(self) -> str:
+        """Sizes, as printed inside ``print(model)``."""
+        return f"width={self.gamma.shape[1]}, clusters={self.gamma.shape[0]}, rank={self.centroids.shape[1]}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClusterAffine:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:  # undo the cast, not the move
+                setattr(self, name, value.to(moved.device))
+        return self
+
+
+def attach(model: nn.Module, name: str, correction: ClusterAffine) -> None:
+    """Make the module called ``name`` correct what it returns; a correction that is there already is replaced.
+
+    Raises:
+        ValueError: the module is a container that would run the correction as one of its layers.
+    """
+    site = model.get_submodule(name)
+    if isinstance(site, CONTAINERS):
+        children = [f"{name}.{child}" for child, _ in site.named_children()]
+        last = children[-1] if children else name
+        raise ValueError(f"a correction cannot sit on {name!r}, a {type(site).__name__}: name its last child, {last!r}")
+    detach(model, name)
+    site.correction = correction  # type: ignore[assignment]
+    site.register_forward_hook(correct_output)
+
+
+def detach(model: nn.Module, name: str) -> ClusterAffine | None:
+    """Take the correction off the module called ``name`` and return it."""
+    site = model.get_submodule(name)
+    for key in [key for key, hook in site._forward_hooks.items() if hook is correct_output]:
+        del site._forward_hooks[key]
+    correction = site._modules.pop("correction", None)
+    return correction if isinstance(correction, ClusterAffine) else None
+
+
+def corrections(model: nn.Module) -> dict[str, ClusterAffine]:
+    """The corrections of a model by the name of the module they sit on."""
+    found = {name: module._modules.get("correction") for name, module in model.named_modules()}
+    return {name: value for name, value in found.items() if isinstance(value, ClusterAffine)}
+
+
+def correct_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """The forward hook: the output, or the first of several, corrected."""
+    correction = module.correction
+    if isinstance(output, Tensor):
+        return correction(output)
+    if isinstance(output, tuple | list):
+        return type(output)((correction(output[0]), *output[1:]))
+    first = next(iter(output))
+    output[first] = correction(output[first])
+    return output
+
+
+def save_correction(model: nn.Module, path: str | Path) -> Path:
+    """Write the corrections of ``model`` to a safetensors file, beside and then renamed; returns its path.
+
+    ``path`` is the file, or a folder that gets ``correction.safetensors``.
+
+    Raises:
+        ValueError: the model has no correction.
+    """
+    found = corrections(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no correction to save: fit one with fit_correction")
+    target = _file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{n}.correction.{b}": t.cpu().contiguous() for n, c in found.items() for b, t in c.named_buffers()}
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        sites = json.dumps({name: entry_of(correction) for name, correction in found.items()}, sort_keys=True)
+        # One key only: safetensors writes several in any order, and equal corrections shall be equal files.
+        save_file(tensors, beside, metadata={"catquant": json.dumps({"version": FILE_VERSION, "sites": sites})})
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def load_correction(model: nn.Module, path: str | Path) -> None:
+    """Attach the corrections that :func:`save_correction` wrote; nothing is attached if anything is wrong.
+
+    Raises:
+        ValueError: the file is damaged, of another version, has values that are not finite, or names a module that the
+            model does not have.
+        FileNotFoundError: there is no such file.
+    """
+    target = _file(path)
+    if not target.exists():
+        raise FileNotFoundError(f"{target}: there is no such file")
+    made = _read(target)
+    names = {name for name, _ in model.named_modules()}
+    for name in made:
+        if name not in names:
+            raise ValueError(f"{target}: it corrects {name!r}, which {type(model).__name__} does not have")
+    device = next(model.parameters()).device
+    for name, correction in made.items():
+        attach(model, name, correction.to(device))
+
+
+def entry_of(correction: ClusterAffine) -> dict[str, Any]:
+    """What is stored of a correction beside its tensors."""
+    rank = None if correction.basis is None else correction.basis.shape[1]
+    clusters, width = correction.gamma.shape
+    return {"width": width, "clusters": clusters, "rank": rank, "dim": correction.dim}
+
+
+def empty_correction(entry: dict[str, Any], device: Any = None) -> ClusterAffine:
+    """The correction that a stored entry describes, waiting for its tensors.
+
+    Raises:
+        ValueError: the entry has other fields, or sizes that cannot be.
+    """
+    if set(entry) != {"width", "clusters", "rank", "dim"}:
+        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {sorted(entry)}")
+    sizes = (entry["width"], entry["clusters"], 1 if entry["rank"] is None else entry["rank"])
+    if not all(_count(size) for size in sizes) or entry["dim"] not in (-1, 1):
+        raise ValueError(f"a stored correction must have positive sizes and dim -1 or 1, got {entry}")
+    return ClusterAffine(entry["width"], entry["clusters"], entry["rank"], entry["dim"], device=device)
+
+
+def check_values(name: str, correction: ClusterAffine) -> None:
+    """Refuse a correction with values that are not finite.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for buffer, value in correction.named_buffers():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}.correction.{buffer} has values that are not finite")
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def _read(target: Path) -> dict[str, ClusterAffine]:
+    try:
+        with safe_open(target, framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("catquant", "{}"))
+            if head.get("version") != FILE_VERSION:
+                raise ValueError(f"{target}: version must be {FILE_VERSION}, got {head.get('version')!r}")
+            made = {name: empty_correction(entry) for name, entry in json.loads(head["sites"]).items()}
+            for name, correction in made.items():
+                for buffer, expected in list(correction.named_buffers()):
+                    value = file.get_tensor(f"{name}.correction.{buffer}")
+                    if value.shape != expected.shape or value.dtype != torch.float32:
+                        raise ValueError(
+                            f"{target}: {name}.correction.{buffer} must be {tuple(expected.shape)} float32, "
+                            f"got {tuple(value.shape)} {value.dtype}"
+                        )
+                    setattr(correction, buffer, value)
+                check_values(name, correction)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{target}: not a whole correction file: {error}") from error
+    return made
