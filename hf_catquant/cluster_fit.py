@@ -138,8 +138,12 @@ def _affine(
     return torch.where(empty, gamma_g.expand_as(gamma), gamma), torch.where(empty, beta_g.expand_as(beta), beta)
 
 
-def fit(quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind) -> CorrectionFit:
+def fit(
+    quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind, max_bytes: int | None = None
+) -> CorrectionFit:
     """Fit a correction of rows ``quantized`` (M, D) towards ``teacher`` (M, D), token by token the same.
+
+    ``max_bytes`` bounds the size of the correction where ``num_clusters`` is "auto"; one cluster is always allowed.
 
     Raises:
         ValueError: too few rows, shapes that differ, or values that are not finite.
@@ -154,7 +158,8 @@ def fit(quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind) -> Co
         assert not isinstance(config.alpha, str)
         correction = _fit_all(q, f, space, clusters, float(config.alpha), config)
         return CorrectionFit(correction, clusters, float(config.alpha), len(q), _metric(kind), notes=notes)
-    return _choose(q, f, space, config, kind, notes)
+    choices = _cluster_choices(q, space, config, max_bytes)
+    return _choose(q, f, space, config, kind, choices, notes)
 
 
 class _Space:
@@ -195,12 +200,12 @@ def _fit_all(q: Tensor, f: Tensor, space: _Space, clusters: int, alpha: float, c
 
 
 def _choose(
-    q: Tensor, f: Tensor, space: _Space, config: CatConfig, kind: Kind, notes: list[str]
+    q: Tensor, f: Tensor, space: _Space, config: CatConfig, kind: Kind, choices: list[int], notes: list[str]
 ) -> CorrectionFit:
     folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
     before = _losses(q, f, kind)
     gains: dict[tuple[int, float], Tensor] = {}
-    for clusters in _cluster_choices(q, config):
+    for clusters in choices:
         cluster = nearest_centroid(q, space.basis, space.centroids(clusters))
         sums = _sums(q, f, cluster, folds, clusters, FOLDS)
         maps = [solve(*sums.without(fold), config.gamma, config.shrinkage) for fold in range(FOLDS)]
@@ -221,11 +226,21 @@ def _choose(
     return result
 
 
-def _cluster_choices(q: Tensor, config: CatConfig) -> list[int]:
+def _cluster_choices(q: Tensor, space: _Space, config: CatConfig, max_bytes: int | None) -> list[int]:
     if config.num_clusters != "auto":
         return [min(int(config.num_clusters), len(q))]
+    width = q.shape[1]
+    basis = 0 if space.basis is None else space.basis.numel()
+    budget = math.inf if max_bytes is None else max_bytes
     return [
-        c for c in CLUSTERS if c == 1 or (len(q) >= ROWS_PER_CLUSTER * c and 5 * FOLDS * c * q.shape[1] <= MAX_SUMS)
+        c
+        for c in CLUSTERS
+        if c == 1
+        or (
+            len(q) >= ROWS_PER_CLUSTER * c
+            and 5 * FOLDS * c * width <= MAX_SUMS
+            and 4 * (basis + c * (2 * width + space.points.shape[1])) <= budget
+        )
     ]
 
 

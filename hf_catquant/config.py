@@ -176,10 +176,9 @@ class CatQuantConfig(QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatQuantConfig:
         # transformers copies the config several times; data sets and generators are passed on, never copied.
-        new = copy.copy(self)
+        new = object.__new__(type(self))
         for name, value in self.__dict__.items():
-            if name not in _RUNTIME:
-                setattr(new, name, copy.deepcopy(value, memo))
+            new.__dict__[name] = value if name in _RUNTIME else copy.deepcopy(value, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

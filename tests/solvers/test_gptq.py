@@ -243,36 +243,36 @@ def test_aiming_at_the_float_stream_helps_on_rows_it_has_not_seen(name):
     assert errors[0] < 0.9 * errors[1]
 
 
-def test_full_aim_is_the_regression_on_the_float_output():
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+def test_full_aim_is_the_ridge_regression_on_the_float_output(ridge):
     weight = random_weight(5, 12)
     x, y = streams(3000, 12)
     moments = moments_of(x, y)
-    order = moments.gram.diagonal(dim1=1, dim2=2).argsort(-1)
-    gram, lower = gptq.factorise(moments.gram, order)
-    target = gptq.aim(weight.unsqueeze(0), moments, gram, lower, order, 1.0)[0]
-    damping = float((gram - moments.gram)[0, 0, 0])
+    target = gptq.aim(weight.unsqueeze(0), moments, moments.gram, 1.0, ridge)[0]
     x64, y64 = x[0].double(), y[0].double()
-    right = (x64 @ weight.double().T).T @ y64 / 3000 + damping * weight.double()
-    expected = right @ torch.linalg.inv(y64.T @ y64 / 3000 + damping * torch.eye(12, dtype=torch.float64))
+    mean = float(y64.square().mean())
+    # Rows sqrt(ridge) e_k with the outputs W e_k pull the regression toward W.
+    pull = (3000 * ridge * mean) ** 0.5 * torch.eye(12, dtype=torch.float64)
+    inputs, outputs = torch.cat((y64, pull)), torch.cat((x64, pull)) @ weight.double().T
+    expected = torch.linalg.lstsq(inputs, outputs).solution.T
     torch.testing.assert_close(target.double(), expected, rtol=1e-3, atol=1e-3)
-    half = gptq.aim(weight.unsqueeze(0), moments, gram, lower, order, 0.5)[0]
+    half = gptq.aim(weight.unsqueeze(0), moments, moments.gram, 0.5, ridge)[0]
     torch.testing.assert_close(half, (weight + target) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_equal_streams_leave_the_weight_as_the_target():
     moments = moments_of(correlated(500, 16))
-    order = torch.arange(16).unsqueeze(0)
     runs = random_weight(4, 16).unsqueeze(0)
-    assert torch.equal(gptq.aim(runs, moments, *gptq.factorise(moments.gram, order), order, 1.0), runs)
+    assert torch.equal(gptq.aim(runs, moments, moments.gram, 1.0, 0.01), runs)
 
 
 def test_an_ill_conditioned_aim_is_bounded():
     weight = random_weight(6, 20)
     y = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, 20)
     x = 1e3 * torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(1))
-    moments, order = moments_of(x, y), torch.arange(20).unsqueeze(0)
-    gram, lower = gptq.factorise(moments.gram, order)
-    move = gptq.aim(weight.unsqueeze(0), moments, gram, lower, order, 1.0)[0] - weight
+    moments = moments_of(x, y)
+    gram, _ = gptq.factorise(moments.gram, torch.arange(20).unsqueeze(0))
+    move = gptq.aim(weight.unsqueeze(0), moments, gram, 1.0, 0.0)[0] - weight
     length, moved = (((t @ gram[0]) * t).sum(-1).sqrt() for t in (weight, move))
     assert bool((moved <= length * 1.001).all())
     w_hat = dequantize(gptq.solve(weight, FORMATS["ternary"], 8, moments), FORMATS["ternary"], 8)
@@ -280,12 +280,14 @@ def test_an_ill_conditioned_aim_is_bounded():
 
 
 def test_trust_grows_with_the_data_for_each_column():
-    shares = [gptq.trust(count, 64) for count in (1, 64, 64 * 24, 64 * 1000, 64 * 10**6)]
-    assert shares == sorted(shares)
-    assert shares[0] < 0.01
-    assert 0.5 < shares[2] < 0.75
-    assert 0.95 < shares[3] < shares[4] < 1
-    assert gptq.trust(1000, 10) > gptq.trust(1000, 100)
+    shares, ridges = zip(*(gptq.trust(count, 64) for count in (1, 64, 64 * 24, 64 * 1000, 64 * 10**6)), strict=True)
+    assert list(shares) == sorted(shares)
+    assert list(ridges) == sorted(ridges, reverse=True)
+    assert shares[0] == pytest.approx(0.5, abs=0.01)
+    assert shares[-1] == pytest.approx(1, abs=0.01)
+    assert ridges[0] > 20
+    assert ridges[-1] < 0.01
+    assert gptq.trust(1000, 10) == gptq.trust(100000, 1000), "what counts is data a column"
 
 
 @EACH_FORMAT
