@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .calibrate import Outcome
 from .config import CatQuantConfig
+from .correction import corrections
 from .layers import QuantizedModule
 from .model import Selection, quantized_modules
 from .samples import Batches
@@ -47,7 +48,8 @@ class Report:
     Attributes:
         parameters: of the float model, tied ones once.
         quantized_parameters: how many of them are stored as codes.
-        bits_per_parameter: stored bits of the whole model (codes, scales, offsets, floats, corrections) a parameter.
+        bits_per_parameter: stored bits a parameter: codes, scales, offsets, float parameters and corrections. Fixed
+            tables that are no parameters (batch norm statistics, filter banks) count in the bytes only.
         bytes_before, bytes_after: of the float model in the dtype it was quantized in, and of the stored one.
         layers: the quantized layers, in module order.
         skipped: every weight that stays in float, with the reason.
@@ -117,7 +119,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         parameters=parameters,
         quantized_parameters=quantized,
-        bits_per_parameter=8 * bytes_after / max(1, parameters),
+        bits_per_parameter=8 * _parameter_bytes(model) / max(1, parameters),
         bytes_before=known.get("bytes_before", 0),
         bytes_after=bytes_after,
         layers=layers,
@@ -140,6 +142,15 @@ def stored_bytes(model: nn.Module) -> int:
     for tensor in model.state_dict().values():
         tensors[tensor.data_ptr(), tensor.nbytes] = tensor
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    learned: list[Tensor] = list(model.parameters())
+    for module in quantized_modules(model).values():
+        learned += module.packed_tensors()
+    for correction in corrections(model).values():
+        learned += list(correction.buffers())
+    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in learned}.values())
 
 
 def provenance(
