@@ -28,6 +28,8 @@ from .walk import Call, Leaf, Unit, Walk, leaf_inputs, leaf_outputs
 from .weight import fit_static_range, quantize_activation
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# Positions of one image say much the same: this many rows settle the moments of K columns.
+MAX_ROWS, ROWS_PER_COLUMN = 1 << 16, 64
 RANGE_SAMPLE = 1 << 18  # values that a static activation range is fitted on
 
 
@@ -97,7 +99,9 @@ class Swap:
         self.outcome = Outcome()
         self._owner: dict[str, str] = {}  # first quantized member of a tied group, by the group's name
 
-    def site(self, name: str, moments: Moments | None, input_range: tuple[Tensor, Tensor | None] | None = None) -> None:
+    def site(
+        self, name: str, moments: Moments | None, input_range: tuple[Tensor, Tensor | None] | None = None
+    ) -> None:
         """Quantize the layer called ``name``; without moments by rounding to nearest."""
         site = self.sites[name]
         group = site.tied_to or name
@@ -185,7 +189,11 @@ class Calibration:
         float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")
         calls = self.walk.inputs(index, "quantized") if self.diverged else float_calls
         float_unit = copy.deepcopy(self.model.get_submodule(unit.name))
-        solved = [name for stage in self._stages(unit, float_unit) for name in self._stage(unit, float_unit, stage, float_calls, calls)]
+        solved = [
+            name
+            for stage in self._stages(unit, float_unit)
+            for name in self._stage(unit, float_unit, stage, float_calls, calls)
+        ]
         for name in [n for n in self.corrections if n == unit.name or n.startswith(f"{unit.name}.")]:
             self._fit_inside(unit, float_unit, name, float_calls, calls)
         outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
@@ -201,7 +209,15 @@ class Calibration:
         total = len(self.walk.plan.units)
         width = len(str(total))
         logger.info(
-            "[%*d/%d] %s: %d layers, %s, %s, %.1f s", width, index + 1, total, unit.name, len(solved), formats, error, seconds
+            "[%*d/%d] %s: %d layers, %s, %s, %.1f s",
+            width,
+            index + 1,
+            total,
+            unit.name,
+            len(solved),
+            formats,
+            error,
+            seconds,
         )
 
     def _stages(self, unit: Unit, float_unit: nn.Module) -> list[list[Leaf]]:
@@ -219,7 +235,12 @@ class Calibration:
         return stages
 
     def _stage(
-        self, unit: Unit, float_unit: nn.Module, stage: list[Leaf], float_calls: list[list[Call]], calls: list[list[Call]]
+        self,
+        unit: Unit,
+        float_unit: nn.Module,
+        stage: list[Leaf],
+        float_calls: list[list[Call]],
+        calls: list[list[Call]],
     ) -> list[str]:
         """Treat the leaves of one stage; returns the names of the layers that were quantized."""
         live = self.model.get_submodule(unit.name)
@@ -248,22 +269,37 @@ class Calibration:
         calls: list[list[Call]],
         input_range: tuple[Tensor, Tensor | None] | None,
     ) -> Moments | None:
-        sums = MomentSums()
+        sums, generator = MomentSums(), torch.Generator().manual_seed(self.config.seed)
         module = float_unit.get_submodule(leaf.name)
         layer = layer_for(module)
         assert layer is not None
         activations = self.swap.sites[name].scheme.activations
         for batch in range(len(calls)):
-            pairs = zip(leaf_inputs(float_unit, leaf, float_calls[batch]), leaf_inputs(live, leaf, calls[batch]), strict=True)
+            pairs = zip(
+                leaf_inputs(float_unit, leaf, float_calls[batch]), leaf_inputs(live, leaf, calls[batch]), strict=True
+            )
             for x, y in pairs:
                 if activations is not None and y.is_floating_point():
                     y = quantize_activation(y, get_format(activations), *(input_range or (None, None)))
                 rows = [layer.input_rows(module, t) for t in (x, y)]
                 if rows[0] is None or rows[1] is None:
                     return None
-                mask = self._row_mask(batch, name, x, rows[0])
-                sums.add(*(r if mask is None else r[:, mask] for r in rows))
+                chosen = self._chosen_rows(batch, name, x, rows[0], generator)
+                sums.add(*(r if chosen is None else r[:, chosen] for r in rows))
         return sums.result()
+
+    def _chosen_rows(
+        self, batch: int, name: str, x: Tensor, rows: Tensor, generator: torch.Generator
+    ) -> Tensor | None:
+        """Indices of the rows (B, M, K) that count: no padding, and of very many an equal random share of each batch."""
+        mask = self._row_mask(batch, name, x, rows)
+        quota = max(MAX_ROWS, ROWS_PER_COLUMN * rows.shape[-1]) // len(self.host_batches)
+        if mask is None and rows.shape[1] <= quota:
+            return None
+        indices = torch.arange(rows.shape[1]) if mask is None else mask.nonzero().flatten().cpu()
+        if len(indices) > quota:
+            indices = indices[torch.randperm(len(indices), generator=generator)[: max(1, quota)]]
+        return indices.to(rows.device)
 
     def _row_mask(self, batch: int, name: str, x: Tensor, rows: Tensor) -> Tensor | None:
         """Which of the rows (B, M, K) are not padding; a convolution over time has one row a step it puts out."""
@@ -292,7 +328,12 @@ class Calibration:
         return fit_static_range(torch.cat(values), get_format(scheme.activations))
 
     def _match_norm(
-        self, live: nn.Module, float_unit: nn.Module, leaf: Leaf, float_calls: list[list[Call]], calls: list[list[Call]]
+        self,
+        live: nn.Module,
+        float_unit: nn.Module,
+        leaf: Leaf,
+        float_calls: list[list[Call]],
+        calls: list[list[Call]],
     ) -> None:
         sums = {"float": ChannelSums(), "quantized": ChannelSums()}
         for batch in range(len(calls)):

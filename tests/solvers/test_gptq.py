@@ -283,9 +283,9 @@ def test_trust_grows_with_the_data_for_each_column():
     shares, ridges = zip(*(gptq.trust(count, 64) for count in (1, 64, 64 * 24, 64 * 1000, 64 * 10**6)), strict=True)
     assert list(shares) == sorted(shares)
     assert list(ridges) == sorted(ridges, reverse=True)
-    assert shares[0] == pytest.approx(0.5, abs=0.01)
+    assert shares[0] == pytest.approx(0.7, abs=0.01)
     assert shares[-1] == pytest.approx(1, abs=0.01)
-    assert ridges[0] > 20
+    assert ridges[0] > 5
     assert ridges[-1] < 0.01
     assert gptq.trust(1000, 10) == gptq.trust(100000, 1000), "what counts is data a column"
 
