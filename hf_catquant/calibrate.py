@@ -281,7 +281,8 @@ class Calibration:
             for x, y in pairs:
                 if activations is not None and y.is_floating_point():
                     y = quantize_activation(y, get_format(activations), *(input_range or (None, None)))
-                rows = [layer.input_rows(module, t) for t in (x, y)]
+                window = layer.window(module, x, self._quota(layer.matrix_shape(module)[1]), generator)
+                rows = [layer.input_rows(module, t, window) for t in (x, y)]
                 if rows[0] is None or rows[1] is None:
                     return None
                 chosen = self._chosen_rows(batch, name, x, rows[0], generator)
@@ -293,13 +294,17 @@ class Calibration:
     ) -> Tensor | None:
         """Indices of the rows (B, M, K) that count: no padding, and of very many an equal random share of each batch."""
         mask = self._row_mask(batch, name, x, rows)
-        quota = max(MAX_ROWS, ROWS_PER_COLUMN * rows.shape[-1]) // len(self.host_batches)
+        quota = self._quota(rows.shape[-1])
         if mask is None and rows.shape[1] <= quota:
             return None
         indices = torch.arange(rows.shape[1]) if mask is None else mask.nonzero().flatten().cpu()
         if len(indices) > quota:
-            indices = indices[torch.randperm(len(indices), generator=generator)[: max(1, quota)]]
+            indices = indices[torch.randperm(len(indices), generator=generator)[:quota]]
         return indices.to(rows.device)
+
+    def _quota(self, columns: int) -> int:
+        """Rows of each batch that go into the moments of ``columns`` columns."""
+        return max(1, max(MAX_ROWS, ROWS_PER_COLUMN * columns) // len(self.host_batches))
 
     def _row_mask(self, batch: int, name: str, x: Tensor, rows: Tensor) -> Tensor | None:
         """Which of the rows (B, M, K) are not padding; a convolution over time has one row a step it puts out."""

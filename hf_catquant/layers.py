@@ -21,6 +21,8 @@ from .formats import get_format, group_count
 from .packing import check_bytes, pack, packed_width
 from .weight import QuantizedWeight, storage_dtype
 
+Window = tuple[tuple[int, int], tuple[int, int]]  # (first, count) of rows and of columns
+
 LAYERS: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
@@ -105,13 +107,18 @@ class QuantizedModule(nn.Module):
         return matrix.reshape(self.weight_shape)
 
     @staticmethod
-    def input_rows(module: nn.Module, x: Tensor) -> Tensor | None:
+    def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor | None:
         """Rows (B, M, K) of the input ``x`` that meet the matrix of ``module`` (float or quantized).
 
         B is the number of convolution groups: run b of N / B consecutive matrix rows meets rows ``[b]``. None where the
         input selects rows of the matrix instead of multiplying it.
         """
         raise TypeError(f"{type(module).__name__} has no input rows")
+
+    @staticmethod
+    def window(module: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> Window | None:
+        """A part of the input that gives about ``rows`` rows where there are many more, or None for all of them."""
+        return None
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -203,7 +210,7 @@ class QuantizedLinear(QuantizedModule):
         )
 
     @staticmethod
-    def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
         """x (..., K) as (1, M, K)."""
         return x.reshape(1, -1, x.shape[-1])
 
@@ -280,18 +287,47 @@ class _QuantizedConv(QuantizedModule):
         return out.squeeze(0) if unbatched else out
 
     @staticmethod
-    def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-        """Patches of x (B, C, *spatial): (groups, B * positions, C / groups * prod(kernel_size))."""
-        rank = len(module.kernel_size)  # type: ignore[arg-type]
+    def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
+        """Patches of x (B, C, *spatial): (groups, B * positions, C / groups * prod(kernel_size)).
+
+        ``window`` is a part of the output positions of an image, as :meth:`window` draws it.
+        """
+        conv: Any = module
+        rank = len(conv.kernel_size)
         x, padding = _padded(module, x.unsqueeze(0) if x.dim() == rank + 1 else x)
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         if rank == 1:
             x = x.unsqueeze(2)
-            kernel, padding, stride, dilation = (1, *kernel), (0, *padding), (1, *stride), (1, *dilation)  # type: ignore[misc]
-        patches = F.unfold(x, kernel, dilation, padding, stride)  # type: ignore[arg-type]
-        groups: int = module.groups  # type: ignore[assignment]
+            kernel, padding, stride, dilation = (1, *kernel), (0, *padding), (1, *stride), (1, *dilation)
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        if window is not None:
+            sides = zip(window, stride, dilation, kernel, strict=True)
+            rows, columns = (slice(at * s, (at + n - 1) * s + d * (k - 1) + 1) for (at, n), s, d, k in sides)
+            x = x[:, :, rows, columns]
+        patches = F.unfold(x, kernel, dilation, 0, stride)
         batch, _, positions = patches.shape
-        return patches.view(batch, groups, -1, positions).permute(1, 0, 3, 2).reshape(groups, batch * positions, -1)
+        shape = (batch, conv.groups, -1, positions)
+        return patches.view(shape).permute(1, 0, 3, 2).reshape(conv.groups, batch * positions, -1)
+
+    @staticmethod
+    def window(module: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> Window | None:
+        """A random window of output positions, the same for all images of x, that gives about ``rows`` rows.
+
+        None if all positions are no more than that. Images only: steps of time have padding, which a window would hide.
+        """
+        conv: Any = module
+        if x.dim() != 4:
+            return None
+        around = conv._reversed_padding_repeated_twice  # (left, right, top, bottom), also for "same"
+        grown = (x.shape[2] + around[2] + around[3], x.shape[3] + around[0] + around[1])
+        sides = zip(grown, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+        sizes = [(size - d * (k - 1) - 1) // s + 1 for size, d, k, s in sides]
+        share = (rows / (len(x) * sizes[0] * sizes[1])) ** 0.5
+        if share >= 1:
+            return None
+        lengths = [max(1, round(size * share)) for size in sizes]
+        starts = [int(torch.randint(n - w + 1, (), generator=generator)) for n, w in zip(sizes, lengths, strict=True)]
+        return (starts[0], lengths[0]), (starts[1], lengths[1])
 
     def to_float(self) -> nn.Module:
         """A convolution of the wrapped type."""
@@ -344,7 +380,7 @@ class QuantizedEmbedding(QuantizedModule):
         )
 
     @staticmethod
-    def input_rows(module: nn.Module, x: Tensor) -> None:
+    def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> None:
         """None: indices select rows, they do not multiply."""
         return None
 

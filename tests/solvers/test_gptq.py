@@ -134,6 +134,24 @@ def test_feedback_is_textbook_gptq(name, monkeypatch):
     assert float((ours[0] == expected).double().mean()) > 0.99, "all but ties and their consequences"
 
 
+def test_feedback_goes_by_importance_not_by_position(monkeypatch):
+    monkeypatch.setattr(gptq, "_SWEEPS", 0)  # descent does go by position
+    fmt, weight, x = FORMATS["ternary"], random_weight(6, 40), correlated(400, 40)
+    shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    codes = gptq.solve(weight, fmt, -1, moments_of(x)).codes
+    shuffled = gptq.solve(weight[:, shuffle], fmt, -1, moments_of(x[..., shuffle])).codes
+    assert float((codes[:, shuffle] == shuffled).float().mean()) > 0.98, "all but ties"
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "int2"])
+def test_descent_adds_to_error_feedback(name, monkeypatch):
+    fmt, weight, moments, error = FORMATS[name], random_weight(24, 64), moments_of(correlated(1000, 64)), {}
+    for sweeps in (0, 3):
+        monkeypatch.setattr(gptq, "_SWEEPS", sweeps)
+        error[sweeps] = output_error(weight, dequantize(gptq.solve(weight, fmt, 32, moments), fmt, 32), moments)
+    assert error[3] < 0.9 * error[0]
+
+
 @EACH_FORMAT
 def test_descent_never_raises_the_objective_and_ends_where_no_single_change_helps(name, monkeypatch):
     monkeypatch.setattr(_descent, "_BLOCK", 8)
