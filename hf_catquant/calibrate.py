@@ -3,6 +3,9 @@
 For every unit: the float copy runs on the float stream and the live unit on the quantized stream; the layers that read
 one tensor are solved together and swapped, so that the next layers of the unit already see their error; batch norms
 after them are matched; a correction that sits inside the unit is fitted; both streams advance.
+
+Corrections are fitted on batches that the solvers did not see: on their own calibration data quantized layers look better
+than they are, and a correction would find too little to do.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from .weight import fit_static_range, quantize_activation
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Positions of one image say much the same: this many rows settle the moments of K columns.
 MAX_ROWS, ROWS_PER_COLUMN = 1 << 16, 64
+HELD_OUT = 4  # one batch of so many is kept for the corrections
 RANGE_SAMPLE = 1 << 18  # values that a static activation range is fitted on
 
 
@@ -157,6 +161,10 @@ class Calibration:
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]
         self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
         self.diverged = False
+        count = len(batches)
+        held_out = count // HELD_OUT if config.correction is not None else 0
+        self.solve_batches = range(count - held_out)
+        self.fit_batches = range(count - held_out, count) if held_out else range(count)
         self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
 
     def run(self) -> Outcome:
@@ -176,9 +184,10 @@ class Calibration:
             for index, unit in enumerate(self.walk.plan.units):
                 self._unit(index, unit)
             for name in list(self.corrections):
-                pairs = Pairs(self.config.seed, len(self.host_batches))
-                for batch, (f, q) in enumerate(zip(*(self.walk.outputs_of(name, s) for s in STREAMS), strict=True)):
-                    self._add_pair(pairs, name, batch, f, q)
+                pairs = Pairs(self.config.seed, len(self.fit_batches))
+                float_outputs, outputs = (self.walk.outputs_of(name, stream) for stream in STREAMS)
+                for batch in self.fit_batches:
+                    self._add_pair(pairs, name, batch, float_outputs[batch], outputs[batch])
                 self._fit(name, pairs)
         finally:
             self.walk.finish()
@@ -274,7 +283,7 @@ class Calibration:
         layer = layer_for(module)
         assert layer is not None
         activations = self.swap.sites[name].scheme.activations
-        for batch in range(len(calls)):
+        for batch in self.solve_batches:
             pairs = zip(
                 leaf_inputs(float_unit, leaf, float_calls[batch]), leaf_inputs(live, leaf, calls[batch]), strict=True
             )
@@ -304,7 +313,7 @@ class Calibration:
 
     def _quota(self, columns: int) -> int:
         """Rows of each batch that go into the moments of ``columns`` columns."""
-        return max(1, max(MAX_ROWS, ROWS_PER_COLUMN * columns) // len(self.host_batches))
+        return max(1, max(MAX_ROWS, ROWS_PER_COLUMN * columns) // len(self.solve_batches))
 
     def _row_mask(self, batch: int, name: str, x: Tensor, rows: Tensor) -> Tensor | None:
         """Which of the rows (B, M, K) are not padding; a convolution over time has one row a step it puts out."""
@@ -324,9 +333,9 @@ class Calibration:
         if scheme.activations is None or layer is None or not layer.static_activations:
             return None
         generator = torch.Generator().manual_seed(self.config.seed)
-        quota = max(1, RANGE_SAMPLE // len(calls))
+        quota = max(1, RANGE_SAMPLE // len(self.solve_batches))
         values = []
-        for batch in range(len(calls)):
+        for batch in self.solve_batches:
             for x in leaf_inputs(live, leaf, calls[batch]):
                 flat = x.flatten()
                 values.append(flat[torch.randint(flat.numel(), (quota,), generator=generator).to(flat.device)])
@@ -341,7 +350,7 @@ class Calibration:
         calls: list[list[Call]],
     ) -> None:
         sums = {"float": ChannelSums(), "quantized": ChannelSums()}
-        for batch in range(len(calls)):
+        for batch in self.solve_batches:
             for x in leaf_inputs(float_unit, leaf, float_calls[batch]):
                 sums["float"].add(x)
             for x in leaf_inputs(live, leaf, calls[batch]):
@@ -353,8 +362,8 @@ class Calibration:
     ) -> None:
         live = self.model.get_submodule(unit.name)
         inner = name.removeprefix(unit.name).removeprefix(".")
-        pairs = Pairs(self.config.seed, len(self.host_batches))
-        for batch in range(len(calls)):
+        pairs = Pairs(self.config.seed, len(self.fit_batches))
+        for batch in self.fit_batches:
             outputs = (leaf_outputs(float_unit, inner, float_calls[batch]), leaf_outputs(live, inner, calls[batch]))
             for f, q in zip(*outputs, strict=True):
                 self._add_pair(pairs, name, batch, f, q)
