@@ -4,8 +4,8 @@ For every unit: the float copy runs on the float stream and the live unit on the
 one tensor are solved together and swapped, so that the next layers of the unit already see their error; batch norms
 after them are matched; a correction that sits inside the unit is fitted; both streams advance.
 
-Corrections are fitted on batches that the solvers did not see: on their own calibration data quantized layers look better
-than they are, and a correction would find too little to do.
+Corrections are fitted on batches that the solvers did not see, if there are enough: on their own calibration data quantized
+layers look better than they are, and a correction would find too little to do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .weight import fit_static_range, quantize_activation
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Positions of one image say much the same: this many rows settle the moments of K columns.
 MAX_ROWS, ROWS_PER_COLUMN = 1 << 16, 64
-HELD_OUT = 4  # one batch of so many is kept for the corrections
+HELD_OUT = 4  # one batch of so many is kept for the corrections, if there are twice as many
 RANGE_SAMPLE = 1 << 18  # values that a static activation range is fitted on
 
 
@@ -162,7 +162,7 @@ class Calibration:
         self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
-        held_out = count // HELD_OUT if config.correction is not None else 0
+        held_out = count // HELD_OUT if config.correction is not None and count >= 2 * HELD_OUT else 0
         self.solve_batches = range(count - held_out)
         self.fit_batches = range(count - held_out, count) if held_out else range(count)
         self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
