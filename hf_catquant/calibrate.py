@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import samples, solvers
+from .cluster_fit import Kind
 from .config import CatQuantConfig
 from .fitting import Pairs, correction_dim, placed, resolve_sites, tensor_of
 from .formats import get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
-from .model import Selection, Site, replace_module, select, share_weight, stacks
+from .model import Selection, replace_module, select, share_weight, stacks
 from .moments import ChannelSums, MomentSums, match_batch_norm
 from .solvers import Moments
 from .walk import Call, Leaf, Unit, Walk, leaf_inputs, leaf_outputs
@@ -291,11 +292,13 @@ class Calibration:
                 if activations is not None and y.is_floating_point():
                     y = quantize_activation(y, get_format(activations), *(input_range or (None, None)))
                 window = layer.window(module, x, self._quota(layer.matrix_shape(module)[1]), generator)
-                rows = [layer.input_rows(module, t, window) for t in (x, y)]
-                if rows[0] is None or rows[1] is None:
+                float_rows, rows = (layer.input_rows(module, t, window) for t in (x, y))
+                if float_rows is None or rows is None:
                     return None
-                chosen = self._chosen_rows(batch, name, x, rows[0], generator)
-                sums.add(*(r if chosen is None else r[:, chosen] for r in rows))
+                chosen = self._chosen_rows(batch, name, x, rows, generator)
+                if chosen is not None:
+                    float_rows, rows = float_rows[:, chosen], rows[:, chosen]
+                sums.add(float_rows, rows)
         return sums.result()
 
     def _chosen_rows(
@@ -376,7 +379,7 @@ class Calibration:
         pairs.add(f, q, dim, mask)
 
     def _fit(self, name: str, pairs: Pairs) -> None:
-        kind = "logits" if name == self.walk.plan.logits_site else "hidden"
+        kind: Kind = "logits" if name == self.walk.plan.logits_site else "hidden"
         del self.corrections[self.corrections.index(name)]
         assert self.config.correction is not None
         entry, fit = pairs.fit_and_attach(self.model, name, self.config.correction, kind)

@@ -1,7 +1,8 @@
 """Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
 
 For rows q of the quantized and f of the float model, per cluster k and channel, with prior weight lambda
-(``shrinkage``), the affine map (gamma_g, beta_g) of all rows as the prior of the clusters and the identity as its prior:
+(``shrinkage``), the affine map (gamma_g, beta_g) of all rows as the prior of the clusters, one slope shared by all channels
+as its prior, and the identity as the prior of that:
 
     gamma "ls"    (n cov_k + lambda gamma_g v) / (n var_k(q) + lambda v)                       v: variance of all rows
     gamma "std"   sqrt((n var_k(f) + lambda gamma_g^2 v) / (n var_k(q) + lambda v))
@@ -75,9 +76,13 @@ class CorrectionFit:
 
     def summary(self) -> str:
         """One line."""
-        gain = "" if self.gain is None else (
-            f", held-out {self.metric} {self.loss_before:.5f} -> {self.loss_after:.5f}, "
-            f"gain {self.gain:.5f} [{self.gain_low:.5f}, {self.gain_high:.5f}]"
+        gain = (
+            ""
+            if self.gain is None
+            else (
+                f", held-out {self.metric} {self.loss_before:.5f} -> {self.loss_after:.5f}, "
+                f"gain {self.gain:.5f} [{self.gain_low:.5f}, {self.gain_high:.5f}]"
+            )
         )
         chosen = f"{self.clusters} clusters, alpha {self.alpha:g}" if self.clusters else "off"
         return f"{chosen}{gain} ({self.rows} rows)"
@@ -107,19 +112,31 @@ class Sums:
 
 def solve(count: Tensor, values: Tensor, gamma: str, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Gamma and beta (C, D) float64 from count (C,) and sums (5, C, D)."""
-    total = _affine(count.sum().view(1), values.sum(1, keepdim=True), gamma, shrinkage, None)
+    everything = values.sum(1, keepdim=True)
+    total = _affine(count.sum().view(1), everything, gamma, shrinkage, _one_slope(count.sum(), everything, shrinkage))
     return _affine(count, values, gamma, shrinkage, total)
 
 
+def _one_slope(count: Tensor, values: Tensor, prior: float) -> tuple[Tensor, Tensor]:
+    """The map of all rows and channels together: one slope, which keeps the order of the logits, and no offset."""
+    n = count.clamp_min(1)
+    mean_q, mean_f, square_q, _, product = values / n
+    var_q = (square_q - mean_q**2).clamp_min(0).mean()
+    cov = (product - mean_q * mean_f).mean()
+    v = var_q.clamp_min(VARIANCE_FLOOR)
+    slope = ((count * cov + prior * v) / (count * var_q + prior * v).clamp_min(VARIANCE_FLOOR)).clamp_min(0.1)
+    return slope.expand_as(mean_q), torch.zeros_like(mean_q)
+
+
 def _affine(
-    count: Tensor, values: Tensor, kind: str, prior: float, outer: tuple[Tensor, Tensor] | None
+    count: Tensor, values: Tensor, kind: str, prior: float, outer: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     n = count.clamp_min(1).unsqueeze(-1)
     mean_q, mean_f, square_q, square_f, product = values / n
     var_q, var_f = (square_q - mean_q**2).clamp_min(0), (square_f - mean_f**2).clamp_min(0)
     cov = product - mean_q * mean_f
     weight = count.unsqueeze(-1)
-    gamma_g, beta_g = outer if outer is not None else (torch.ones_like(mean_q), torch.zeros_like(mean_q))
+    gamma_g, beta_g = outer
     # The scale of the prior is the variance of all rows: rows of all clusters together.
     whole = values.sum(1, keepdim=True) / count.sum().clamp_min(1)
     v = (whole[2] - whole[0] ** 2).clamp_min(VARIANCE_FLOOR)
@@ -191,7 +208,9 @@ class _Space:
 
 def _fit_all(q: Tensor, f: Tensor, space: _Space, clusters: int, alpha: float, config: CatConfig) -> ClusterAffine:
     centroids = space.centroids(clusters)
-    sums = _sums(q, f, nearest_centroid(q, space.basis, centroids), torch.zeros(len(q), dtype=torch.int64), clusters, 1)
+    sums = _sums(
+        q, f, nearest_centroid(q, space.basis, centroids), torch.zeros(len(q), dtype=torch.int64), clusters, 1
+    )
     gamma, beta = solve(*sums.without(None), config.gamma, config.shrinkage)
     # One cluster needs no projection at all.
     basis = space.basis if clusters > 1 else torch.zeros(q.shape[1], 1)
@@ -204,20 +223,38 @@ def _choose(
 ) -> CorrectionFit:
     folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
     before = _losses(q, f, kind)
+    agreed = _agreement(q, f, kind)
     gains: dict[tuple[int, float], Tensor] = {}
+    candidates: dict[str, float] = {}
     for clusters in choices:
         cluster = nearest_centroid(q, space.basis, space.centroids(clusters))
         sums = _sums(q, f, cluster, folds, clusters, FOLDS)
         maps = [solve(*sums.without(fold), config.gamma, config.shrinkage) for fold in range(FOLDS)]
         for alpha in ALPHAS if config.alpha == "auto" else (float(config.alpha),):
-            gains[clusters, alpha] = before - _held_out(q, f, cluster, folds, maps, alpha, kind)
+            corrected = _held_out(q, cluster, folds, maps, alpha)
+            candidates[f"{clusters}/{alpha:g}"] = float(_losses(corrected, f, kind).mean())
+            # A gain in divergence can be a mere change of confidence that costs right answers: those are not for sale.
+            if float(_agreement(corrected, f, kind).mean()) >= float(agreed.mean()):
+                gains[clusters, alpha] = before - _losses(corrected, f, kind)
+    result = CorrectionFit(
+        None,
+        0,
+        0.0,
+        len(q),
+        _metric(kind),
+        0.0,
+        0.0,
+        0.0,
+        float(before.mean()),
+        float(before.mean()),
+        candidates,
+        notes,
+    )
+    if not gains:
+        return result
     best = max(gains, key=lambda key: (float(gains[key].mean()), -key[0]))
     chosen = _simplest(gains, best)
     gain, half = _interval(gains[chosen])
-    result = CorrectionFit(
-        None, 0, 0.0, len(q), _metric(kind), 0.0, 0.0, 0.0, float(before.mean()), float(before.mean()), notes=notes
-    )
-    result.candidates = {f"{c}/{a:g}": float((before - g).mean()) for (c, a), g in gains.items()}
     if gain - half > 0:
         result.clusters, result.alpha = chosen
         result.gain, result.gain_low, result.gain_high = gain, gain - half, gain + half
@@ -258,23 +295,20 @@ def _interval(gain: Tensor) -> tuple[float, float]:
     return float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
 
 
-def _held_out(
-    q: Tensor,
-    f: Tensor,
-    cluster: Tensor,
-    folds: Tensor,
-    maps: list[tuple[Tensor, Tensor]],
-    alpha: float,
-    kind: Kind,
-) -> Tensor:
-    losses = torch.empty(len(q))
+def _held_out(q: Tensor, cluster: Tensor, folds: Tensor, maps: list[tuple[Tensor, Tensor]], alpha: float) -> Tensor:
+    """Every row (M, D) corrected by the map of the folds that it is not in."""
+    corrected = torch.empty_like(q)
     for fold, (gamma, beta) in enumerate(maps):
         rows = (folds == fold).nonzero().flatten()
         for part in rows.split(max(1, CHUNK // q.shape[1])):
             slope, shift = gamma.float()[cluster[part]], beta.float()[cluster[part]]
-            y = q[part] + alpha * ((slope - 1) * q[part] + shift)
-            losses[part] = _losses(y, f[part], kind)
-    return losses
+            corrected[part] = q[part] + alpha * ((slope - 1) * q[part] + shift)
+    return corrected
+
+
+def _agreement(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
+    """Whether each row has the teacher's largest logit (M,); hidden features have none."""
+    return torch.ones(len(q)) if kind == "hidden" else (q.argmax(-1) == f.argmax(-1)).float()
 
 
 def _losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
@@ -303,7 +337,9 @@ def _metric(kind: Kind) -> str:
 
 def _check_rows(q: Tensor, f: Tensor) -> None:
     if q.dim() != 2 or q.shape != f.shape:
-        raise ValueError(f"quantized and teacher rows must be (M, D) of one shape, got {tuple(q.shape)}, {tuple(f.shape)}")
+        raise ValueError(
+            f"quantized and teacher rows must be (M, D) of one shape, got {tuple(q.shape)}, {tuple(f.shape)}"
+        )
     if len(q) < 2 * FOLDS:
         raise ValueError(f"fitting a correction needs at least {2 * FOLDS} rows, got {len(q)}: pass more samples")
     for name, rows in (("quantized", q), ("teacher", f)):

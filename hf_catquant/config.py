@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -85,7 +85,7 @@ class CatQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"CatQuantConfig has no field {', '.join(map(repr, unknown))}; its fields are {known}")
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.format_version = format_version
         self.weights = weights
         self.group_size = group_size
@@ -171,7 +171,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         config = cls(**config_dict, **own)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def __iter__(self) -> Iterable[tuple[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CatQuantConfig:

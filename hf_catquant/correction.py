@@ -54,11 +54,15 @@ class CatConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.at, list):
+        if not isinstance(self.at, str):
             object.__setattr__(self, "at", tuple(self.at))
         places = (self.at,) if isinstance(self.at, str) else self.at
         rules = (
-            ("num_clusters", '"auto" or an integer of at least 1', self.num_clusters == "auto" or _count(self.num_clusters)),
+            (
+                "num_clusters",
+                '"auto" or an integer of at least 1',
+                self.num_clusters == "auto" or _count(self.num_clusters),
+            ),
             ("projection", "None or an integer of at least 1", self.projection is None or _count(self.projection)),
             ("alpha", '"auto" or a number above 0 and up to 1', self.alpha == "auto" or _number(self.alpha, 1) > 0),
             ("gamma", '"std" or "ls"', self.gamma in ("std", "ls")),
@@ -89,7 +93,9 @@ class CatConfig:
         """
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"CatConfig has no field {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}")
+            raise ValueError(
+                f"CatConfig has no field {', '.join(unknown)}; it has {', '.join(cls.__dataclass_fields__)}"
+            )
         return cls(**fields)
 
 
@@ -108,11 +114,16 @@ class ClusterAffine(nn.Module):
     ``basis`` (D, P) or None, ``centroids`` (C, P), ``gamma`` (C, D), ``beta`` (C, D).
     """
 
+    basis: Tensor | None
+    centroids: Tensor
+    gamma: Tensor
+    beta: Tensor
+
     def __init__(self, width: int, clusters: int, rank: int | None, dim: int = -1, device: Any = None) -> None:
         """An identity for D = ``width``, waiting for its tensors; ``rank`` P, or None to cluster y itself."""
         super().__init__()
         self.dim = dim
-        make = dict(dtype=torch.float32, device=device)
+        make: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("basis", None if rank is None else torch.zeros(width, rank, **make))
         self.register_buffer("centroids", torch.zeros(clusters, width if rank is None else rank, **make))
         self.register_buffer("gamma", torch.ones(clusters, width, **make))
@@ -169,9 +180,11 @@ def attach(model: nn.Module, name: str, correction: ClusterAffine) -> None:
     if isinstance(site, CONTAINERS):
         children = [f"{name}.{child}" for child, _ in site.named_children()]
         last = children[-1] if children else name
-        raise ValueError(f"a correction cannot sit on {name!r}, a {type(site).__name__}: name its last child, {last!r}")
+        raise ValueError(
+            f"a correction cannot sit on {name!r}, a {type(site).__name__}: name its last child, {last!r}"
+        )
     detach(model, name)
-    site.correction = correction  # type: ignore[assignment]
+    site.correction = correction
     site.register_forward_hook(correct_output)
 
 
@@ -192,7 +205,7 @@ def corrections(model: nn.Module) -> dict[str, ClusterAffine]:
 
 def correct_output(module: nn.Module, args: Any, output: Any) -> Any:
     """The forward hook: the output, or the first of several, corrected."""
-    correction = module.correction
+    correction: Any = module.correction
     if isinstance(output, Tensor):
         return correction(output)
     if isinstance(output, tuple | list):

@@ -106,7 +106,9 @@ def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str],
         elif place in names:
             wanted.add(place)
         else:
-            raise ValueError(f"CatConfig(at={place!r}): no module has this name; names look like {', '.join(names[-3:])}")
+            raise ValueError(
+                f"CatConfig(at={place!r}): no module has this name; names look like {', '.join(names[-3:])}"
+            )
     return [name for name in names if name in wanted]
 
 
@@ -150,7 +152,9 @@ def fit_correction(
         blocks = [block for names in stacks(teacher).values() for block in names]
         sites = resolve_sites(model, config, blocks, logits)
         if not sites:
-            raise ValueError(f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)")
+            raise ValueError(
+                f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
+            )
         return {name: _fit_site(model, teacher, data, config, name, name == logits, seed) for name in sites}
     finally:
         for module, training in was_training:
@@ -164,7 +168,13 @@ def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fit_site(
-    model: nn.Module, teacher: nn.Module, data: samples.Batches, config: CatConfig, name: str, is_logits: bool, seed: int
+    model: nn.Module,
+    teacher: nn.Module,
+    data: samples.Batches,
+    config: CatConfig,
+    name: str,
+    is_logits: bool,
+    seed: int,
 ) -> dict[str, Any]:
     pairs = Pairs(seed, len(data.batches))
     for batch in data.batches:

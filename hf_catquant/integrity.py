@@ -23,7 +23,7 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes as safetensors writes them: contiguous, little-endian."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(memoryview(data.numpy()))
+    return zlib.crc32(data.numpy().tobytes())
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -62,7 +62,10 @@ def verify_files(files: Iterable[str | Path], expected: Mapping[str, int]) -> No
                     f"(CRC-32 {value:08x}, expected {expected[name]:08x}): the file is damaged, fetch it again"
                 )
             found[name] = value
-    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+    for problem, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("unexpected", found.keys() - expected.keys()),
+    ):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
@@ -81,7 +84,9 @@ def _header(path: str | Path, length_bytes: bytes, size: int, file: object) -> t
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: the safetensors header is damaged: {error}") from error
     if end != size:
-        raise ValueError(f"{path}: the header describes {end} bytes but the file has {size}: it is truncated or damaged")
+        raise ValueError(
+            f"{path}: the header describes {end} bytes but the file has {size}: it is truncated or damaged"
+        )
     return 8 + length, header
 
 

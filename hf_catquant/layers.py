@@ -57,6 +57,14 @@ class QuantizedModule(nn.Module):
     keeps: ClassVar[tuple[str, ...]] = ()  # attributes of the original that models read
     static_activations: ClassVar[bool] = False
 
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_offset: Tensor | None
+    input_scale: Tensor | None
+    input_offset: Tensor | None
+    bias: nn.Parameter | None
+    dtype: torch.dtype
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "wraps" in cls.__dict__:
@@ -199,8 +207,10 @@ class QuantizedModule(nn.Module):
 class QuantizedLinear(QuantizedModule):
     """``nn.Linear`` with a packed weight; activations get a range for every token."""
 
-    wraps = nn.Linear
+    wraps: ClassVar[type[nn.Module]] = nn.Linear
     keeps = ("in_features", "out_features")
+    in_features: int
+    out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
@@ -225,6 +235,8 @@ class QuantizedTransposedLinear(QuantizedLinear):
 
     wraps = TransposedLinear
     keeps = ("nf", "nx")
+    nf: int
+    nx: int
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -263,6 +275,7 @@ class _QuantizedConv(QuantizedModule):
         "_reversed_padding_repeated_twice",
     )
     static_activations = True
+    kernel_size: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial), or without B, to (B, N, *spatial_out)."""
@@ -318,7 +331,7 @@ class _QuantizedConv(QuantizedModule):
         conv: Any = module
         if x.dim() != 4:
             return None
-        around = conv._reversed_padding_repeated_twice  # (left, right, top, bottom), also for "same"
+        around = conv._reversed_padding_repeated_twice  # (left, right, top, bottom)
         grown = (x.shape[2] + around[2] + around[3], x.shape[3] + around[0] + around[1])
         sides = zip(grown, conv.dilation, conv.kernel_size, conv.stride, strict=True)
         sizes = [(size - d * (k - 1) - 1) // s + 1 for size, d, k, s in sides]
@@ -371,6 +384,9 @@ class QuantizedEmbedding(QuantizedModule):
         "scale_grad_by_freq",
         "sparse",
     )
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
 
     def forward(self, indices: Tensor) -> Tensor:
         """indices (...) to (..., K) in the layer's compute dtype."""

@@ -131,7 +131,7 @@ def share_weight(model: nn.Module, name: str, source: str) -> None:
     for buffer in ("weight_packed", "weight_scale", "weight_offset"):
         setattr(module, buffer, getattr(owner, buffer))
         module._non_persistent_buffers_set.add(buffer)
-    module.scheme = owner.scheme  # type: ignore[assignment]
+    module.scheme = owner.scheme
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

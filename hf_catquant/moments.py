@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,8 @@ class ChannelSums:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Mean and population variance (C,) float64."""
-        assert self._first is not None and self._second is not None
+        assert self._first is not None
+        assert self._second is not None
         mean = self._first / self.count
         return mean, (self._second / self.count - mean.square()).clamp_min(0)
 
@@ -69,6 +72,7 @@ def match_batch_norm(norm: nn.Module, float_stream: ChannelSums, quantized_strea
     mean_q, var_q = quantized_stream.result()
     usable = (var_f > 1e-12) & (var_q > 1e-12)
     ratio = torch.where(usable, var_q / var_f.clamp_min(1e-12), torch.ones_like(var_f)).clamp(0.01, 100)
-    running_mean, running_var, eps = norm.running_mean, norm.running_var, float(norm.eps)  # type: ignore[arg-type]
-    norm.running_var = ((running_var.double() + eps) * ratio - eps).clamp_min(1e-12).to(running_var.dtype)  # type: ignore[union-attr,operator]
-    norm.running_mean = (mean_q - (mean_f - running_mean.double()) * ratio.sqrt()).to(running_mean.dtype)  # type: ignore[union-attr,operator]
+    live: Any = norm
+    mean, var, eps = live.running_mean, live.running_var, float(live.eps)
+    live.running_var = ((var.double() + eps) * ratio - eps).clamp_min(1e-12).to(var.dtype)
+    live.running_mean = (mean_q - (mean_f - mean.double()) * ratio.sqrt()).to(mean.dtype)

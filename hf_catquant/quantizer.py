@@ -164,9 +164,8 @@ def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
         return model
     quantizer = CatQuantizer(config, pre_quantized=False)
     quantizer.postprocess_model(model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", QUANT_METHOD)):
+        setattr(model, name, value)
     return model
 
 
@@ -208,7 +207,9 @@ def _resolve_names(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, 
     """
     entries = config.modules or {}
     present = {name for name, _ in model.named_modules()}
-    names = {stored: found for stored in entries if (found := _find(stored, present, model.base_model_prefix)) is not None}
+    names = {
+        stored: found for stored in entries if (found := _find(stored, present, model.base_model_prefix)) is not None
+    }
     missing = [name for name in entries if name not in names]
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     if not names or (missing and same_class):
@@ -234,7 +235,7 @@ def _find(stored: str, present: set[str], prefix: str) -> str | None:
 
 def _untie(model: PreTrainedModel) -> None:
     """Take packed weights out of transformers' own tying, which knows parameters only."""
-    for prefix, module in model.named_modules():
+    for module in model.modules():
         ties = getattr(module, "_tied_weights_keys", None)
         if isinstance(module, PreTrainedModel) and ties:
             inside = quantized_modules(module)

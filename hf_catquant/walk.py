@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,9 @@ class Walk:
         results = []
         for batch in range(len(self.batches)):
             caught: list[Any] = []
-            with hooked(self.model.get_submodule(name), after=lambda m, a, k, output, into=caught: into.append(output)):
+            with hooked(
+                self.model.get_submodule(name), after=lambda m, a, k, output, into=caught: into.append(output)
+            ):
                 self._run(stream, batch)
             results.append(_own(caught[-1]))
         return results
@@ -188,7 +191,9 @@ class Walk:
         run(self.model, self.batches[batch])
 
     def _recall(self, index: int, call: int) -> Any:
-        return pytree.tree_map_only((Tensor, _Forgotten), _revive, self._recorded[self._stream][index][self._batch][call])
+        return pytree.tree_map_only(
+            (Tensor, _Forgotten), _revive, self._recorded[self._stream][index][self._batch][call]
+        )
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,10 @@ def _revive(value: Tensor | _Forgotten) -> Tensor:
     if isinstance(value, _Forgotten):
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.clone()  # the model may write into what a unit returned
+
+
+def _revived(outputs: list[Any], call: int) -> Any:
+    return pytree.tree_map_only((Tensor, _Forgotten), _revive, outputs[call])
 
 
 def _own(tree: Any) -> Any:
@@ -296,7 +305,9 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
 def logits_site(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
     """Name of the innermost module that returns the model's logits (its output, if that is a tensor), or None."""
     returned: list[tuple[str, Tensor]] = []
-    handles = [module.register_forward_hook(_note_into(returned, name)) for name, module in model.named_modules() if name]
+    handles = [
+        module.register_forward_hook(_note_into(returned, name)) for name, module in model.named_modules() if name
+    ]
     try:
         return _logits_site(run(model, batch), returned)
     finally:
@@ -318,7 +329,8 @@ def _logits_site(output: Any, returned: list[tuple[str, Tensor]]) -> str | None:
         return None
     same = [name for name, tensor in returned if tensor is logits]
     equal = [n for n, t in returned if t.shape == logits.shape and torch.equal(t.float(), logits.float())]
-    return (same or equal or [None])[0]
+    found = same or equal
+    return found[0] if found else None
 
 
 class _Probe:
@@ -383,16 +395,11 @@ class _Probe:
 
     def _unit_agrees(self, plan: Plan, index: int, batch: dict[str, Tensor], originals: dict[str, nn.Module]) -> bool:
         unit = plan.units[index]
-        replays = []
         for past in range(index):
-            values = self.outputs[past]
+            outputs: Any = self.outputs[past]
             if past not in unit.reads:
-                values = pytree.tree_map_only(Tensor, _forget, values)
-            replay = Replay(
-                originals[plan.units[past].name],
-                lambda call, values=values: pytree.tree_map_only((Tensor, _Forgotten), _revive, values[call]),
-            )
-            replays.append(replay)
+                outputs = pytree.tree_map_only(Tensor, _forget, outputs)
+            replay = Replay(originals[plan.units[past].name], partial(_revived, outputs))
             replace_module(self.model, plan.units[past].name, replay)
         caught: list[Any] = []
 
@@ -463,6 +470,8 @@ def _same(a: Any, b: Any) -> bool:
     if len(left) != len(right):
         return False
     for x, y in zip(left, right, strict=True):
-        if isinstance(x, Tensor) and not (x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)):
+        if isinstance(x, Tensor) and not (
+            x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+        ):
             return False
     return True

@@ -20,6 +20,7 @@ ROWS = [
     "solvers",
     "moments",
     "correction",
+    "cluster_fit",
     "layers",
     "config",
     "model",

@@ -69,7 +69,7 @@ def feature_discrimination(features, labels, eta=DEFAULT_ETA):
         "binary_ratio": binary_value / value,
         "ternary_ratio": ternary_value / value,
         "n": len(y),
-        "num_classes": int(len(np.unique(y))),
+        "num_classes": len(np.unique(y)),
         "num_features": int(x.shape[1]),
     }
 
