@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -167,6 +167,8 @@ def fit(
     """
     q, f = quantized.detach().float().cpu(), teacher.detach().float().cpu()
     _check_rows(q, f)
+    # With more channels than rows each channel's own map is mostly noise: the prior counts for as much more.
+    config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
     notes: list[str] = []
     fixed = config.num_clusters != "auto" and config.alpha != "auto"
     space = _Space(q, config, notes)

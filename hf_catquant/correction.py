@@ -37,7 +37,8 @@ class CatConfig:
         projection: principal components that clusters are found in, or None for all dimensions.
         alpha: blending factor in (0, 1], or "auto": chosen by cross-validation.
         gamma: "std", the ratio of standard deviations, or "ls", least squares, which attenuates.
-        shrinkage: rows that the prior counts for: clusters shrink to the affine map of all rows, that to the identity.
+        shrinkage: rows that the prior counts for (times D / M where there are fewer rows M than channels D): clusters
+            shrink to the affine map of all rows, that to one slope for all channels, that to the identity.
         at: "logits", "blocks", the name of a module, or several of these.
         seed: of the clustering and of the folds.
 

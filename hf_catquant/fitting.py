@@ -11,7 +11,7 @@ from . import samples
 from .cluster_fit import Kind, fit
 from .correction import CatConfig, attach, entry_of
 from .log import logger
-from .model import quantized_modules, stacks
+from .model import parameter_count, stacks
 from .walk import hooked, logits_site, run
 
 MAX_VALUES = 1 << 26  # floats of each stream that a fit looks at
@@ -47,7 +47,7 @@ class Pairs:
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
         teacher, quantized = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
-        result = fit(quantized, teacher, config, kind, max_bytes=_weight_count(model) // SHARE)
+        result = fit(quantized, teacher, config, kind, max_bytes=parameter_count(model) // SHARE)
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:
             return None, result.to_dict()
@@ -55,11 +55,6 @@ class Pairs:
         correction.dim = self._dim
         attach(model, name, correction)
         return entry_of(correction), result.to_dict()
-
-
-def _weight_count(model: nn.Module) -> int:
-    packed = sum(m.rows_ * m.columns for m in quantized_modules(model).values())
-    return packed + sum(p.numel() for p in model.parameters())
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -145,6 +145,12 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of the float model that ``model`` stands for, shared ones once."""
+    packed = {m.weight_packed.data_ptr(): m.rows_ * m.columns for m in quantized_modules(model).values()}
+    return sum(packed.values()) + sum(p.numel() for p in model.parameters())
+
+
 def _get(model: nn.Module, name: str) -> nn.Module | None:
     try:
         return model.get_submodule(name)

@@ -13,7 +13,7 @@ from .calibrate import Outcome
 from .config import CatQuantConfig
 from .correction import corrections
 from .layers import QuantizedModule
-from .model import Selection, quantized_modules
+from .model import Selection, parameter_count, quantized_modules
 from .samples import Batches
 
 
@@ -110,16 +110,15 @@ def report(model: nn.Module) -> Report:
     config = stored_config(model)
     known = config.provenance if config is not None else {}
     entries = (config.modules or {}) if config is not None else {}
-    owned = {name: module for name, module in modules.items() if entries.get(name, {}).get("tied_to") is None}
-    quantized = sum(module.rows_ * module.columns for module in owned.values())
     bytes_after = stored_bytes(model)
-    parameters = quantized + sum(p.numel() for p in model.parameters())
+    parameters = parameter_count(model)
+    quantized = parameters - sum(p.numel() for p in model.parameters())
     errors = known.get("errors", {})
     layers = tuple(_layer(n, m, errors.get(n), entries.get(n, {}).get("tied_to")) for n, m in modules.items())
     return Report(
         parameters=parameters,
         quantized_parameters=quantized,
-        bits_per_parameter=8 * _parameter_bytes(model) / max(1, parameters),
+        bits_per_parameter=8 * parameter_bytes(model) / max(1, parameters),
         bytes_before=known.get("bytes_before", 0),
         bytes_after=bytes_after,
         layers=layers,
@@ -144,7 +143,8 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _parameter_bytes(model: nn.Module) -> int:
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all that was learned: codes, scales, offsets, float parameters and corrections, shared ones once."""
     learned: list[Tensor] = list(model.parameters())
     for module in quantized_modules(model).values():
         learned += module.packed_tensors()

@@ -33,8 +33,9 @@ ROWS = [
     "calibrate",
     "report",
     "quantizer",
-    "evaluation",
+    "evaluation tasks",
     "report_page hub",
+    "demo",
     "cli",
     "__init__",
 ]

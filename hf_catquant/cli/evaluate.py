@@ -1,0 +1,70 @@
+"""Compare a quantized model with its float model on labelled rows, or on text for a language model.
+
+Prints float, quantized, and quantized with correction on the same rows: accuracy or perplexity with 95 % intervals,
+agreement and flips, divergence, discrimination of the features, and size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..evaluation import Evaluation, evaluate_classifier, evaluate_language_model
+from ..samples import collect
+from ..tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows
+
+NAME = "eval"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
+    parser.add_argument("model", help="folder or Hub id of the quantized model")
+    parser.add_argument("--float", dest="teacher", required=True, help="folder or Hub id of the float model")
+    parser.add_argument("--dataset", required=True, help="file of test rows")
+    parser.add_argument("--column", help="column of the raw samples")
+    parser.add_argument("--label-column", default="label", help="column of the classes")
+    parser.add_argument(
+        "--label-offset", type=int, default=0, help="outputs before class 0 (1 for a background class)"
+    )
+    parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows in one forward")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that comes with the model"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print the table."""
+    table = evaluate(args)
+    print(table)
+    for path, text in ((args.json, json.dumps(table.to_dict(), indent=2)), (args.markdown, table.to_markdown())):
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def evaluate(args: argparse.Namespace) -> Evaluation:
+    """The table that the arguments ask for."""
+    trust = args.trust_remote_code
+    rows = read_rows(args.dataset, args.column, args.limit)
+    auto = auto_class(transformers.AutoConfig.from_pretrained(args.teacher, trust_remote_code=trust))
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
+    teacher, model = (auto.from_pretrained(name, **options).eval() for name in (args.teacher, args.model))
+    processor = load_processor(args.teacher, trust)
+    data = collect(
+        as_samples(rows, processor, args.column),
+        teacher,
+        processor=processor,
+        num_samples=len(rows),
+        batch_size=args.batch_size,
+    )
+    if auto in LANGUAGE_MODELS:
+        return evaluate_language_model(teacher, model, data.batches)
+    labels = labels_of(rows, args.label_column, teacher)
+    return evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)

@@ -1,0 +1,89 @@
+"""Quantize a model and save it with its report.
+
+The model comes from a folder or from the Hub; calibration rows come from a parquet, JSON, CSV or text file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..config import CatQuantConfig
+from ..formats import ACTIVATION_FORMATS, FORMATS
+from ..report import report
+from ..solvers import names
+from ..tasks import as_samples, auto_class, load_processor, read_rows
+
+NAME = "quantize"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
+    parser.add_argument("model", help="folder or Hub id of the float model")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--weights", choices=FORMATS, default="ternary", help="format of the weights")
+    parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale, -1 for whole rows")
+    parser.add_argument(
+        "--activations", choices=("none", *ACTIVATION_FORMATS), default="none", help="format of the inputs"
+    )
+    parser.add_argument("--edge-weights", choices=("same", *FORMATS), default="int8", help="format outside the blocks")
+    parser.add_argument("--solver", choices=names(), default="gptq", help="how codes are found; rtn needs no data")
+    parser.add_argument("--correction", choices=("cat", "none"), default="cat", help="output correction")
+    parser.add_argument("--dataset", help="file of calibration rows")
+    parser.add_argument("--column", help="column of the raw samples")
+    parser.add_argument("--num-samples", type=int, default=256, help="samples to calibrate on")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples in one forward")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument("--skip", nargs="*", metavar="MODULE", help="modules to leave in float")
+    parser.add_argument("--strict", action="store_true", help="fail if any layer would be skipped")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the float parts"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code that comes with the model"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantize, save and print the report."""
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
+        raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
+    processor = load_processor(args.model, args.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    auto = auto_class(config)
+    request = CatQuantConfig(
+        weights=args.weights,
+        group_size=args.group_size,
+        activations=None if args.activations == "none" else args.activations,
+        edge_weights=None if args.edge_weights == "same" else args.edge_weights,
+        solver=args.solver,
+        correction=None if args.correction == "none" else args.correction,
+        dataset=None
+        if args.dataset is None
+        else as_samples(read_rows(args.dataset, args.column), processor, args.column),
+        processor=processor,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        modules_to_not_convert=args.skip,
+        strict=args.strict,
+    )
+    model = auto.from_pretrained(
+        args.model,
+        quantization_config=request,
+        dtype=getattr(torch, args.dtype),
+        trust_remote_code=args.trust_remote_code,
+    )
+    model.save_pretrained(out)
+    if processor is not None:
+        processor.save_pretrained(out)
+    summary = report(model)
+    (out / "report.json").write_text(json.dumps(summary.to_dict(), indent=2), encoding="utf-8")
+    print(summary)
+    print(f"saved to {out}")

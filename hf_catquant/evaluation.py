@@ -1,0 +1,319 @@
+"""Evaluation: float, quantized, and quantized with correction, on the same rows, side by side with intervals.
+
+Classifiers are judged by accuracy, language models by token perplexity; both by agreement with the float model's first
+choice, by the flips, and by the Kullback-Leibler divergence to it. Differences are paired: the same rows in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .correction import attach, corrections, detach
+from .discrimination import feature_discrimination
+from .fitting import placed
+from .model import parameter_count
+from .report import parameter_bytes, stored_bytes
+from .walk import hooked, logits_site, run
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on the test rows.
+
+    Attributes:
+        name: "float", "quantized" or "quantized + CAT".
+        metric, low, high: accuracy in percent, or perplexity, with its 95 % interval.
+        agreement: percent of rows (tokens) with the float model's first choice.
+        lost, won: rows that the float model has right and this one wrong, and the reverse; None for language models.
+        kl: mean divergence to the float model, nats.
+        discrimination: of the features that enter the head; None for language models.
+        bytes, bits_per_parameter: of the stored model.
+    """
+
+    name: str
+    metric: float
+    low: float
+    high: float
+    agreement: float
+    lost: int | None
+    won: int | None
+    kl: float
+    discrimination: float | None
+    bytes: int
+    bits_per_parameter: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table. ``gain`` is what the correction adds to the metric (accuracy points, or perplexity saved), paired.
+
+    ``significantly_worse`` says that the 95 % interval of the gain lies below zero. None without a correction.
+    """
+
+    metric: str
+    n: int
+    rows: tuple[Row, ...]
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+
+    @property
+    def significantly_worse(self) -> bool | None:
+        """Whether the correction does harm beyond chance."""
+        return None if self.gain_high is None else self.gain_high < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean."""
+        return {**asdict(self), "significantly_worse": self.significantly_worse}
+
+    def to_markdown(self) -> str:
+        """A table for a README."""
+        head = [
+            self.metric,
+            "95 % interval",
+            "agreement %",
+            "lost",
+            "won",
+            "KL",
+            "discrimination",
+            "bytes",
+            "bits/param",
+        ]
+        lines = ["| model | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.rows]
+        return "\n".join([*lines, "", self._footer()])
+
+    def __str__(self) -> str:
+        head = [
+            "model",
+            self.metric,
+            "95 % interval",
+            "agree %",
+            "lost",
+            "won",
+            "KL",
+            "discrim.",
+            "bytes",
+            "bits/param",
+        ]
+        table = [head, *[_cells(row) for row in self.rows]]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in table
+        ]
+        return "\n".join([*lines, self._footer()])
+
+    def _footer(self) -> str:
+        text = f"n = {self.n} rows"
+        if self.gain is not None:
+            unit = "points" if self.metric == "accuracy" else "perplexity"
+            text += (
+                f"; the correction gains {self.gain:+.2f} {unit} [{self.gain_low:+.2f}, {self.gain_high:+.2f}], paired"
+            )
+        return text
+
+
+def _cells(row: Row) -> list[str]:
+    flips = ["-" if value is None else str(value) for value in (row.lost, row.won)]
+    discrimination = "-" if row.discrimination is None else f"{row.discrimination:.4f}"
+    return [
+        row.name,
+        f"{row.metric:.2f}",
+        f"{row.low:.2f} to {row.high:.2f}",
+        f"{row.agreement:.2f}",
+        *flips,
+        f"{row.kl:.4f}",
+        discrimination,
+        f"{row.bytes:,}",
+        f"{row.bits_per_parameter:.2f}",
+    ]
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    teacher: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]], labels: Sequence[int], offset: int = 0
+) -> Evaluation:
+    """Compare a quantized classifier with its float teacher.
+
+    Args:
+        teacher, model: called with each batch as keyword arguments; they return ``logits`` (B, C).
+        labels: class of every row of the batches, in order.
+        offset: classes before class 0 of the labels (1 where the first output is "background").
+
+    Raises:
+        ValueError: labels and rows differ in number, or a label has no output.
+    """
+    wanted = torch.as_tensor(labels)
+    truth = _classify(teacher, batches, offset)
+    if len(truth.logits) != len(wanted):
+        raise ValueError(f"there are {len(wanted)} labels for {len(truth.logits)} rows")
+    if wanted.min() < 0 or wanted.max() >= truth.logits.shape[1]:
+        raise ValueError(
+            f"labels must be in 0 ... {truth.logits.shape[1] - 1}, got {int(wanted.min())} ... {int(wanted.max())}"
+        )
+    seen = [("float", teacher, truth, _size(teacher))]
+    seen += [
+        (name, model, out, size) for name, out, size in _variants(model, lambda: _classify(model, batches, offset))
+    ]
+    rows = tuple(_class_row(name, out, truth, wanted, size) for name, _, out, size in seen)
+    if len(seen) < 3:
+        return Evaluation("accuracy", len(wanted), rows)
+    right = [(out.logits.argmax(1) == wanted).double() for _, _, out, _ in seen]
+    return Evaluation("accuracy", len(wanted), rows, *_mean_interval(100 * (right[2] - right[1])))
+
+
+@torch.no_grad()
+def evaluate_language_model(teacher: nn.Module, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Evaluation:
+    """Compare a quantized causal language model with its float teacher; intervals resample documents.
+
+    Args:
+        teacher, model: return ``logits`` (B, T, V) for batches with ``input_ids`` (B, T) and ``attention_mask``.
+
+    Raises:
+        ValueError: a batch has no ``input_ids``.
+    """
+    truth = _read(teacher, teacher, batches)
+    seen = [("float", truth, _size(teacher))]
+    seen += _variants(model, lambda: _read(model, teacher, batches))
+    rows = tuple(_language_row(name, out, size) for name, out, size in seen)
+    if len(seen) < 3:
+        return Evaluation("perplexity", len(truth), rows)
+    draws = _resamples(len(truth))
+    saved = _perplexity(seen[1][1], draws) - _perplexity(seen[2][1], draws)
+    low, high = np.percentile(saved, [2.5, 97.5])
+    return Evaluation("perplexity", len(truth), rows, rows[1].metric - rows[2].metric, float(low), float(high))
+
+
+@dataclass
+class _Classified:
+    logits: Tensor
+    features: Tensor | None
+
+
+def _classify(model: nn.Module, batches: Sequence[dict[str, Tensor]], offset: int) -> _Classified:
+    site = logits_site(model, placed(batches[0], model))
+    logits, features = [], []
+    for batch in batches:
+        entered: list[Tensor] = []
+        head = model.get_submodule(site) if site is not None else model
+        with hooked(head, before=lambda m, args, kwargs, into=entered: into.extend(args[:1])):
+            output = run(model, placed(batch, model))
+        logits.append(output.logits[:, offset:].float().cpu())
+        features += [x.float().cpu() for x in entered if site is not None and isinstance(x, Tensor) and x.dim() == 2]
+    return _Classified(torch.cat(logits), torch.cat(features) if features else None)
+
+
+def _variants(model: nn.Module, measure: Callable[[], Any]) -> list[tuple[str, Any, tuple[int, float]]]:
+    """The model without and with its corrections, which come back in any case."""
+    found = corrections(model)
+    try:
+        for name in found:
+            detach(model, name)
+        plain = ("quantized", measure(), _size(model))
+    finally:
+        for name, correction in found.items():
+            attach(model, name, correction)
+    return [plain, ("quantized + CAT", measure(), _size(model))] if found else [plain]
+
+
+def _size(model: nn.Module) -> tuple[int, float]:
+    return stored_bytes(model), 8 * parameter_bytes(model) / max(1, parameter_count(model))
+
+
+def _class_row(name: str, out: _Classified, truth: _Classified, wanted: Tensor, size: tuple[int, float]) -> Row:
+    choice, first = out.logits.argmax(1), truth.logits.argmax(1)
+    right, right_before = choice == wanted, first == wanted
+    low, high = _wilson(int(right.sum()), len(wanted))
+    log_p, log_q = truth.logits.log_softmax(1), out.logits.log_softmax(1)
+    return Row(
+        name,
+        100 * float(right.double().mean()),
+        low,
+        high,
+        100 * float((choice == first).double().mean()),
+        int((right_before & ~right).sum()),
+        int((~right_before & right).sum()),
+        float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+        _discrimination(out.features, wanted),
+        *size,
+    )
+
+
+def _discrimination(features: Tensor | None, labels: Tensor) -> float | None:
+    """Of the classes that have two rows; None if there are not two such classes."""
+    if features is None or len(features) != len(labels):
+        return None
+    classes, counts = labels.unique(return_counts=True)
+    kept = torch.isin(labels, classes[counts >= 2])
+    if len(labels[kept].unique()) < 2:
+        return None
+    return float(feature_discrimination(features[kept], labels[kept])["discrimination"])
+
+
+def _read(model: nn.Module, teacher: nn.Module, batches: Sequence[dict[str, Tensor]]) -> np.ndarray:
+    """(documents, 4): tokens, and sums of negative log-likelihood, of agreement and of divergence."""
+    documents = []
+    for batch in batches:
+        if "input_ids" not in batch:
+            raise ValueError(f"a language model needs input_ids, the batch has {', '.join(batch)}")
+        ids = batch["input_ids"][:, 1:]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].bool()
+        log_q = run(model, placed(batch, model)).logits[:, :-1].float().cpu().log_softmax(-1)
+        same = model is teacher
+        log_p = log_q if same else run(teacher, placed(batch, teacher)).logits[:, :-1].float().cpu().log_softmax(-1)
+        loss = -log_q.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        agree = (log_q.argmax(-1) == log_p.argmax(-1)).float()
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        sums = [(value * mask).sum(1).double() for value in (torch.ones_like(loss), loss, agree, divergence)]
+        documents.append(torch.stack(sums, 1).numpy())
+    return np.concatenate(documents)
+
+
+def _language_row(name: str, sums: np.ndarray, size: tuple[int, float]) -> Row:
+    tokens, loss, agree, divergence = sums.sum(0)
+    low, high = np.percentile(_perplexity(sums, _resamples(len(sums))), [2.5, 97.5])
+    return Row(
+        name,
+        math.exp(loss / tokens),
+        float(low),
+        float(high),
+        100 * agree / tokens,
+        None,
+        None,
+        divergence / tokens,
+        None,
+        *size,
+    )
+
+
+def _resamples(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+
+
+def _perplexity(sums: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    drawn = sums[:, :2][draws].sum(1)
+    return np.exp(drawn[:, 1] / drawn[:, 0])
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval in percent."""
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
+
+
+def _mean_interval(values: Tensor) -> tuple[float, float, float]:
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    return mean, mean - half, mean + half

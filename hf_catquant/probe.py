@@ -1,0 +1,247 @@
+"""The plan of a walk: which units the model runs, in which order, and whose outputs each of them reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .log import logger
+from .model import replace_module
+from .replay import Replay, Stop, forget, hooked, own, revive, run
+
+
+@dataclass
+class Leaf:
+    """A layer inside a unit.
+
+    Attributes:
+        name: its name relative to the unit, "" if it is the unit.
+        source: stands for the tensor that it reads; leaves with one source read the same tensor.
+        calls: how often one run of the unit runs it.
+    """
+
+    name: str
+    source: int
+    calls: int = 0
+
+
+@dataclass
+class Unit:
+    """A part of the model that is quantized in one go.
+
+    Attributes:
+        name: its name in the model.
+        leaves: the layers to treat inside, in the order the model runs them.
+        calls: how often one forward runs the unit.
+        reads: indices of the earlier units whose outputs its inputs depend on.
+    """
+
+    name: str
+    leaves: list[Leaf] = field(default_factory=list)
+    calls: int = 0
+    reads: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Plan:
+    """The units in the order the model runs them; what its output reads; where its logits come from."""
+
+    units: list[Unit]
+    final_reads: set[int]
+    logits_site: str | None
+
+
+def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str], leaves: Sequence[str]) -> Plan:
+    """Run one batch and see which units run, in which order, and what each of them reads."""
+    probe = _Probe(model, blocks, leaves)
+    with torch.enable_grad():
+        output = probe.run(batch)
+    plan = Plan(probe.units, probe.reads(output), _logits_site(output, probe.returned))
+    if not probe.check(plan, batch):
+        logger.warning(
+            "%s hides which of its blocks read which: all hidden states are kept in memory", type(model).__name__
+        )
+        for index, unit in enumerate(plan.units):
+            unit.reads = set(range(index))
+        plan.final_reads = set(range(len(plan.units)))
+    return plan
+
+
+def logits_site(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
+    """Name of the innermost module that returns the model's logits (its output, if that is a tensor), or None."""
+    returned: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_hook(_note_into(returned, name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        return _logits_site(run(model, batch), returned)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_into(returned: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            returned.append((name, output))
+
+    return hook
+
+
+def _logits_site(output: Any, returned: list[tuple[str, Tensor]]) -> str | None:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        return None
+    same = [name for name, tensor in returned if tensor is logits]
+    equal = [n for n, t in returned if t.shape == logits.shape and torch.equal(t.float(), logits.float())]
+    found = same or equal
+    return found[0] if found else None
+
+
+class _Probe:
+    """One forward in which every unit's output is a fresh leaf of the autograd graph."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], leaves: Sequence[str]) -> None:
+        self.model = model
+        inside = {leaf: block for block in blocks for leaf in leaves if leaf.startswith(f"{block}.")}
+        self.names = list(dict.fromkeys(inside.get(leaf, leaf) for leaf in leaves))
+        self.inside = inside
+        self.units: list[Unit] = []
+        self.order: dict[str, int] = {}
+        self.inputs: list[list[Any]] = []
+        self.outputs: list[list[Any]] = []
+        self.graph_leaf: dict[int, int] = {}
+        self.kept: list[Any] = []
+        self.returned: list[tuple[str, Tensor]] = []
+
+    def run(self, batch: dict[str, Tensor]) -> Any:
+        handles = []
+        for name in self.names:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(name), with_kwargs=True))
+        for leaf, block in self.inside.items():
+            module = self.model.get_submodule(leaf)
+            handles.append(module.register_forward_pre_hook(self._visit(leaf, block), with_kwargs=True))
+        for name, module in self.model.named_modules():
+            if name:
+                handles.append(module.register_forward_hook(_note_into(self.returned, name)))
+        try:
+            return run(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def reads(self, tree: Any) -> set[int]:
+        """Indices of the units that the tensors in ``tree`` were computed from."""
+        found: set[int] = set()
+        stack = [_grad_node(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+        seen = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self.graph_leaf:
+                found.add(self.graph_leaf[id(variable)])
+            stack.extend(next_node for next_node, _ in node.next_functions)
+        return found
+
+    @torch.no_grad()
+    def check(self, plan: Plan, batch: dict[str, Tensor]) -> bool:
+        """Whether every unit still gets the same inputs when all outputs it does not read are zeros."""
+        originals = {u.name: self.model.get_submodule(u.name) for u in plan.units}
+        try:
+            return all(self._unit_agrees(plan, index, batch, originals) for index in range(len(plan.units)))
+        finally:
+            for name, module in originals.items():
+                replace_module(self.model, name, module)
+
+    def _unit_agrees(self, plan: Plan, index: int, batch: dict[str, Tensor], originals: dict[str, nn.Module]) -> bool:
+        unit = plan.units[index]
+        for past in range(index):
+            outputs: Any = self.outputs[past]
+            if past not in unit.reads:
+                outputs = pytree.tree_map_only(Tensor, forget, outputs)
+            replay = Replay(originals[plan.units[past].name], partial(revived, outputs))
+            replace_module(self.model, plan.units[past].name, replay)
+        caught: list[Any] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            caught.append((args, kwargs))
+            raise Stop
+
+        with hooked(originals[unit.name], before=before):
+            run(self.model, batch)
+        return bool(caught) and _same(caught[0], self.inputs[index][0])
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name not in self.order:
+                self.order[name] = len(self.units)
+                self.units.append(Unit(name))
+                self.inputs.append([])
+                self.outputs.append([])
+            index = self.order[name]
+            self.units[index].calls += 1
+            self.units[index].reads |= self.reads((args, kwargs)) - {index}
+            self.inputs[index].append(own((args, kwargs)))
+            if name not in self.inside.values():
+                self.units[index].leaves = [Leaf("", 0, 1)]
+
+        return hook
+
+    def _visit(self, leaf: str, block: str) -> Callable[..., None]:
+        name = leaf.removeprefix(f"{block}.")
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.kept.extend(tensors)  # a freed tensor's id could come back as another's
+            unit = self.units[self.order[block]]
+            known = {entry.name: entry for entry in unit.leaves}
+            if name not in known:
+                known[name] = Leaf(name, id(tensors[0]) if tensors else 0)
+                unit.leaves.append(known[name])
+            known[name].calls += 1
+
+        return hook
+
+    def _leave(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            index = self.order[name]
+            self.outputs[index].append(own(output))
+            return pytree.tree_map_only(Tensor, lambda tensor: self._fresh(tensor, index), output)
+
+        return hook
+
+    def _fresh(self, tensor: Tensor, index: int) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaf = tensor.detach().clone().requires_grad_()
+        self.graph_leaf[id(leaf)] = index
+        self.kept.append(leaf)
+        return leaf.clone()  # not the leaf itself, so that the model may write into it
+
+
+def _grad_node(tensor: Tensor) -> Any:
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    left, right = (t for t in (pytree.tree_leaves(a), pytree.tree_leaves(b)))
+    if len(left) != len(right):
+        return False
+    for x, y in zip(left, right, strict=True):
+        if isinstance(x, Tensor) and not (
+            x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+        ):
+            return False
+    return True

@@ -1,0 +1,87 @@
+"""Running a model under hooks: stop it anywhere, keep what a module was given, and replay what it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Stop(Exception):
+    pass
+
+
+class Replay(nn.Module):
+    """Stands where a finished unit was and returns its recorded outputs; anything else is asked of the unit itself."""
+
+    def __init__(self, original: nn.Module, recall: Callable[[int], Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_recall", recall)
+        object.__setattr__(self, "call", 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_original"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the unit returned at this call of this batch."""
+        object.__setattr__(self, "call", self.call + 1)
+        return self._recall(self.call - 1)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def forget(tensor: Tensor) -> Forgotten:
+    return Forgotten(tensor.shape, tensor.dtype, tensor.device)
+
+
+def revive(value: Tensor | Forgotten) -> Tensor:
+    if isinstance(value, Forgotten):
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return value.clone()  # the model may write into what a unit returned
+
+
+def revived(outputs: list[Any], call: int) -> Any:
+    return pytree.tree_map_only((Tensor, Forgotten), revive, outputs[call])
+
+
+def own(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
+
+
+def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """``model(**batch)`` without a cache of past keys; returns None if a hook stopped it."""
+    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
+    try:
+        return model(**batch, **extra)
+    except Stop:
+        return None
+
+
+@contextmanager
+def hooked(
+    module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Forward hooks on ``module`` for the time of a ``with``: ``before(module, args, kwargs)``, ``after(..., output)``."""
+    handles = []
+    if before is not None:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+    if after is not None:
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,105 @@
+"""From a folder and a file to a model, its processor, and rows: what the command line needs to know about tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from datasets import Dataset, load_dataset
+from torch import nn
+
+# What the class name of a model ends in, and the Auto class that loads such models.
+AUTO_CLASSES = {
+    "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    "ForImageClassification": transformers.AutoModelForImageClassification,
+    "ForAudioClassification": transformers.AutoModelForAudioClassification,
+    "ForCausalLM": transformers.AutoModelForCausalLM,
+    "LMHeadModel": transformers.AutoModelForCausalLM,
+    "ForMaskedLM": transformers.AutoModelForMaskedLM,
+    "ForTokenClassification": transformers.AutoModelForTokenClassification,
+    "ForQuestionAnswering": transformers.AutoModelForQuestionAnswering,
+    "ForSpeechSeq2Seq": transformers.AutoModelForSpeechSeq2Seq,
+    "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
+    "ForCTC": transformers.AutoModelForCTC,
+}
+LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
+FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+LABELS = ("label", "labels")
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class for the architecture that a config names; ``AutoModel`` if it names no task."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.startswith("Whisper"):
+        return transformers.AutoModelForSpeechSeq2Seq
+    return next(
+        (auto for ending, auto in AUTO_CLASSES.items() if architecture.endswith(ending)), transformers.AutoModel
+    )
+
+
+def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
+    """Tokenizer, image processor or feature extractor of a model, or None if it ships none."""
+    path = Path(folder)
+    if path.is_dir() and not any(path.glob("*processor_config.json")) and not any(path.glob("*token*")):
+        return None
+    return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def read_rows(file: str, column: str | None = None, limit: int | None = None) -> Dataset:
+    """The rows of a parquet, JSON, CSV or text file as a ``datasets.Dataset``.
+
+    Raises:
+        ValueError: the file does not exist, has another type, is empty, or has no such column.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--dataset: there is no file {file}")
+    if path.suffix not in FILE_TYPES:
+        raise ValueError(f"--dataset must end in {', '.join(FILE_TYPES)}, got {path.name}")
+    rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    if not len(rows):
+        raise ValueError(f"--dataset: {file} has no rows")
+    if column is not None and column not in rows.column_names:
+        raise ValueError(f"--column: {file} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def as_samples(rows: Dataset, processor: Any, column: str | None) -> Any:
+    """Rows in the form that ``samples.collect`` takes: raw for a processor, else dicts of the model's input.
+
+    Raises:
+        ValueError: there is neither a processor nor a column of waveforms or of the model's own inputs.
+    """
+    if processor is not None:
+        dropped = [name for name in rows.column_names if name in LABELS or name == "source_id"]
+        return rows.select_columns([column]) if column is not None else rows.remove_columns(dropped)
+    source = column or next((name for name in ("input_values", "audio") if name in rows.column_names), None)
+    if source is None:
+        raise ValueError("the model ships no processor: --column must name the column of its waveforms")
+    return [{"input_values": _waveform(value)} for value in rows[source]]
+
+
+def labels_of(rows: Dataset, column: str, model: nn.Module) -> list[int]:
+    """Class indices of a column of integers, or of class names that the model's config knows.
+
+    Raises:
+        ValueError: there is no such column, or a name that the config does not know.
+    """
+    if column not in rows.column_names:
+        raise ValueError(f"--label-column: no column {column!r}; there is {', '.join(rows.column_names)}")
+    known = getattr(model.config, "label2id", None) or {}
+    values = list(rows[column])
+    unknown = {v for v in values if isinstance(v, str) and v not in known}
+    if unknown:
+        raise ValueError(
+            f"--label-column: the model knows no class {sorted(unknown)[0]!r}; it knows {', '.join(known)}"
+        )
+    return [known[v] if isinstance(v, str) else int(v) for v in values]
+
+
+def _waveform(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    # Whole numbers are 16-bit sound; models take waveforms in [-1, 1].
+    return array.astype(np.float32) / 32767 if array.dtype.kind == "i" else array.astype(np.float32)
