@@ -12,41 +12,24 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import samples, solvers
+from . import samples
 from .cluster_fit import Kind
 from .config import CatQuantConfig
 from .fitting import Pairs, correction_dim, placed, resolve_sites, tensor_of
-from .formats import get_format
-from .layers import QuantizedModule, layer_for
+from .gather import Gather, Streams
+from .layers import layer_for
 from .log import logger
-from .model import Selection, replace_module, select, share_weight, stacks
-from .moments import ChannelSums, MomentSums, match_batch_norm
-from .solvers import Moments
-from .walk import Call, Leaf, Unit, Walk, leaf_inputs, leaf_outputs
-from .weight import fit_static_range, quantize_activation
+from .model import Selection, Site, select, stacks
+from .swap import Outcome, Swap
+from .walk import Leaf, Unit, Walk, leaf_outputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-# Positions of one image say much the same: this many rows settle the moments of K columns.
-MAX_ROWS, ROWS_PER_COLUMN = 1 << 16, 64
 HELD_OUT = 4  # one batch of so many is kept for the corrections, if there are twice as many
-RANGE_SAMPLE = 1 << 18  # values that a static activation range is fitted on
-
-
-@dataclass
-class Outcome:
-    """What quantizing did: stored entries, per-layer errors and the fits of the corrections, all JSON-clean."""
-
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    corrections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -81,71 +64,21 @@ def _collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
 
 
 def _without_data(model: nn.Module, selection: Selection) -> Outcome:
-    for site in selection.sites:
-        layer = layer_for(site.module)
-        if site.scheme.activations is not None and layer is not None and layer.static_activations:
-            raise ValueError(
-                f"{site.name}: the activations of a {type(site.module).__name__} have a calibrated range, but dataset is "
-                "None: pass dataset=samples, or activations=None for it in overrides"
-            )
+    _check_ranges(selection.sites, "dataset is None")
     swap = Swap(model, "rtn", selection)
     for site in selection.sites:
         swap.site(site.name, None)
     return swap.outcome
 
 
-class Swap:
-    """Puts quantized layers in the place of float ones and keeps the books."""
-
-    def __init__(self, model: nn.Module, solver: str, selection: Selection) -> None:
-        self.model = model
-        self.solver = solver
-        self.sites = {site.name: site for site in selection.sites}
-        self.outcome = Outcome()
-        self._owner: dict[str, str] = {}  # first quantized member of a tied group, by the group's name
-
-    def site(
-        self, name: str, moments: Moments | None, input_range: tuple[Tensor, Tensor | None] | None = None
-    ) -> None:
-        """Quantize the layer called ``name``; without moments by rounding to nearest."""
-        site = self.sites[name]
-        group = site.tied_to or name
-        scheme = self.sites[group].scheme
-        module = self.model.get_submodule(name)
-        layer = layer_for(module)
-        assert layer is not None
-        new = layer(module, scheme)
-        replace_module(self.model, name, new)
-        owner = self._owner.setdefault(group, name)
-        if owner == name:
-            self._solve(name, module, new, moments)
-        else:
-            share_weight(self.model, name, owner)
-        if input_range is not None:
-            new.fill_input_range(*input_range)
-        entry = {**asdict(new.scheme), "shape": [new.rows_, new.columns]}
-        self.outcome.modules[name] = {**entry, "tied_to": None if owner == name else owner}
-
-    def _solve(self, name: str, module: nn.Module, new: QuantizedModule, moments: Moments | None) -> None:
-        scheme = new.scheme
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        matrix = type(new).to_matrix(weight.detach()).float()
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
-        solver = solvers.get(self.solver if moments is not None else "rtn")
-        new.fill(solver.solve(matrix, get_format(scheme.weights), scheme.group_size, moments))
-        w_hat = torch.ops.catquant.dequantize(
-            *new._packed(), scheme.weights, scheme.group_size, new.columns, torch.float32
-        )
-        self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
-        if moments is not None and new.bias is not None:
-            shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
-            new.bias = nn.Parameter(new.bias + shift.to(new.bias.dtype), new.bias.requires_grad)
-
-
-def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
-    runs = matrix.view(mean.shape[0], -1, mean.shape[1])  # (B, N / B, K)
-    return (runs @ mean.unsqueeze(-1)).flatten()
+def _check_ranges(sites: list[Site], obstacle: str) -> None:
+    for site in sites:
+        layer = layer_for(site.module)
+        if site.scheme.activations is not None and layer is not None and layer.static_activations:
+            raise ValueError(
+                f"{site.name}: the activations of a {type(site.module).__name__} have a calibrated range, but {obstacle}: "
+                "pass dataset=samples that run through it, or activations=None for it in overrides"
+            )
 
 
 class Calibration:
@@ -154,7 +87,6 @@ class Calibration:
     def __init__(self, model: nn.Module, config: CatQuantConfig, selection: Selection, data: samples.Batches) -> None:
         self.model = model
         self.config = config
-        self.host_batches = data.batches
         batches = [placed(batch, model) for batch in data.batches]
         self.swap = Swap(model, config.solver, selection)
         self.blocks = [block for blocks in stacks(model).values() for block in blocks]
@@ -166,21 +98,18 @@ class Calibration:
         held_out = count // HELD_OUT if config.correction is not None and count >= 2 * HELD_OUT else 0
         self.solve_batches = range(count - held_out)
         self.fit_batches = range(count - held_out, count) if held_out else range(count)
+        self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
         self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
 
     def run(self) -> Outcome:
         """Quantize every unit in the order the model runs them."""
         outcome = self.swap.outcome
-        reached = {_join(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
-        for name in [name for name in self.swap.sites if name not in reached]:
-            self.swap.site(name, None)
-            self.diverged = True
-            outcome.notes.append(f"{name}: not reached by the calibration data, rounded to nearest")
         if self.config.correction is not None and not self.corrections:
             outcome.notes.append("correction: no module returns the model's logits, name one in CatConfig(at=...)")
             if self.config.strict:
                 raise ValueError(f"strict=True, but {outcome.notes[-1]}")
             logger.warning(outcome.notes[-1])
+        self._round_unreached()
         try:
             for index, unit in enumerate(self.walk.plan.units):
                 self._unit(index, unit)
@@ -194,18 +123,27 @@ class Calibration:
             self.walk.finish()
         return outcome
 
+    def _round_unreached(self) -> None:
+        reached = {_join(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
+        sites = [site for name, site in self.swap.sites.items() if name not in reached]
+        _check_ranges(sites, "the calibration data does not reach it")
+        for site in sites:
+            self.swap.site(site.name, None)
+            self.diverged = True
+            self.swap.outcome.notes.append(f"{site.name}: not reached by the calibration data, rounded to nearest")
+
     def _unit(self, index: int, unit: Unit) -> None:
         start = time.perf_counter()
         float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")
         calls = self.walk.inputs(index, "quantized") if self.diverged else float_calls
-        float_unit = copy.deepcopy(self.model.get_submodule(unit.name))
-        solved = [
-            name
-            for stage in self._stages(unit, float_unit)
-            for name in self._stage(unit, float_unit, stage, float_calls, calls)
-        ]
+        live = self.model.get_submodule(unit.name)
+        float_unit = copy.deepcopy(live)
+        solved = []
+        for stage in self._stages(unit):
+            solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls))
+            live = self.model.get_submodule(unit.name)  # another one, if the unit is the layer itself
         for name in [n for n in self.corrections if n == unit.name or n.startswith(f"{unit.name}.")]:
-            self._fit_inside(unit, float_unit, name, float_calls, calls)
+            self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
         outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
         self._progress(index, unit, solved, time.perf_counter() - start)
@@ -230,13 +168,13 @@ class Calibration:
             seconds,
         )
 
-    def _stages(self, unit: Unit, float_unit: nn.Module) -> list[list[Leaf]]:
+    def _stages(self, unit: Unit) -> list[list[Leaf]]:
         """Leaves that are solved together: neighbours that read the same tensor in the same way."""
         stages: list[list[Leaf]] = []
         last: Any = None
         for leaf in unit.leaves:
-            module = float_unit.get_submodule(leaf.name)
-            key = (leaf.source, _geometry(module)) if _join(unit.name, leaf.name) in self.swap.sites else None
+            site = self.swap.sites.get(_join(unit.name, leaf.name))
+            key = None if site is None else (leaf.source, site.scheme.activations, _geometry(site.module))
             if stages and key is not None and key == last:
                 stages[-1].append(leaf)
             else:
@@ -244,138 +182,36 @@ class Calibration:
             last = key
         return stages
 
-    def _stage(
-        self,
-        unit: Unit,
-        float_unit: nn.Module,
-        stage: list[Leaf],
-        float_calls: list[list[Call]],
-        calls: list[list[Call]],
-    ) -> list[str]:
+    def _stage(self, unit: Unit, stage: list[Leaf], streams: Streams) -> list[str]:
         """Treat the leaves of one stage; returns the names of the layers that were quantized."""
-        live = self.model.get_submodule(unit.name)
         lead = stage[0]
         name = _join(unit.name, lead.name)
-        module = float_unit.get_submodule(lead.name)
         if name not in self.swap.sites:
-            if isinstance(module, BATCH_NORMS) and self.diverged:
-                self._match_norm(live, float_unit, lead, float_calls, calls)
+            if isinstance(streams.float_unit.get_submodule(lead.name), BATCH_NORMS) and self.diverged:
+                self.gather.match_norm(lead, streams)
             return []
-        input_range = self._input_range(name, live, lead, calls)
-        moments = self._moments(name, live, float_unit, lead, float_calls, calls, input_range)
+        scheme = self.swap.sites[name].scheme
+        input_range = self.gather.input_range(lead, scheme, streams)
+        moments = self.gather.moments(name, lead, scheme, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]
         for site in names:
             self.swap.site(site, moments, input_range)
         self.diverged = True
         return names
 
-    def _moments(
-        self,
-        name: str,
-        live: nn.Module,
-        float_unit: nn.Module,
-        leaf: Leaf,
-        float_calls: list[list[Call]],
-        calls: list[list[Call]],
-        input_range: tuple[Tensor, Tensor | None] | None,
-    ) -> Moments | None:
-        sums, generator = MomentSums(), torch.Generator().manual_seed(self.config.seed)
-        module = float_unit.get_submodule(leaf.name)
-        layer = layer_for(module)
-        assert layer is not None
-        activations = self.swap.sites[name].scheme.activations
-        for batch in self.solve_batches:
-            pairs = zip(
-                leaf_inputs(float_unit, leaf, float_calls[batch]), leaf_inputs(live, leaf, calls[batch]), strict=True
-            )
-            for x, y in pairs:
-                if activations is not None and y.is_floating_point():
-                    y = quantize_activation(y, get_format(activations), *(input_range or (None, None)))
-                window = layer.window(module, x, self._quota(layer.matrix_shape(module)[1]), generator)
-                float_rows, rows = (layer.input_rows(module, t, window) for t in (x, y))
-                if float_rows is None or rows is None:
-                    return None
-                chosen = self._chosen_rows(batch, name, x, rows, generator)
-                if chosen is not None:
-                    float_rows, rows = float_rows[:, chosen], rows[:, chosen]
-                sums.add(float_rows, rows)
-        return sums.result()
-
-    def _chosen_rows(
-        self, batch: int, name: str, x: Tensor, rows: Tensor, generator: torch.Generator
-    ) -> Tensor | None:
-        """Indices of the rows (B, M, K) that count: no padding, and of very many an equal random share of each batch."""
-        mask = self._row_mask(batch, name, x, rows)
-        quota = self._quota(rows.shape[-1])
-        if mask is None and rows.shape[1] <= quota:
-            return None
-        indices = torch.arange(rows.shape[1]) if mask is None else mask.nonzero().flatten().cpu()
-        if len(indices) > quota:
-            indices = indices[torch.randperm(len(indices), generator=generator)[:quota]]
-        return indices.to(rows.device)
-
-    def _quota(self, columns: int) -> int:
-        """Rows of each batch that go into the moments of ``columns`` columns."""
-        return max(1, max(MAX_ROWS, ROWS_PER_COLUMN * columns) // len(self.solve_batches))
-
-    def _row_mask(self, batch: int, name: str, x: Tensor, rows: Tensor) -> Tensor | None:
-        """Which of the rows (B, M, K) are not padding; a convolution over time has one row a step it puts out."""
-        if x.dim() == 3 and rows.shape[-1] != x.shape[-1]:
-            x = x.new_empty(x.shape[0], rows.shape[1] // x.shape[0], 1)
-        return self._mask(batch, name, x) if x.dim() in (2, 3) else None
-
-    def _mask(self, batch: int, name: str, hidden: Tensor) -> Tensor | None:
-        mask = samples.padding_mask(self.host_batches[batch], self.model, name, hidden)
-        return None if mask is None else mask.flatten().to(hidden.device)
-
-    def _input_range(
-        self, name: str, live: nn.Module, leaf: Leaf, calls: list[list[Call]]
-    ) -> tuple[Tensor, Tensor | None] | None:
-        scheme = self.swap.sites[name].scheme
-        layer = layer_for(live.get_submodule(leaf.name))
-        if scheme.activations is None or layer is None or not layer.static_activations:
-            return None
-        generator = torch.Generator().manual_seed(self.config.seed)
-        quota = max(1, RANGE_SAMPLE // len(self.solve_batches))
-        values = []
-        for batch in self.solve_batches:
-            for x in leaf_inputs(live, leaf, calls[batch]):
-                flat = x.flatten()
-                values.append(flat[torch.randint(flat.numel(), (quota,), generator=generator).to(flat.device)])
-        return fit_static_range(torch.cat(values), get_format(scheme.activations))
-
-    def _match_norm(
-        self,
-        live: nn.Module,
-        float_unit: nn.Module,
-        leaf: Leaf,
-        float_calls: list[list[Call]],
-        calls: list[list[Call]],
-    ) -> None:
-        sums = {"float": ChannelSums(), "quantized": ChannelSums()}
-        for batch in self.solve_batches:
-            for x in leaf_inputs(float_unit, leaf, float_calls[batch]):
-                sums["float"].add(x)
-            for x in leaf_inputs(live, leaf, calls[batch]):
-                sums["quantized"].add(x)
-        match_batch_norm(live.get_submodule(leaf.name), sums["float"], sums["quantized"])
-
-    def _fit_inside(
-        self, unit: Unit, float_unit: nn.Module, name: str, float_calls: list[list[Call]], calls: list[list[Call]]
-    ) -> None:
-        live = self.model.get_submodule(unit.name)
+    def _fit_inside(self, unit: Unit, name: str, streams: Streams) -> None:
         inner = name.removeprefix(unit.name).removeprefix(".")
         pairs = Pairs(self.config.seed, len(self.fit_batches))
         for batch in self.fit_batches:
-            outputs = (leaf_outputs(float_unit, inner, float_calls[batch]), leaf_outputs(live, inner, calls[batch]))
-            for f, q in zip(*outputs, strict=True):
+            float_outputs = leaf_outputs(streams.float_unit, inner, streams.float_calls[batch])
+            for f, q in zip(float_outputs, leaf_outputs(streams.live, inner, streams.calls[batch]), strict=True):
                 self._add_pair(pairs, name, batch, f, q)
         self._fit(name, pairs)
 
     def _add_pair(self, pairs: Pairs, name: str, batch: int, float_output: Any, output: Any) -> None:
         f, q = tensor_of(float_output), tensor_of(output)
         dim = correction_dim(self.model.get_submodule(name), f)
-        mask = self._mask(batch, name, f) if dim == -1 and f.dim() == 3 else None
+        mask = self.gather.mask(batch, name, f) if dim == -1 and f.dim() == 3 else None
         pairs.add(f, q, dim, mask)
 
     def _fit(self, name: str, pairs: Pairs) -> None:

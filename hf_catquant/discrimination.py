@@ -1,12 +1,12 @@
 """Feature discrimination: the closed forms of the two-Gaussian model, and the measure of real features.
 
-Two classes of standardised features X ~ N(mu, sigma^2), Y ~ N(-mu, sigma^2), mu^2 + sigma^2 = 1 (arXiv 2504.13792).
-Discrimination is the expected squared distance between the classes over that inside the classes,
+Two classes X ~ N(mu, sigma^2) and Y ~ N(-mu, sigma^2); features standardised over both have mu^2 + sigma^2 = 1
+(arXiv 2504.13792). Discrimination is the expected squared distance between the classes over that inside the classes,
 
-    D = E(X - Y)^2 / (E(X - X')^2 + E(Y - Y')^2) = 1/2 + mu^2 / sigma^2
+    D = E(X - Y)^2 / (E(X - X')^2 + E(Y - Y')^2) = 1/2 + (m_X - m_Y)^2 / (2 (v_X + v_Y))
 
-and D_b, D_t are the same for binary 1[x > tau] and ternary sign(x) 1[|x| > tau]. Quantizing can *raise* it: binary for
-some tau if mu > 0.7647883442, ternary if mu > 0.6635118961.
+of values with means m and variances v. D_b and D_t are the same of binary 1[x > tau] and of ternary sign(x) 1[|x| > tau].
+Quantizing standardised features can *raise* it: binary for some tau if mu > 0.7648, ternary if mu > 0.6635.
 """
 
 from __future__ import annotations
@@ -16,107 +16,131 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr
+from torch import Tensor
 
-FEATURE_DISCRIMINATION = str(Path(__file__).parent / "metrics" / "feature_discrimination")
+from .metrics.feature_discrimination import measure
 
-# Least mu for which some threshold improves discrimination, and the threshold at which it does so first.
+# What ``evaluate.load`` takes: the folder of the metric, which works offline.
+FEATURE_DISCRIMINATION = str(Path(__file__).resolve().parent / "metrics" / "feature_discrimination")
+
+# Standardised features, least mu for which D_b > D at some tau. The best tau is 0, where D_b > D if
+# 2 Phi(mu / sigma) - 1 > mu; this is the root.
 BINARY_CROSSOVER = 0.7647883442
+# Least mu for which D_t > D at some tau, that is (p - q)^2 > mu^2 (p + q), and the tau at which it happens first.
 TERNARY_CROSSOVER = 0.6635118961
-TERNARY_CROSSOVER_TAU = 0.3384705700
+TERNARY_CROSSOVER_TAU = 0.33847057
 
 
-def discrimination(mu: ArrayLike) -> NDArray[np.float64]:
-    """D of the float features; ``mu`` in (-1, 1), any shape.
-
-    Raises:
-        ValueError: mu is not in (-1, 1).
-    """
-    mu, sigma = _standardised(mu)
-    return np.asarray(0.5 + mu**2 / sigma**2)
-
-
-def binary_discrimination(mu: ArrayLike, tau: ArrayLike = 0.0) -> NDArray[np.float64]:
-    """D_b of 1[x > tau]: with a, b the chances that X, Y exceed tau, 1/2 + (a-b)^2 / (2 (a(1-a) + b(1-b))).
-
-    Raises:
-        ValueError: mu is not in (-1, 1).
-    """
-    mu, sigma = _standardised(mu)
-    tau = np.asarray(tau, np.float64)
-    a, b = ndtr((mu - tau) / sigma), ndtr((-mu - tau) / sigma)
-    # 1 - a as a tail of its own: a itself rounds to 1 for classes that are far apart.
-    not_a, not_b = ndtr((tau - mu) / sigma), ndtr((tau + mu) / sigma)
-    return np.asarray(0.5 + (a - b) ** 2 / (2 * (a * not_a + b * not_b)))
-
-
-def ternary_discrimination(mu: ArrayLike, tau: ArrayLike) -> NDArray[np.float64]:
-    """D_t of sign(x) 1[|x| > tau]: with p, q the chances that X > tau, X < -tau, 1/2 + (p-q)^2 / ((p+q) - (p-q)^2).
-
-    Raises:
-        ValueError: mu is not in (-1, 1), or tau is negative.
-    """
-    mu, sigma = _standardised(mu)
-    tau = np.asarray(tau, np.float64)
-    if np.any(~(tau >= 0)):
-        raise ValueError(f"tau must be at least 0, got {float(np.min(tau))}")
-    p, q = ndtr((mu - tau) / sigma), ndtr((-mu - tau) / sigma)
-    zero = ndtr((tau - mu) / sigma) - q  # p + q = 1 - zero
-    # (p + q) - (p - q)^2 = zero (1 - zero) + 4 p q, without the cancellation
-    return np.asarray(0.5 + (p - q) ** 2 / (zero * (1 - zero) + 4 * p * q))
-
-
-def feature_discrimination(features: Any, labels: Any, eta: float = 0.75) -> dict[str, Any]:
-    """How well the classes stay apart in real features, and in their binary and ternary quantization.
-
-    Features are standardised one by one; binary is 1[x > 0], ternary has the threshold eta times the mean magnitude.
+def discrimination(mu: ArrayLike, sigma: ArrayLike) -> NDArray[np.float64]:
+    """D = 1/2 + mu^2 / sigma^2 of the float features.
 
     Args:
-        features: (n, d) of any float dtype, array or tensor.
-        labels: (n,) integers.
-        eta: of the ternary threshold, at least 0.
+        mu: half the distance between the class means, any shape.
+        sigma: deviation inside a class, of a shape that broadcasts with ``mu``.
 
     Returns:
-        discrimination (mean over pairs of classes), discrimination_min, binary, ternary, binary_ratio, ternary_ratio, n,
-        num_classes, num_features: the same as ``evaluate.load(FEATURE_DISCRIMINATION).compute(...)``.
+        float64 of the broadcast shape; a scalar for scalars.
 
     Raises:
-        ValueError: features are not a finite matrix, labels do not match, or there are too few of a class.
+        ValueError: mu is not finite, or sigma is not finite and positive.
     """
-    # evaluate is a heavy import that plain use of the package does not need.
-    from .metrics.feature_discrimination.feature_discrimination import feature_discrimination as measure
+    mu, sigma = _model(mu, sigma)
+    return 0.5 + np.square(mu / sigma)
 
-    return measure(_array(features), _array(labels), eta)
+
+def binary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> NDArray[np.float64]:
+    """D_b of 1[x > tau]: 1/2 + (a - b)^2 / (2 (a (1 - a) + b (1 - b))), a = P(X > tau), b = P(Y > tau).
+
+    {-1, +1} instead of {0, 1} has the same D_b. Arguments, shapes and errors are those of :func:`discrimination`; where
+    every value falls on one side of ``tau``, D_b is 1/2.
+
+    Raises:
+        ValueError: mu or tau is not finite, or sigma is not finite and positive.
+    """
+    mu, sigma = _model(mu, sigma)
+    tau = _finite(tau, "tau")
+    a, b = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
+    # 1 - a as a tail of its own: a itself rounds to 1 where the classes are far apart.
+    not_a, not_b = _phi((tau - mu) / sigma), _phi((tau + mu) / sigma)
+    return _ratio(np.square(a - b), 2 * (a * not_a + b * not_b))
+
+
+def ternary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> NDArray[np.float64]:
+    """D_t of sign(x) 1[|x| > tau]: 1/2 + (p - q)^2 / ((p + q) - (p - q)^2), p = P(X > tau), q = P(X < -tau).
+
+    tau = 0 gives the D_b of tau = 0. Arguments, shapes and errors are those of :func:`discrimination`; where every value
+    becomes 0, D_t is 1/2.
+
+    Raises:
+        ValueError: mu is not finite, sigma is not finite and positive, or tau is not finite or negative.
+    """
+    mu, sigma = _model(mu, sigma)
+    tau = _finite(tau, "tau")
+    if np.any(tau < 0):
+        raise ValueError(f"tau of ternary features must be at least 0, got {float(np.min(tau))}")
+    p, q = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
+    zero = _phi((tau - mu) / sigma) - q
+    # (p + q) - (p - q)^2 = (p + q) P(X becomes 0) + 4 p q: the same without cancellation where the classes are far apart.
+    return _ratio(np.square(p - q), (p + q) * zero + 4 * p * q)
+
+
+def feature_discrimination(features: Any, labels: Any, eta: float = measure.DEFAULT_ETA) -> dict[str, Any]:
+    """How well the classes stay apart in real features, and in their binary and ternary quantization.
+
+    Features are standardised one by one; binary is 1[value > 0], ternary sign(value) 1[|value| > eta * mean |value|].
+    D says how far apart classes are on average; it and the accuracy of a classifier do not always move together. An array
+    is read a few rows at a time and not copied.
+
+    Args:
+        features: (n, d) of any real dtype: array, tensor (bfloat16 too, on any device) or rows.
+        labels: (n,) integers, at least two classes of at least two samples each.
+        eta: of the ternary threshold, at least 0. The default is nearly the threshold of least squared error for
+            Gaussian features.
+
+    Returns:
+        The same dict as ``evaluate.load(FEATURE_DISCRIMINATION).compute(...)``: discrimination (mean D over pairs of
+        classes), discrimination_min (least), binary, ternary (mean D of the quantized features), binary_ratio,
+        ternary_ratio (over discrimination), n, num_classes, num_features. D is inf where a pair of classes is apart
+        and has no spread inside.
+
+    Raises:
+        ValueError: features are not a finite matrix, labels do not match them, or there are too few of a class.
+    """
+    return measure.feature_discrimination(_array(features), _array(labels), eta)
 
 
 def _array(values: Any) -> Any:
-    if hasattr(values, "detach"):
+    if isinstance(values, Tensor):
         values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
+        # numpy has no bfloat16 and no float8; float32 holds all of them.
+        return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
+    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
+        return [_array(row) for row in values]
     return values
 
 
-def _standardised(mu: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    mu = np.asarray(mu, np.float64)
-    if np.any(~(np.abs(mu) < 1)):
-        raise ValueError(f"mu must be in (-1, 1), got {float(np.max(np.abs(mu)))}: features are standardised")
-    return mu, np.sqrt((1 - mu) * (1 + mu))
+def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.asarray(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {float(array[~np.isfinite(array)][0])}")
+    return array
 
 
-def best_ternary_threshold(mu: float) -> float:
-    """The tau of highest D_t for this mu, by golden section on [0, 2].
+def _model(mu: ArrayLike, sigma: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    mu, sigma = _finite(mu, "mu"), _finite(sigma, "sigma")
+    if np.any(sigma <= 0):
+        raise ValueError(f"sigma must be positive, got {float(np.min(sigma))}")
+    return mu, sigma
 
-    Raises:
-        ValueError: mu is not in (0, 1).
-    """
-    if not 0 < mu < 1:
-        raise ValueError(f"mu must be in (0, 1), got {mu!r}")
-    ratio, low, high = (math.sqrt(5) - 1) / 2, 0.0, 2.0
-    for _ in range(80):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if ternary_discrimination(mu, a) >= ternary_discrimination(mu, b):
-            high = b
-        else:
-            low = a
-    return (low + high) / 2
+
+def _phi(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Normal distribution function; erfc because torch.special.ndtr is 0 below -8.3."""
+    return 0.5 * torch.special.erfc(torch.as_tensor(-x / math.sqrt(2), dtype=torch.float64)).numpy()
+
+
+def _ratio(between: NDArray[np.float64], inside: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1/2 + between / inside; 1/2 where no value differs from another, inf where only those of a class are the same."""
+    empty = np.where(between > 0, np.inf, 0.0)
+    return 0.5 + np.divide(between, inside, out=empty, where=inside > 0)[()]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .correction import attach, corrections, detach
 from .discrimination import feature_discrimination
 from .fitting import placed
+from .logits import logits_site
 from .model import parameter_count
+from .replay import hooked, run
 from .report import parameter_bytes, stored_bytes
-from .walk import hooked, logits_site, run
 
 RESAMPLES = 2000
 
@@ -156,7 +157,8 @@ def evaluate_classifier(
         ValueError: labels and rows differ in number, or a label has no output.
     """
     wanted = torch.as_tensor(labels)
-    truth = _classify(teacher, batches, offset)
+    site = logits_site(teacher, placed(batches[0], teacher))
+    truth = _classify(teacher, site, batches, offset)
     if len(truth.logits) != len(wanted):
         raise ValueError(f"there are {len(wanted)} labels for {len(truth.logits)} rows")
     if wanted.min() < 0 or wanted.max() >= truth.logits.shape[1]:
@@ -165,7 +167,8 @@ def evaluate_classifier(
         )
     seen = [("float", teacher, truth, _size(teacher))]
     seen += [
-        (name, model, out, size) for name, out, size in _variants(model, lambda: _classify(model, batches, offset))
+        (name, model, out, size)
+        for name, out, size in _variants(model, lambda: _classify(model, site, batches, offset))
     ]
     rows = tuple(_class_row(name, out, truth, wanted, size) for name, _, out, size in seen)
     if len(seen) < 3:
@@ -202,8 +205,7 @@ class _Classified:
     features: Tensor | None
 
 
-def _classify(model: nn.Module, batches: Sequence[dict[str, Tensor]], offset: int) -> _Classified:
-    site = logits_site(model, placed(batches[0], model))
+def _classify(model: nn.Module, site: str | None, batches: Sequence[dict[str, Tensor]], offset: int) -> _Classified:
     logits, features = [], []
     for batch in batches:
         entered: list[Tensor] = []

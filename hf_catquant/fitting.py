@@ -11,8 +11,9 @@ from . import samples
 from .cluster_fit import Kind, fit
 from .correction import CatConfig, attach, entry_of
 from .log import logger
+from .logits import logits_site
 from .model import parameter_count, stacks
-from .walk import hooked, logits_site, run
+from .replay import hooked, run
 
 MAX_VALUES = 1 << 26  # floats of each stream that a fit looks at
 SHARE = 32  # a correction takes at most a SHARE-th of what the weights would take in 8 bits, if clusters are "auto"

@@ -135,9 +135,11 @@ def share_weight(model: nn.Module, name: str, source: str) -> None:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``name`` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put ``new`` at every place that holds the module called ``name``: some models use one module at several."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:

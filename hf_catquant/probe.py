@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .log import logger
+from .logits import find_logits, note_into
 from .model import replace_module
-from .replay import Replay, Stop, forget, hooked, own, revive, run
+from .replay import Replay, Stop, forget, hooked, own, revived, run
 
 
 @dataclass
@@ -61,8 +63,8 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
     probe = _Probe(model, blocks, leaves)
     with torch.enable_grad():
         output = probe.run(batch)
-    plan = Plan(probe.units, probe.reads(output), _logits_site(output, probe.returned))
-    if not probe.check(plan, batch):
+    plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned))
+    if not probe.check(plan, batch, own(output)):
         logger.warning(
             "%s hides which of its blocks read which: all hidden states are kept in memory", type(model).__name__
         )
@@ -70,37 +72,6 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
             unit.reads = set(range(index))
         plan.final_reads = set(range(len(plan.units)))
     return plan
-
-
-def logits_site(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
-    """Name of the innermost module that returns the model's logits (its output, if that is a tensor), or None."""
-    returned: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_hook(_note_into(returned, name)) for name, module in model.named_modules() if name
-    ]
-    try:
-        return _logits_site(run(model, batch), returned)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _note_into(returned: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            returned.append((name, output))
-
-    return hook
-
-
-def _logits_site(output: Any, returned: list[tuple[str, Tensor]]) -> str | None:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        return None
-    same = [name for name, tensor in returned if tensor is logits]
-    equal = [n for n, t in returned if t.shape == logits.shape and torch.equal(t.float(), logits.float())]
-    found = same or equal
-    return found[0] if found else None
 
 
 class _Probe:
@@ -130,7 +101,7 @@ class _Probe:
             handles.append(module.register_forward_pre_hook(self._visit(leaf, block), with_kwargs=True))
         for name, module in self.model.named_modules():
             if name:
-                handles.append(module.register_forward_hook(_note_into(self.returned, name)))
+                handles.append(module.register_forward_hook(note_into(self.returned, name)))
         try:
             return run(self.model, batch)
         finally:
@@ -154,32 +125,42 @@ class _Probe:
         return found
 
     @torch.no_grad()
-    def check(self, plan: Plan, batch: dict[str, Tensor]) -> bool:
-        """Whether every unit still gets the same inputs when all outputs it does not read are zeros."""
-        originals = {u.name: self.model.get_submodule(u.name) for u in plan.units}
-        try:
-            return all(self._unit_agrees(plan, index, batch, originals) for index in range(len(plan.units)))
-        finally:
-            for name, module in originals.items():
-                replace_module(self.model, name, module)
+    def check(self, plan: Plan, batch: dict[str, Tensor], output: Any) -> bool:
+        """Whether every unit, and the model's output, stay the same when all outputs that they do not read are zeros."""
+        replays: dict[int, Replay] = {}
+        reads: set[int] = set()
 
-    def _unit_agrees(self, plan: Plan, index: int, batch: dict[str, Tensor], originals: dict[str, nn.Module]) -> bool:
-        unit = plan.units[index]
-        for past in range(index):
-            outputs: Any = self.outputs[past]
-            if past not in unit.reads:
-                outputs = pytree.tree_map_only(Tensor, forget, outputs)
-            replay = Replay(originals[plan.units[past].name], partial(revived, outputs))
-            replace_module(self.model, plan.units[past].name, replay)
+        def recall(index: int, call: int) -> Any:
+            kept = self.outputs[index][call]
+            return revived(kept if index in reads else pytree.tree_map_only(Tensor, forget, kept))
+
+        try:
+            for index, unit in enumerate(plan.units):
+                reads = unit.reads
+                module = self.model.get_submodule(unit.name)
+                if not self._unit_agrees(unit, module, self.inputs[index], replays, batch):
+                    return False
+                replays[index] = Replay(module, partial(recall, index))
+                replace_module(self.model, unit.name, replays[index])
+            reads = plan.final_reads
+            return _same(_replayed(self.model, replays, batch), output)
+        finally:
+            for index, replay in replays.items():
+                replace_module(self.model, plan.units[index].name, replay.original)
+
+    def _unit_agrees(
+        self, unit: Unit, module: nn.Module, inputs: list[Any], replays: dict[int, Replay], batch: dict[str, Tensor]
+    ) -> bool:
         caught: list[Any] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            caught.append((args, kwargs))
-            raise Stop
+            caught.append(own((args, kwargs)))
+            if len(caught) == unit.calls:
+                raise Stop
 
-        with hooked(originals[unit.name], before=before):
-            run(self.model, batch)
-        return bool(caught) and _same(caught[0], self.inputs[index][0])
+        with hooked(module, before=before):
+            _replayed(self.model, replays, batch)
+        return _same(caught, inputs)
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -227,6 +208,12 @@ class _Probe:
         self.graph_leaf[id(leaf)] = index
         self.kept.append(leaf)
         return leaf.clone()  # not the leaf itself, so that the model may write into it
+
+
+def _replayed(model: nn.Module, replays: dict[int, Replay], batch: dict[str, Tensor]) -> Any:
+    for replay in replays.values():
+        replay.rewind()
+    return run(model, batch)
 
 
 def _grad_node(tensor: Tensor) -> Any:

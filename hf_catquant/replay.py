@@ -15,7 +15,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Stop(Exception):
-    pass
+    """Raised by a hook that has seen enough: the model need not run further."""
 
 
 class Replay(nn.Module):
@@ -30,6 +30,15 @@ class Replay(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_original"), name)
 
+    @property
+    def original(self) -> nn.Module:
+        """The unit itself."""
+        return object.__getattribute__(self, "_original")
+
+    def rewind(self) -> None:
+        """The next call is the first of a batch."""
+        object.__setattr__(self, "call", 0)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the unit returned at this call of this batch."""
         object.__setattr__(self, "call", self.call + 1)
@@ -38,36 +47,51 @@ class Replay(nn.Module):
 
 @dataclass(frozen=True)
 class Forgotten:
+    """What is left of a tensor that nobody reads any more."""
+
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
 
 def forget(tensor: Tensor) -> Forgotten:
+    """The shape, dtype and device of ``tensor`` without its values."""
     return Forgotten(tensor.shape, tensor.dtype, tensor.device)
 
 
 def revive(value: Tensor | Forgotten) -> Tensor:
+    """A tensor that the model may use: a copy of a kept one, zeros for a forgotten one."""
     if isinstance(value, Forgotten):
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.clone()  # the model may write into what a unit returned
 
 
-def revived(outputs: list[Any], call: int) -> Any:
-    return pytree.tree_map_only((Tensor, Forgotten), revive, outputs[call])
+def revived(output: Any) -> Any:
+    """``output`` of a unit with every tensor revived."""
+    return pytree.tree_map_only((Tensor, Forgotten), revive, output)
 
 
 def own(tree: Any) -> Any:
+    """``tree`` with a copy of every tensor: what the model does to its own does not reach them."""
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """``model(**batch)`` without a cache of past keys; returns None if a hook stopped it."""
+    """``model(**batch)`` without a cache of past keys; returns None if a hook stopped it.
+
+    Raises:
+        RuntimeError: the model cannot run on the batch; says what was in it.
+    """
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     try:
         return model(**batch, **extra)
     except Stop:
         return None
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        raise RuntimeError(f"{type(model).__name__} cannot run on a batch of {shapes}: {error}") from error
 
 
 @contextmanager

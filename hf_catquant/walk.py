@@ -12,18 +12,17 @@ that detaches its hidden states), everything is kept, and the log says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .log import logger
 from .model import replace_module
+from .probe import Leaf, Unit, make_plan
+from .replay import Call, Replay, Stop, forget, hooked, own, revived, run
+
+__all__ = ["Call", "Leaf", "Outputs", "Unit", "Walk", "leaf_inputs", "leaf_outputs", "run_unit"]
 
 Outputs = list[list[Any]]  # by batch, by call
 
@@ -88,7 +87,7 @@ class Walk:
     def finish(self) -> None:
         """Put the units themselves back. The walk is over."""
         for index, replay in self._replays.items():
-            replace_module(self.model, self.plan.units[index].name, object.__getattribute__(replay, "_original"))
+            replace_module(self.model, self.plan.units[index].name, replay.original)
         self._replays.clear()
 
     def _last_reads(self) -> dict[int, int]:
@@ -123,13 +122,11 @@ class Walk:
     def _run(self, stream: str, batch: int) -> None:
         self._stream, self._batch = stream, batch
         for replay in self._replays.values():
-            object.__setattr__(replay, "call", 0)
+            replay.rewind()
         run(self.model, self.batches[batch])
 
     def _recall(self, index: int, call: int) -> Any:
-        return pytree.tree_map_only(
-            (Tensor, Forgotten), revive, self._recorded[self._stream][index][self._batch][call]
-        )
+        return revived(self._recorded[self._stream][index][self._batch][call])
 
 
 def leaf_inputs(root: nn.Module, leaf: Leaf, calls: list[Call]) -> list[Tensor]:

@@ -58,23 +58,25 @@ def _affine(levels: Tensor, scale: Tensor, offset: Tensor | None, group_size: in
     return values if offset is None else values + expand_groups(offset, columns, group_size)
 
 
-def storage_dtype(*values: Tensor | None) -> torch.dtype:
-    """float16 if it holds every value to its usual 11 bits, else float32.
+def storage_dtype(scale: Tensor, offset: Tensor | None = None) -> torch.dtype:
+    """float16 if it holds scale (N, G) and offset (N, G) to its usual 11 bits, else float32.
 
-    float16 goes from 6.1e-5 (below it loses bits) to 65504. A scale of an unusually small or large weight does not
-    fit, and is then stored in float32 instead of being rounded away.
+    float16 goes up to 65504 and loses bits below 6.1e-5. A scale of an unusually small or large weight does not fit, and
+    is then stored in float32 instead of being rounded away. Offsets need no more precision than a step of their group;
+    scales below a millionth of the largest one move no output that matters.
     """
-    info = torch.finfo(torch.float16)
-    for value in values:
-        if value is None or not value.numel():
-            continue
-        size = value.abs().float()
-        peak = float(size.max())
-        # What lies far below the peak of the same tensor is rounding noise of the solver, not a lost scale.
-        lost = (size > peak * 2**-11) & (size < info.tiny)
-        if peak > info.max or bool(lost.any()):
-            return torch.float32
-    return torch.float16
+    if not scale.numel():
+        return torch.float16
+    size = scale.abs().float()
+    matters = size > float(size.max()) * 2**-20
+    lost = (size - size.half().float()).abs() > size * 2**-10
+    bad = lost & matters
+    if offset is not None:
+        reach = torch.maximum(size, offset.abs().float())
+        bad |= ((offset.float() - offset.half().float()).abs() > reach * 2**-10) & (
+            reach > float(reach.max()) * 2**-20
+        )
+    return torch.float32 if bool(bad.any()) else torch.float16
 
 
 def quantize_activation(x: Tensor, fmt: Format, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:

@@ -1,0 +1,45 @@
+"""Where a model's logits come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replay import run
+
+
+def logits_site(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
+    """Name of the innermost module that returns the model's logits (its output, if that is a tensor), or None."""
+    returned: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_hook(note_into(returned, name)) for name, module in model.named_modules() if name
+    ]
+    try:
+        return find_logits(run(model, batch), returned)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def note_into(returned: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
+    """A forward hook that appends what the module called ``name`` returns, if it is a tensor."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            returned.append((name, output))
+
+    return hook
+
+
+def find_logits(output: Any, returned: list[tuple[str, Tensor]]) -> str | None:
+    """Name of the first module that ``returned`` the logits in ``output``, the very tensor or else an equal one."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        return None
+    same = [name for name, tensor in returned if tensor is logits]
+    equal = [n for n, t in returned if t.shape == logits.shape and torch.equal(t.float(), logits.float())]
+    found = same or equal
+    return found[0] if found else None

@@ -1,0 +1,88 @@
+"""Swapping one layer: solve its weight, put the quantized layer in its place, set its bias, keep the books."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import solvers
+from .formats import get_format
+from .layers import QuantizedModule, layer_for
+from .model import Selection, replace_module, share_weight
+from .solvers import Moments
+
+Range = tuple[Tensor, Tensor | None]  # scale and offset () of a calibrated activation range
+
+
+@dataclass
+class Outcome:
+    """What quantizing did: stored entries, per-layer errors and the fits of the corrections, all JSON-clean."""
+
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    corrections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Swap:
+    """Puts quantized layers in the place of float ones and keeps the books."""
+
+    def __init__(self, model: nn.Module, solver: str, selection: Selection) -> None:
+        self.model = model
+        self.solver = solver
+        self.sites = {site.name: site for site in selection.sites}
+        self.outcome = Outcome()
+        self._owner: dict[str, str] = {}  # first quantized member of a tied group, by the group's name
+
+    def site(self, name: str, moments: Moments | None, input_range: Range | None = None) -> None:
+        """Quantize the layer called ``name``; without moments by rounding to nearest.
+
+        Raises:
+            ValueError: the weight or the moments are not finite; the float layer is then still in place.
+        """
+        site = self.sites[name]
+        group = site.tied_to or name
+        scheme = self.sites[group].scheme
+        module = self.model.get_submodule(name)
+        layer = layer_for(module)
+        assert layer is not None
+        new = layer(module, scheme)
+        owner = self._owner.get(group)
+        if owner is None:
+            self._solve(name, module, new, moments)
+            self._owner[group] = name
+        replace_module(self.model, name, new)  # not before it is solved: an error leaves the float layer in place
+        if owner is not None:
+            share_weight(self.model, name, owner)
+        if input_range is not None:
+            new.fill_input_range(*input_range)
+        entry = {**asdict(new.scheme), "shape": [new.rows_, new.columns]}
+        self.outcome.modules[name] = {**entry, "tied_to": owner}
+
+    def _solve(self, name: str, module: nn.Module, new: QuantizedModule, moments: Moments | None) -> None:
+        scheme = new.scheme
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        matrix = type(new).to_matrix(weight.detach()).float().contiguous()
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
+        solver = solvers.get(self.solver if moments is not None else "rtn")
+        try:
+            new.fill(solver.solve(matrix, get_format(scheme.weights), scheme.group_size, moments))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        w_hat = torch.ops.catquant.dequantize(
+            *new._packed(), scheme.weights, scheme.group_size, new.columns, torch.float32
+        )
+        self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
+        if moments is not None and new.bias is not None:
+            shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
+            new.bias = nn.Parameter(new.bias + shift.to(new.bias.dtype), new.bias.requires_grad)
+
+
+def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
+    runs = matrix.view(mean.shape[0], -1, mean.shape[1])  # (B, N / B, K)
+    return (runs @ mean.unsqueeze(-1)).flatten()

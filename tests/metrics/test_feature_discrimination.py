@@ -1,0 +1,134 @@
+"""The metric as ``evaluate`` loads it: from the folder, without a network, with the numbers of the plain function."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+from hf_catquant import FEATURE_DISCRIMINATION, feature_discrimination
+
+FOLDER = Path(FEATURE_DISCRIMINATION)
+
+
+@pytest.fixture
+def metric(tmp_path):
+    return evaluate.load(FEATURE_DISCRIMINATION, cache_dir=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 3, 50)
+    return generator.normal(size=(50, 6)) + 0.7 * y[:, None], y
+
+
+def test_the_path_is_that_of_the_installed_folder():
+    assert FOLDER.is_absolute()
+    assert {"README.md", "feature_discrimination.py", "measure.py"} <= {file.name for file in FOLDER.iterdir()}
+
+
+def test_same_numbers_as_the_plain_function(metric, data):
+    x, y = data
+    expected = feature_discrimination(x, y)
+    assert metric.compute(predictions=x, references=y) == pytest.approx(expected, abs=1e-9)
+    assert metric.compute(predictions=x.tolist(), references=y.tolist()) == pytest.approx(expected, abs=1e-9)
+    with_eta = metric.compute(predictions=x, references=y, eta=0.3)
+    assert with_eta == pytest.approx(feature_discrimination(x, y, eta=0.3), abs=1e-9)
+    assert with_eta["ternary"] != expected["ternary"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_float_dtype(metric, data, dtype):
+    x, y = torch.tensor(data[0], dtype=dtype), torch.tensor(data[1])
+    assert metric.compute(predictions=x, references=y) == pytest.approx(feature_discrimination(x, y), abs=1e-9)
+
+
+def test_batches_and_single_rows(metric, data):
+    x, y = data
+    for part in np.array_split(np.arange(40), 3):
+        metric.add_batch(predictions=x[part], references=y[part])
+    for row in range(40, 50):
+        metric.add(prediction=x[row], reference=y[row])
+    assert metric.compute() == pytest.approx(feature_discrimination(x, y), abs=1e-9)
+
+
+def test_combines_with_other_metrics(metric, data):
+    both = evaluate.combine([metric, metric])
+    found = both.compute(predictions=data[0], references=data[1])
+    assert any(key.endswith("discrimination") for key in found)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "at least one row"),
+        ([[1.0], [2.0, 3.0]], [0, 1], "rows of one length"),
+        ([[1.0], [math.nan], [1.0], [1.0]], [0, 0, 1, 1], "got nan in row 1"),
+        ([[1.0], [2.0], [math.inf], [1.0]], [0, 0, 1, 1], "got inf in row 2"),
+        ([[1.0], [2.0], [3.0]], [4, 4, 4], "at least two classes, got only 4"),
+        ([[1.0], [2.0], [3.0]], [0, 0], "Mismatch in the number of predictions"),
+    ],
+)
+def test_bad_input_is_refused(metric, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        metric.compute(predictions=predictions, references=references)
+
+
+def test_the_metric_stays_usable_after_bad_input(metric, data):
+    with pytest.raises(ValueError, match="got nan"):
+        metric.compute(predictions=[[1.0], [math.nan], [1.0], [1.0]], references=[0, 0, 1, 1])
+    assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
+
+
+def test_copied_elsewhere_it_needs_neither_the_package_nor_more_than_two_files(data, tmp_path, monkeypatch):
+    folder = tmp_path / "feature_discrimination"
+    folder.mkdir()
+    for name in ("feature_discrimination.py", "measure.py"):
+        text = (FOLDER / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text + "\n# another copy\n", encoding="utf-8")  # so that no cached one is loaded
+    for name in [name for name in sys.modules if name.split(".")[0] == "hf_catquant"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hf_catquant", None)  # importing it now fails
+    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
+    assert metric.compute(predictions=data[0], references=data[1]) == feature_discrimination(*data)
+
+
+@pytest.mark.parametrize(
+    ("file", "allowed"),
+    [
+        (FOLDER / "feature_discrimination.py", {"__future__", "typing", "datasets", "evaluate"}),
+        (FOLDER / "measure.py", {"__future__", "collections", "typing", "numpy"}),
+        # evaluate takes a second to import, which plain use of the package does not need.
+        (FOLDER.parents[1] / "discrimination.py", {"__future__", "pathlib", "typing", "numpy", "torch"}),
+    ],
+)
+def test_imports_are_few_and_one_a_line(file, allowed):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert len(node.names) == 1, f"line {node.lineno}: evaluate reads one import a line"
+            assert node.names[0].name.split(".")[0] in allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level or (node.module or "").split(".")[0] in allowed
+
+
+def test_the_card_and_the_help_print_what_the_code_gives(metric):
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) >= 2
+    for example in examples:
+        namespace: dict[str, object] = {}
+        *code, last = example.strip().splitlines()
+        assert last.startswith("# "), "an example ends with the line that it prints"
+        exec("\n".join(code), namespace)
+        assert str(namespace["shown"]) == last.removeprefix("# ")
+    result = metric.compute(predictions=[[0.0], [1.0], [2.0], [3.0]], references=[0, 0, 1, 1])
+    assert result["discrimination"] == pytest.approx(2.25)
+    assert "2.25" in metric.inputs_description
