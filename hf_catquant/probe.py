@@ -57,6 +57,11 @@ class Plan:
     final_reads: set[int]
     logits_site: str | None
 
+    def last_reads(self) -> list[int]:
+        """Index of the last unit that reads each unit's outputs, itself if none does; past the end: the model's output."""
+        readers = [*enumerate(unit.reads for unit in self.units), (len(self.units), self.final_reads)]
+        return [max([r for r, reads in readers if i in reads], default=i) for i in range(len(self.units))]
+
 
 def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str], leaves: Sequence[str]) -> Plan:
     """Run one batch and see which units run, in which order, and what each of them reads."""
@@ -126,23 +131,23 @@ class _Probe:
 
     @torch.no_grad()
     def check(self, plan: Plan, batch: dict[str, Tensor], output: Any) -> bool:
-        """Whether every unit, and the model's output, stay the same when all outputs that they do not read are zeros."""
+        """Whether every unit, and the model's output, stay the same when outputs are zeros after their last reader."""
         replays: dict[int, Replay] = {}
-        reads: set[int] = set()
+        last_reads = plan.last_reads()
 
-        def recall(index: int, call: int) -> Any:
-            kept = self.outputs[index][call]
-            return revived(kept if index in reads else pytree.tree_map_only(Tensor, forget, kept))
+        def recall(past: int, call: int) -> Any:
+            output = self.outputs[past][call]
+            # As many replays as the walk has by now: their number is the index of the unit whose turn it is.
+            forgotten = last_reads[past] < len(replays)
+            return revived(pytree.tree_map_only(Tensor, forget, output) if forgotten else output)
 
         try:
             for index, unit in enumerate(plan.units):
-                reads = unit.reads
                 module = self.model.get_submodule(unit.name)
                 if not self._unit_agrees(unit, module, self.inputs[index], replays, batch):
                     return False
                 replays[index] = Replay(module, partial(recall, index))
                 replace_module(self.model, unit.name, replays[index])
-            reads = plan.final_reads
             return _same(_replayed(self.model, replays, batch), output)
         finally:
             for index, replay in replays.items():

@@ -77,14 +77,14 @@ def own(tree: Any) -> Any:
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """``model(**batch)`` without a cache of past keys; returns None if a hook stopped it.
+    """``model(**batch)`` on a copy of the batch, without a cache of past keys; None if a hook stopped it.
 
     Raises:
         RuntimeError: the model cannot run on the batch; says what was in it.
     """
     extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     try:
-        return model(**batch, **extra)
+        return model(**own(batch), **extra)
     except Stop:
         return None
     except torch.OutOfMemoryError:

@@ -49,7 +49,7 @@ class Walk:
         self._replays: dict[int, Replay] = {}
         self._recorded: dict[str, dict[int, Outputs]] = {"float": {}, "quantized": {}}
         self._stream, self._batch = "float", 0
-        self._last_read = self._last_reads()
+        self._last_read = self.plan.last_reads()
 
     def inputs(self, index: int, stream: str) -> list[list[Call]]:
         """Arguments that unit ``index`` receives in ``stream``, by batch, by call."""
@@ -89,11 +89,6 @@ class Walk:
         for index, replay in self._replays.items():
             replace_module(self.model, self.plan.units[index].name, replay.original)
         self._replays.clear()
-
-    def _last_reads(self) -> dict[int, int]:
-        units = self.plan.units
-        readers = [(i, u.reads) for i, u in enumerate(units)] + [(len(units), self.plan.final_reads)]
-        return {i: max([r for r, reads in readers if i in reads], default=i) for i in range(len(units))}
 
     def _catch(self, index: int, stream: str, batch: int, until: str) -> tuple[list[Call], list[Any]]:
         unit = self.plan.units[index]

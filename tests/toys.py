@@ -153,7 +153,7 @@ def tiny_albert() -> nn.Module:
     )
 
 
-def make(name: str, count: int = 3, size: int = 4) -> tuple[nn.Module, list[Batch]]:
+def make(name: str, count: int = 2, size: int = 4) -> tuple[nn.Module, list[Batch]]:
     """The model called ``name`` with random weights, and ``count`` batches of ``size`` samples."""
     builder, sample = TOYS[name]
     with torch.random.fork_rng():

@@ -107,7 +107,7 @@ def test_copied_elsewhere_it_needs_neither_the_package_nor_more_than_two_files(d
         (FOLDER / "feature_discrimination.py", {"__future__", "typing", "datasets", "evaluate"}),
         (FOLDER / "measure.py", {"__future__", "collections", "typing", "numpy"}),
         # evaluate takes a second to import, which plain use of the package does not need.
-        (FOLDER.parents[1] / "discrimination.py", {"__future__", "pathlib", "typing", "numpy", "torch"}),
+        (FOLDER.parents[1] / "discrimination.py", {"__future__", "math", "pathlib", "typing", "numpy", "torch"}),
     ],
 )
 def test_imports_are_few_and_one_a_line(file, allowed):
