@@ -226,6 +226,11 @@ def test_every_entry_is_that_of_all_pairs():
     assert found["ternary_ratio"] == found["ternary"] / found["discrimination"]
 
 
+def test_a_value_at_the_mean_is_binary_zero():
+    # Codes 0 0 0 and 0 1 1: p = 0 and 2/9, u = 0 and 1/3, |m|^2 = 4/9.
+    assert feature_discrimination([[-2], [0], [0], [0], [1], [1]], [0, 0, 0, 1, 1, 1])["binary"] == pytest.approx(1.0)
+
+
 def test_two_gaussians_give_the_closed_forms():
     mu, sigma = 0.8, 0.6
     y = np.arange(40_000) % 2

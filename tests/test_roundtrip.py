@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from helpers import ALL_FORMATS
 
 import hf_catquant
+import tiny_models
+from helpers import ALL_FORMATS
 from hf_catquant import CatQuantConfig
 
 

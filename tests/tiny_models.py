@@ -16,7 +16,12 @@ LLAMA = {**TEXT, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1,
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16}
 VIT |= {"patch_size": 8}
 SPEECH = {**VIT, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_feat_extract_layers": 2}
-SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 20, "classifier_proj_size": 24}
+SPEECH |= {
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 20,
+    "classifier_proj_size": 24,
+}
 
 
 def _llama(tied: bool) -> tf.PreTrainedModel:
@@ -25,12 +30,20 @@ def _llama(tied: bool) -> tf.PreTrainedModel:
 
 def _clip() -> tf.PreTrainedModel:
     text = {**TEXT, "projection_dim": 24, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
-    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config={**VIT, "projection_dim": 24}, projection_dim=24))
+    return tf.CLIPModel(
+        tf.CLIPConfig(text_config=text, vision_config={**VIT, "projection_dim": 24}, projection_dim=24)
+    )
 
 
 def _whisper() -> tf.PreTrainedModel:
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 16}
+    sizes = {
+        "d_model": 32,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "num_mel_bins": 8,
+        "max_source_positions": 16,
+    }
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     return tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(vocab_size=96, **layers, **sizes, **tokens, max_target_positions=32, suppress_tokens=None)
@@ -39,7 +52,9 @@ def _whisper() -> tf.PreTrainedModel:
 
 def _t5() -> tf.PreTrainedModel:
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 96}
-    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2))
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+    )
 
 
 def _labels(count: int = 5) -> dict[str, Any]:
@@ -77,7 +92,9 @@ BUILDERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VIT, **_labels())),
     "deit": lambda: tf.DeiTForImageClassification(tf.DeiTConfig(**VIT, **_labels())),
     "swin": lambda: tf.SwinForImageClassification(
-        tf.SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4, **_labels())
+        tf.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4, **_labels()
+        )
     ),
     "convnext": lambda: tf.ConvNextForImageClassification(
         tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, image_size=16, patch_size=2, **_labels())
@@ -88,7 +105,9 @@ BUILDERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
         )
     ),
     "mobilenet_v2": lambda: tf.MobileNetV2ForImageClassification(
-        tf.MobileNetV2Config(image_size=32, depth_multiplier=0.25, finegrained_output=True, tf_padding=True, **_labels())
+        tf.MobileNetV2Config(
+            image_size=32, depth_multiplier=0.25, finegrained_output=True, tf_padding=True, **_labels()
+        )
     ),
     "wav2vec2": lambda: tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SPEECH, **_labels())),
     "hubert": lambda: tf.HubertForSequenceClassification(tf.HubertConfig(**SPEECH, **_labels())),

@@ -1,0 +1,169 @@
+"""A quantized folder never loads wrongly: not without the package, not damaged, not incomplete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import tiny_models
+from hf_catquant import CatQuantConfig
+
+WITHOUT_IMPORT = """
+import sys, transformers
+try:
+    getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
+except Exception as error:
+    print("REFUSED", type(error).__name__)
+else:
+    print("LOADED")
+"""
+
+
+def quantized(name: str, root: Path) -> Path:
+    folder = root / name
+    if not folder.exists():
+        config = CatQuantConfig(weights="ternary", group_size=16, solver="rtn", correction=None)
+        float_folder = tiny_models.folder_of(name, str(root / "float"))
+        type(tiny_models.build(name)).from_pretrained(float_folder, quantization_config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("closed")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_tied", "resnet", "whisper", "gpt2"])
+def test_without_the_package_loading_raises(name, root):
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_IMPORT,
+        str(quantized(name, root)),
+        type(tiny_models.build(name)).__name__,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "REFUSED RuntimeError" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def folder(root, tmp_path) -> Path:
+    return Path(shutil.copytree(quantized("bert", root), tmp_path / "bert"))
+
+
+def load(folder: Path):
+    return type(tiny_models.build("bert")).from_pretrained(folder)
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, edit) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+CODES = "bert.encoder.layer.0.attention.self.query.weight_packed"
+
+
+def test_a_flipped_bit_in_codes_is_named(folder):
+    def flip(tensors):
+        tensors[CODES][0, 0] ^= 1
+
+    edit_tensors(folder, flip)
+    with pytest.raises(ValueError, match=rf"tensor '{CODES}' are not those that were saved"):
+        load(folder)
+
+
+def test_a_flipped_bit_anywhere_in_the_file_is_noticed(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for place in (3, 100, start + 5, (start + len(data)) // 2, len(data) - 1):
+        damaged = bytearray(data)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged|missing|unexpected|not those"):
+            load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_truncated_file_is_named(folder, keep):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
+    with pytest.raises(Exception, match="truncated|damaged|HeaderToo|header|metadata"):
+        load(folder)
+
+
+def test_a_missing_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(CODES))
+    with pytest.raises(ValueError, match=f"missing tensors: {CODES}"):
+        load(folder)
+
+
+def test_an_extra_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(ValueError, match="unexpected tensors: extra"):
+        load(folder)
+
+
+def test_another_shape_of_the_model_is_refused(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["intermediate_size"] = 56
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"stores a weight of shape \[48, 32\], the model expects \[56, 32\]"):
+        load(folder)
+
+
+def test_mis_shaped_codes_with_matching_checksums_are_refused(folder):
+    from hf_catquant.integrity import file_checksums
+
+    edit_tensors(folder, lambda tensors: tensors.update({CODES: tensors[CODES][:, :-1].contiguous()}))
+    edit_config(folder, lambda config: config.update(checksums=file_checksums(folder / "model.safetensors")))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        load(folder)
+
+
+def test_bytes_that_no_code_packs_to_are_refused(folder):
+    from hf_catquant.integrity import file_checksums
+
+    def damage(tensors):
+        tensors[CODES][0, 0] = 250
+
+    edit_tensors(folder, damage)
+    edit_config(folder, lambda config: config.update(checksums=file_checksums(folder / "model.safetensors")))
+    with pytest.raises(ValueError, match="packed ternary byte must be at most 242, got 250"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version must be 1, got 2"),
+        ({"colour": "red"}, "no field 'colour'"),
+        ({"modules": None}, "no 'modules'"),
+        ({"checksums": {}}, "unexpected tensors"),
+        ({"weights": "int5"}, "weights must be one of"),
+    ],
+)
+def test_a_changed_config_is_refused(folder, change, message):
+    edit_config(folder, lambda config: config.update(change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
