@@ -136,7 +136,7 @@ def test_skips_overrides_and_patterns(root):
     for field, value in (("modules_to_not_convert", ["nowhere"]), ("overrides", {"nowhere": {"weights": "int4"}})):
         with pytest.raises(ValueError, match=f"{field}: 'nowhere' matches no module"):
             load("bert", root, quantization_config=CatQuantConfig(**{**DATA_FREE, field: value}))
-    with pytest.raises(ValueError, match="strict=True, but these would stay in float: .*position_embeddings"):
+    with pytest.raises(ValueError, match=r"strict=True, but these would stay in float: .*position_embeddings"):
         load("vit", root, quantization_config=CatQuantConfig(**DATA_FREE, strict=True))
 
 
