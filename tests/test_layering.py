@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # Lowest first. A name is a file or a folder of the package; names of one row do not import each other, so those of the
 # first row stand alone.
 ROWS = [
-    "formats discrimination metrics version log integrity",
+    "metrics",
+    "formats discrimination version log integrity",
     "packing",
     "weight",
     "ops",

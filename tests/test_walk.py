@@ -71,6 +71,7 @@ def test_every_unit_receives_exactly_what_the_model_gives_it(name):
         for batch, caught in zip(batches, calls, strict=True):
             assert_same(caught, direct_inputs(original, unit.name, batch))
             assert len(caught) == unit.calls
+        assert_same(walk.inputs(index, "float"), calls)  # what units write in place does not reach the recordings
         walk.record(index, {"float": outputs, "quantized": outputs})
     walk.finish()
     assert not any(isinstance(m, Replay) for m in model.modules())

@@ -1,0 +1,146 @@
+"""The command line as its users meet it: what it writes, what it prints, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import tiny_models
+from hf_catquant.cli import main
+from hf_catquant.demo import run_demo
+
+WORDS = [f"w{i}" for i in range(90)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, a tiny speech model without, and rows for both."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("cli")
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["[UNK]", "<s>", "</s>", *WORDS])}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    for name in ("llama_tied", "bert"):
+        tiny_models.build(name).save_pretrained(root / name)
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", model_max_length=64).save_pretrained(
+            root / name
+        )
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(WORDS), (24, 8), generator=generator).tolist()
+    rows = {"text": [" ".join(WORDS[i] for i in row) for row in picks], "label": [i % 5 for i in range(24)]}
+    pd.DataFrame(rows).to_parquet(root / "rows.parquet")
+    pd.DataFrame(rows | {"label": [f"class {i % 5}" for i in range(24)]}).to_csv(root / "rows.csv")
+    return root
+
+
+def command(folder: Path, out: Path, *more: str, model: str = "bert") -> list[str]:
+    base = ["quantize", str(folder / model), str(out), "--group-size", "16", "--batch-size", "4", "--column", "text"]
+    return [*base, "--dataset", str(folder / "rows.parquet"), *more]
+
+
+def test_quantize_inspect_and_eval_of_a_classifier(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(folder, out)) == 0
+    assert "parameters quantized" in capsys.readouterr().out
+    assert json.loads((out / "report.json").read_text())["coverage"] > 90
+    assert (out / "tokenizer.json").exists()
+    assert main(["inspect", str(out)]) == 0
+    assert "bert.encoder.layer.0.attention.self.query" in capsys.readouterr().out
+    assert main(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+    test = [
+        "eval",
+        str(out),
+        "--float",
+        str(folder / "bert"),
+        "--dataset",
+        str(folder / "rows.csv"),
+        "--column",
+        "text",
+    ]
+    assert main([*test, "--json", str(tmp_path / "t.json"), "--markdown", str(tmp_path / "t.md")]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t.json").read_text())["n"] == 24
+    assert (tmp_path / "t.md").read_text().startswith("| model | accuracy |")
+
+
+def test_quantize_and_eval_of_a_language_model(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--weights", "int4", model="llama_tied")) == 0
+    assert AutoModelForCausalLM.from_pretrained(out).lm_head.weight_packed is not None
+    test = ["eval", str(out), "--float", str(folder / "llama_tied"), "--dataset", str(folder / "rows.parquet")]
+    assert main([*test, "--column", "text", "--limit", "10"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--solver", "rtn", "--dataset", "nowhere.parquet"], "there is no file nowhere.parquet"),
+        (["--dataset", "pyproject.toml"], "must end in .parquet"),
+        (["--column", "nowhere"], "has no column 'nowhere'"),
+        (["--group-size", "20"], "group_size must be -1 or a positive multiple of 8, got 20"),
+        (["--skip", "nowhere"], "'nowhere' matches no module"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, tmp_path, capsys, words, message):
+    status = main(command(folder, tmp_path / "out", *words))
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("catquant")]
+    assert status == 1
+    assert len(err) == 1
+    assert message in err[0]
+
+
+def test_nothing_saved_is_lost(folder, tmp_path, capsys):
+    (tmp_path / "kept.txt").write_text("mine")
+    assert main(command(folder, tmp_path)) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert main(["inspect", str(folder / "bert")]) == 1
+    assert "no layer quantized by hf_catquant" in capsys.readouterr().err
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+
+
+def test_data_is_needed_unless_rounding(folder, tmp_path, capsys):
+    words = ["quantize", str(folder / "bert"), str(tmp_path / "out"), "--group-size", "16"]
+    assert main(words) == 1
+    assert "need calibration data" in capsys.readouterr().err
+    assert main([*words, "--solver", "rtn", "--correction", "none"]) == 0
+
+
+def test_help_of_every_verb(capsys):
+    for verb in ("demo", "quantize", "inspect", "eval"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        assert "--" in capsys.readouterr().out
+
+
+def test_demo_from_start_to_end(tmp_path, capsys):
+    page = run_demo(tmp_path, epochs=2)
+    printed = capsys.readouterr().out
+    assert "reload: bit-exact" in printed
+    assert page.read_text().count("<img") == 3
+    for name in ("accuracy", "errors", "logits"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_optimum_hands_over(monkeypatch):
+    import runpy
+
+    register = runpy.run_path(str(Path(__file__).parents[2] / "optimum/commands/register/register_catquant.py"))
+    (verb,) = register["REGISTER_COMMANDS"]
+    assert verb.COMMAND.name == "catquant"
+    seen = []
+    monkeypatch.setattr("hf_catquant.cli.main", lambda words: seen.append(words) or 0)
+    instance = object.__new__(verb)
+    instance.args = type("Args", (), {"words": ["inspect", "folder"]})()
+    with pytest.raises(SystemExit):
+        instance.run()
+    assert seen == [["inspect", "folder"]]
