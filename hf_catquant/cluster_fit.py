@@ -36,6 +36,7 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 ROWS_PER_CLUSTER = 64
 VARIANCE_FLOOR = 1e-8
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
+AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer
 CHUNK = 1 << 24  # floats of rows that are scored at once
 
 Kind = Literal["logits", "hidden"]
@@ -236,7 +237,7 @@ def _choose(
             corrected = _held_out(q, cluster, folds, maps, alpha)
             candidates[f"{clusters}/{alpha:g}"] = float(_losses(corrected, f, kind).mean())
             # A gain in divergence can be a mere change of confidence that costs right answers: those are not for sale.
-            if float(_agreement(corrected, f, kind).mean()) >= float(agreed.mean()):
+            if float((_agreement(corrected, f, kind) - agreed).mean()) >= -AGREEMENT_LOSS:
                 gains[clusters, alpha] = before - _losses(corrected, f, kind)
     result = CorrectionFit(
         None,

@@ -1,0 +1,177 @@
+"""Fitting: the published estimator exactly, and a default that is never worse than no correction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from helpers import global_rng_untouched
+from hf_catquant import CatConfig
+from hf_catquant.cluster_fit import Sums, fit, solve
+
+
+def rows(count: int, width: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a teacher, and the same with noise."""
+    g = torch.Generator().manual_seed(seed)
+    f = 3 * torch.randn(count, width, generator=g)
+    return f + noise * torch.randn(count, width, generator=g), f
+
+
+def kl(y: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    log_p = f.log_softmax(-1)
+    return (log_p.exp() * (log_p - y.log_softmax(-1))).sum(-1)
+
+
+def published(q: np.ndarray, f: np.ndarray, new: np.ndarray, clusters: int, pca: int, alpha: float) -> np.ndarray:
+    """The released code's arithmetic, written out: PCA and KMeans with random_state 42, population moments, no guard."""
+    reduce = PCA(n_components=pca, random_state=42).fit(q) if pca < q.shape[1] else None
+    points = q if reduce is None else reduce.transform(q)
+    means = KMeans(n_clusters=clusters, random_state=42).fit(points)
+    gamma, beta = np.ones((clusters, q.shape[1])), np.zeros((clusters, q.shape[1]))
+    for k in range(clusters):
+        a, b = q[means.labels_ == k].astype(np.float64), f[means.labels_ == k].astype(np.float64)
+        if len(a):
+            cov = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
+            gamma[k] = cov / np.maximum(a.var(0), 1e-8)
+            beta[k] = b.mean(0) - gamma[k] * a.mean(0)
+    k = means.predict(new if reduce is None else reduce.transform(new))
+    return new + alpha * (gamma[k] * new + beta[k] - new)
+
+
+@pytest.mark.parametrize("width", [20, 70])
+def test_paper_is_the_published_method(width):
+    q, f = rows(2000, width, 1.0)
+    new = rows(200, width, 1.0, seed=1)[0]
+    result = fit(q, f, CatConfig.paper(), "logits")
+    assert (result.clusters, result.alpha) == (64, 0.4)
+    expected = published(q.numpy(), f.numpy(), new.numpy(), 64, 50, 0.4)
+    same = np.isclose(result.correction(new).numpy(), expected, rtol=1e-3, atol=1e-3).all(1)
+    assert same.mean() > 0.99  # a row between two centroids may fall to the other side
+
+
+def test_sums_add_up(generator):
+    q, f = rows(50, 6, 1.0)
+    cluster, fold = (torch.randint(3, (50,), generator=generator) for _ in range(2))
+    whole, parts = Sums(3, 6, 3), Sums(3, 6, 3)
+    whole.add(q, f, cluster, fold)
+    for part in torch.arange(50).split(7):
+        parts.add(q[part], f[part], cluster[part], fold[part])
+    torch.testing.assert_close(whole.values, parts.values)
+    count, values = whole.without(1)
+    kept = fold != 1
+    assert torch.equal(count, torch.bincount(cluster[kept], minlength=3).double())
+    torch.testing.assert_close(values[4].sum(0), (q[kept].double() * f[kept].double()).sum(0))
+
+
+def test_an_empty_cluster_of_the_published_estimator_is_no_nan():
+    sums = Sums(2, 3)
+    q, f = rows(10, 3, 0.5)
+    sums.add(q, f, torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64))
+    for kind in ("ls", "std"):
+        gamma, beta = solve(*sums.without(None), kind, 0.0)
+        assert torch.isfinite(gamma).all()
+        assert torch.isfinite(beta).all()
+
+
+def test_shrinkage_goes_to_the_identity():
+    q, f = rows(500, 5, 0.0)
+    sums = Sums(1, 5)
+    sums.add(q * 2 + 1, f, *(torch.zeros(500, dtype=torch.int64) for _ in range(2)))
+    for kind in ("ls", "std"):
+        gamma, beta = solve(*sums.without(None), kind, 0.0)
+        torch.testing.assert_close(gamma, torch.full_like(gamma, 0.5), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(beta, torch.full_like(beta, -0.5), rtol=1e-5, atol=1e-5)
+        gamma, beta = solve(*sums.without(None), kind, 1e9)
+        torch.testing.assert_close(gamma, torch.ones_like(gamma), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(beta, torch.zeros_like(beta), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_256_samples_with_64_clusters_do_not_explode(seed):
+    q, f = rows(256, 100, 1.5, seed)
+    held_q, held_f = rows(2000, 100, 1.5, seed + 100)
+    for config in (CatConfig(), CatConfig(num_clusters=64, alpha=1.0)):
+        result = fit(q, f, config, "logits")
+        corrected = held_q if result.correction is None else result.correction(held_q)
+        change = kl(corrected, held_f) - kl(held_q, held_f)
+        worst = 0.0 if config == CatConfig() else 0.05
+        assert float(change.mean()) - 2 * float(change.std()) / 2000**0.5 <= worst
+
+
+def test_a_biased_model_is_won_back():
+    q, f = rows(1000, 10, 0.3)
+    bent = 0.5 * q + torch.linspace(-2, 2, 10)
+    result = fit(bent, f, CatConfig(), "logits")
+    assert result.alpha == 1.0
+    assert result.gain_low > 0
+    new, target = rows(1000, 10, 0.3, seed=1)
+    new = 0.5 * new + torch.linspace(-2, 2, 10)
+    assert kl(result.correction(new), target).mean() < 0.2 * kl(new, target).mean()
+
+
+def test_clusters_are_used_where_the_error_has_them():
+    g = torch.Generator().manual_seed(0)
+    side = torch.randint(0, 2, (2000, 1), generator=g).float() * 2 - 1
+    f = torch.randn(2000, 6, generator=g) + 6 * side * torch.eye(6)[0]
+    q = torch.where(side > 0, f + torch.eye(6)[1] * 3, f - torch.eye(6)[2] * 3)
+    result = fit(q, f, CatConfig(), "logits")
+    assert result.clusters >= 4  # the choices are 1, 4, 8 ...
+    assert result.loss_after < 0.1 * result.loss_before
+
+
+def test_noise_is_left_alone():
+    q, f = rows(400, 10, 0.0)
+    result = fit(q, f, CatConfig(), "logits")
+    assert result.correction is None
+    assert result.clusters == 0
+    assert "off" in result.summary()
+
+
+def test_answers_are_not_sold_for_confidence():
+    """Per-class maps of few rows lower the divergence of an over-confident model and change its answers."""
+    q, f = rows(64, 1000, 3.0)
+    new, target = rows(1000, 1000, 3.0, seed=1)
+    result = fit(q, f, CatConfig(), "logits")
+    corrected = new if result.correction is None else result.correction(new)
+    agreed = [(y.argmax(1) == target.argmax(1)).float().mean() for y in (new, corrected)]
+    assert agreed[1] >= agreed[0] - 0.02
+
+
+def test_wide_outputs_and_small_budgets_get_one_cluster():
+    q, f = rows(400, 60, 1.0)
+    bent = 0.3 * q
+    assert fit(bent, f, CatConfig(), "logits", max_bytes=100).clusters <= 1
+    two = fit(*(t[:, :2] for t in (bent, f)), CatConfig(), "logits")
+    assert torch.isfinite(two.correction(bent[:, :2])).all()
+
+
+def test_hidden_features_by_squared_error():
+    q, f = rows(600, 8, 0.2)
+    result = fit(q + 3, f, CatConfig(), "hidden")
+    assert result.metric == "mse"
+    assert result.loss_after < 0.1 * result.loss_before
+
+
+def test_the_same_rows_give_the_same_fit_and_no_global_generator_moves():
+    q, f = rows(500, 60, 1.0)
+    with global_rng_untouched():
+        first, second = (fit(0.5 * q, f, CatConfig(), "logits") for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+    assert torch.equal(first.correction.gamma, second.correction.gamma)
+
+
+def test_unusable_rows():
+    q, f = rows(9, 4, 1.0)
+    with pytest.raises(ValueError, match="at least 10 rows, got 9"):
+        fit(q, f, CatConfig(), "logits")
+    q, f = rows(20, 4, 1.0)
+    with pytest.raises(ValueError, match="of one shape"):
+        fit(q, f[:, :3], CatConfig(), "logits")
+    for bad in (float("nan"), float("inf")):
+        broken = q.clone()
+        broken[3, 1] = bad
+        with pytest.raises(ValueError, match="quantized outputs have values that are not finite"):
+            fit(broken, f, CatConfig(), "logits")
