@@ -89,7 +89,12 @@ def bnb_config(kind: str):
 
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["classifier", "lm_head"],  # its CPU kernel wants whole blocks of outputs, too
+    )
 
 
 def wide(name: str) -> tf.PreTrainedModel:
