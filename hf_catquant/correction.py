@@ -55,9 +55,10 @@ class CatConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.at, str):
-            object.__setattr__(self, "at", tuple(self.at))
-        places = (self.at,) if isinstance(self.at, str) else self.at
+        at: Any = self.at
+        if isinstance(at, list):
+            object.__setattr__(self, "at", tuple(at))
+        places = at if isinstance(at, list | tuple) else (at,)
         rules = (
             (
                 "num_clusters",
@@ -67,9 +68,9 @@ class CatConfig:
             ("projection", "None or an integer of at least 1", self.projection is None or _count(self.projection)),
             ("alpha", '"auto" or a number above 0 and up to 1', self.alpha == "auto" or _number(self.alpha, 1) > 0),
             ("gamma", '"std" or "ls"', self.gamma in ("std", "ls")),
-            ("shrinkage", "a number of at least 0", _number(self.shrinkage) >= 0),
+            ("shrinkage", "a finite number of at least 0", 0 <= _number(self.shrinkage) < float("inf")),
             ("at", '"logits", "blocks" or names of modules', bool(places) and all(isinstance(p, str) for p in places)),
-            ("seed", "an integer of at least 0", self.seed == 0 or _count(self.seed)),
+            ("seed", "an integer from 0 to 2**32 - 1", self.seed == 0 or (_count(self.seed) and self.seed < 1 << 32)),
         )
         for name, rule, holds in rules:
             if not holds:
@@ -92,6 +93,8 @@ class CatConfig:
         Raises:
             ValueError: an unknown field, or a value that breaks its rule.
         """
+        if not isinstance(fields, dict):
+            raise ValueError(f"CatConfig fields must be a dict, got {fields!r}")
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
@@ -150,12 +153,15 @@ class ClusterAffine(nn.Module):
         """Weight (D, K) and bias (D,) of the linear in front with a one-cluster correction folded in.
 
         Raises:
-            ValueError: there is more than one cluster.
+            ValueError: there is more than one cluster, or the weight is not a matrix of D rows.
         """
         if len(self.gamma) != 1:
             raise ValueError(f"only a correction of one cluster folds into a linear, this one has {len(self.gamma)}")
-        gamma, beta = self.gamma[0].to(weight.dtype), self.beta[0].to(weight.dtype)
-        return weight * gamma[:, None], beta if bias is None else gamma * bias + beta
+        gamma, beta = self.gamma[0], self.beta[0]
+        if weight.dim() != 2 or len(weight) != len(gamma):
+            raise ValueError(f"the weight must be ({len(gamma)}, K) to fold this in, got {tuple(weight.shape)}")
+        shift = beta if bias is None else gamma * bias.float() + beta
+        return (weight.float() * gamma[:, None]).to(weight.dtype), shift.to(weight.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, as printed inside ``print(model)``."""
@@ -175,27 +181,29 @@ def attach(model: nn.Module, name: str, correction: ClusterAffine) -> None:
     """Make the module called ``name`` correct what it returns; a correction that is there already is replaced.
 
     Raises:
-        ValueError: the module is a container that would run the correction as one of its layers.
+        ValueError: there is no such module, it is a container that would run the correction as one of its layers, it
+            has a child or an attribute ``correction`` of its own, or it is a linear of another width.
     """
-    site = model.get_submodule(name)
-    if isinstance(site, CONTAINERS):
-        children = [f"{name}.{child}" for child, _ in site.named_children()]
-        last = children[-1] if children else name
-        raise ValueError(
-            f"a correction cannot sit on {name!r}, a {type(site).__name__}: name its last child, {last!r}"
-        )
+    site = _site(model, name)
+    _check_place(name, site, correction)
     detach(model, name)
     site.correction = correction
     site.register_forward_hook(correct_output)
 
 
 def detach(model: nn.Module, name: str) -> ClusterAffine | None:
-    """Take the correction off the module called ``name`` and return it."""
-    site = model.get_submodule(name)
+    """Take the correction off the module called ``name`` and return it, None if there is none.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    site = _site(model, name)
     for key in [key for key, hook in site._forward_hooks.items() if hook is correct_output]:
         del site._forward_hooks[key]
-    correction = site._modules.pop("correction", None)
-    return correction if isinstance(correction, ClusterAffine) else None
+    if not isinstance(site._modules.get("correction"), ClusterAffine):
+        return None
+    correction: Any = site._modules.pop("correction")
+    return correction
 
 
 def corrections(model: nn.Module) -> dict[str, ClusterAffine]:
@@ -205,13 +213,14 @@ def corrections(model: nn.Module) -> dict[str, ClusterAffine]:
 
 
 def correct_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """The forward hook: the output, or the first of several, corrected."""
+    """The forward hook: the output, or the first of several (of a dict, the first but ``loss``), corrected."""
     correction: Any = module.correction
     if isinstance(output, Tensor):
         return correction(output)
     if isinstance(output, tuple | list):
-        return type(output)((correction(output[0]), *output[1:]))
-    first = next(iter(output))
+        corrected = (correction(output[0]), *output[1:])
+        return type(output)(*corrected) if hasattr(output, "_fields") else type(output)(corrected)
+    first = next(key for key in output if key != "loss")  # comes before the logits where labels were passed
     output[first] = correction(output[first])
     return output
 
@@ -246,7 +255,7 @@ def load_correction(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: the file is damaged, of another version, has values that are not finite, or names a module that the
-            model does not have.
+            model does not have or that cannot carry its correction.
         FileNotFoundError: there is no such file.
     """
     target = _file(path)
@@ -254,12 +263,15 @@ def load_correction(model: nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"{target}: there is no such file")
     made = _read(target)
     names = {name for name, _ in model.named_modules()}
-    for name in made:
+    for name, correction in made.items():
         if name not in names:
             raise ValueError(f"{target}: it corrects {name!r}, which {type(model).__name__} does not have")
-    device = next(model.parameters()).device
+        try:
+            _check_place(name, model.get_submodule(name), correction)
+        except ValueError as error:
+            raise ValueError(f"{target}: {error}") from error
     for name, correction in made.items():
-        attach(model, name, correction.to(device))
+        attach(model, name, correction.to(_device(model, name)))
 
 
 def entry_of(correction: ClusterAffine) -> dict[str, Any]:
@@ -275,8 +287,8 @@ def empty_correction(entry: dict[str, Any], device: Any = None) -> ClusterAffine
     Raises:
         ValueError: the entry has other fields, or sizes that cannot be.
     """
-    if set(entry) != {"width", "clusters", "rank", "dim"}:
-        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {sorted(entry)}")
+    if not isinstance(entry, dict) or set(entry) != {"width", "clusters", "rank", "dim"}:
+        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {entry!r}")
     sizes = (entry["width"], entry["clusters"], 1 if entry["rank"] is None else entry["rank"])
     if not all(_count(size) for size in sizes) or entry["dim"] not in (-1, 1):
         raise ValueError(f"a stored correction must have positive sizes and dim -1 or 1, got {entry}")
@@ -294,6 +306,37 @@ def check_values(name: str, correction: ClusterAffine) -> None:
             raise ValueError(f"{name}.correction.{buffer} has values that are not finite")
 
 
+def _site(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__name__} has no module {name!r} for a correction: {error}") from error
+
+
+def _check_place(name: str, site: nn.Module, correction: ClusterAffine) -> None:
+    if isinstance(site, CONTAINERS):
+        children = [f"{name}.{child}".lstrip(".") for child, _ in site.named_children()]
+        last = children[-1] if children else name
+        raise ValueError(
+            f"a correction cannot sit on {name!r}, a {type(site).__name__}: name its last child, {last!r}"
+        )
+    if not isinstance(getattr(site, "correction", None), ClusterAffine | None):
+        raise ValueError(f"a correction cannot sit on {name!r}, whose {type(site).__name__} has its own `correction`")
+    width = correction.gamma.shape[1]
+    outputs = getattr(site, "out_features", None) if isinstance(getattr(site, "in_features", None), int) else None
+    if isinstance(outputs, int) and outputs != width:
+        raise ValueError(f"a correction of {name!r} must have its {outputs} output features, got {width}")
+
+
+def _device(model: nn.Module, name: str) -> torch.device:
+    """Where the module called ``name`` computes: of its own tensors, or of the model's, the first that is in memory."""
+    for module in (model.get_submodule(name), model):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_meta:  # meta: offloaded to disk
+                return tensor.device
+    return torch.device("cpu")
+
+
 def _file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
@@ -302,10 +345,12 @@ def _file(path: str | Path) -> Path:
 def _read(target: Path) -> dict[str, ClusterAffine]:
     try:
         with safe_open(target, framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get("catquant", "{}"))
+            head = _json_object((file.metadata() or {}).get("catquant", "{}"))
             if head.get("version") != FILE_VERSION:
                 raise ValueError(f"{target}: version must be {FILE_VERSION}, got {head.get('version')!r}")
-            made = {name: empty_correction(entry) for name, entry in json.loads(head["sites"]).items()}
+            # On meta: sizes that a damaged file claims must cost no memory before they are checked.
+            entries = _json_object(head["sites"])
+            made = {name: empty_correction(entry, torch.device("meta")) for name, entry in entries.items()}
             for name, correction in made.items():
                 for buffer, expected in list(correction.named_buffers()):
                     value = file.get_tensor(f"{name}.correction.{buffer}")
@@ -316,6 +361,13 @@ def _read(target: Path) -> dict[str, ClusterAffine]:
                         )
                     setattr(correction, buffer, value)
                 check_values(name, correction)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{target}: not a whole correction file: {error}") from error
     return made
+
+
+def _json_object(text: Any) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(f"its metadata must be a JSON object, got {value!r}")
+    return value
