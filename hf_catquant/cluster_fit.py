@@ -153,7 +153,9 @@ def _affine(
     pull = gamma_g * mean_q + beta_g - gamma * mean_q
     beta = (weight * (mean_f - gamma * mean_q) + prior * pull) / (weight + prior).clamp_min(1e-12)
     empty = weight == 0
-    return torch.where(empty, gamma_g.expand_as(gamma), gamma), torch.where(empty, beta_g.expand_as(beta), beta)
+    # Without a prior an empty cluster has nothing to fall back on: it is the identity, as published.
+    gamma_e, beta_e = outer if prior > 0 else (torch.ones_like(gamma_g), torch.zeros_like(beta_g))
+    return torch.where(empty, gamma_e.expand_as(gamma), gamma), torch.where(empty, beta_e.expand_as(beta), beta)
 
 
 def fit(
@@ -173,6 +175,8 @@ def fit(
     notes: list[str] = []
     fixed = config.num_clusters != "auto" and config.alpha != "auto"
     space = _Space(q, config, notes)
+    if config.num_clusters != "auto" and config.num_clusters > len(q):
+        notes.append(f"num_clusters {config.num_clusters} lowered to {len(q)}, the number of rows")
     if fixed:
         clusters = min(int(config.num_clusters), len(q))
         assert not isinstance(config.alpha, str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from . import samples
 from .cluster_fit import Kind, fit
-from .correction import CatConfig, attach, entry_of
+from .correction import CatConfig, attach, detach, entry_of
 from .log import logger
 from .logits import logits_site
 from .model import parameter_count, stacks
@@ -52,7 +54,7 @@ class Pairs:
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:
             return None, result.to_dict()
-        correction = result.correction.to(next(model.parameters()).device)
+        correction = result.correction.to(_device(model))
         correction.dim = self._dim
         attach(model, name, correction)
         return entry_of(correction), result.to_dict()
@@ -86,7 +88,8 @@ def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str],
     """Names of the modules that ``config.at`` means, in the order the model holds them.
 
     Raises:
-        ValueError: a name is not in the model, or "blocks" is asked of a model without repeated blocks.
+        ValueError: a name, a block or the logits' module is not in the model, or "blocks" is asked of a model without
+            repeated blocks.
     """
     if config is None:
         return []
@@ -105,6 +108,12 @@ def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str],
             raise ValueError(
                 f"CatConfig(at={place!r}): no module has this name; names look like {', '.join(names[-3:])}"
             )
+    missing = sorted(wanted - set(names))
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no module {missing[0]!r}, which its float model has: both must name their "
+            f"modules alike; names look like {', '.join(names[-3:])}"
+        )
     return [name for name in names if name in wanted]
 
 
@@ -122,7 +131,8 @@ def fit_correction(
 ) -> dict[str, dict[str, Any]]:
     """Fit corrections of any quantized model against its float teacher, and attach them to ``model`` in place.
 
-    Sites are fitted in the order of the model, each on outputs that the earlier corrections already changed.
+    Sites are fitted in the order of the model, each on outputs that the earlier corrections already changed. A correction
+    that sits there already is replaced; if anything goes wrong, ``model`` keeps those it had.
 
     Args:
         model: the quantized model, of any library; its modules are named as the teacher's.
@@ -140,10 +150,7 @@ def fit_correction(
     data = samples.collect(
         dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
     )
-    was_training = [(m, m.training) for m in (model, teacher)]
-    for module, _ in was_training:
-        module.eval()
-    try:
+    with _evaluating(model, teacher):
         logits = logits_site(teacher, placed(data.batches[0], teacher))
         blocks = [block for names in stacks(teacher).values() for block in names]
         sites = resolve_sites(model, config, blocks, logits)
@@ -151,16 +158,58 @@ def fit_correction(
             raise ValueError(
                 f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
             )
-        return {name: _fit_site(model, teacher, data, config, name, name == logits, seed) for name in sites}
+        _check_teacher(teacher, sites)
+        with _replacing(model, sites):
+            return {name: _fit_site(model, teacher, data, config, name, name == logits, seed) for name in sites}
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of a ``with``; then every module is as it was, one by one."""
+    was_training = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
     finally:
         for module, training in was_training:
-            module.train(training)
+            module.training = training
+
+
+@contextmanager
+def _replacing(model: nn.Module, sites: list[str]) -> Iterator[None]:
+    """No correction at ``sites``, so that a fit does not see what it replaces; the old ones come back on an error."""
+    old = {name: detach(model, name) for name in sites}
+    try:
+        yield
+    except BaseException:
+        for name, correction in old.items():
+            detach(model, name)
+            if correction is not None:
+                attach(model, name, correction)
+        raise
+
+
+def _check_teacher(teacher: nn.Module, sites: list[str]) -> None:
+    names = {name for name, _ in teacher.named_modules()}
+    for name in sites:
+        if name not in names:
+            raise ValueError(
+                f"the teacher {type(teacher).__name__} has no module {name!r}: it must name its modules as the model does"
+            )
 
 
 def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The batch on the device of ``model``, floats in its floating-point dtype."""
-    reference = next(p for p in model.parameters() if p.is_floating_point())
-    return {k: v.to(reference.device, reference.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+    device = _device(model)
+    # A model whose every layer is quantized may have no parameter left; its scales are no sign of what it computes in.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return {k: v.to(device, (dtype or v.dtype) if v.is_floating_point() else v.dtype) for k, v in batch.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Of the first tensor of ``model`` that is in memory; meta ones are offloaded to disk."""
+    return next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), torch.device("cpu"))
 
 
 def _fit_site(

@@ -66,14 +66,38 @@ def test_sums_add_up(generator):
     torch.testing.assert_close(values[4].sum(0), (q[kept].double() * f[kept].double()).sum(0))
 
 
-def test_an_empty_cluster_of_the_published_estimator_is_no_nan():
-    sums = Sums(2, 3)
-    q, f = rows(10, 3, 0.5)
-    sums.add(q, f, torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64))
+def test_without_a_prior_every_cluster_is_the_published_estimate_and_an_empty_one_the_identity(generator):
+    q, f = rows(60, 5, 0.5)
+    q[:, 4] = 2.0  # a channel that never moves: variance 0, under the floor
+    cluster = torch.tensor([0, 1, 3])[torch.randint(3, (60,), generator=generator)]
+    sums = Sums(4, 5)
+    sums.add(q, f, cluster, torch.zeros(60, dtype=torch.int64))
+    gamma, beta = solve(*sums.without(None), "ls", 0.0)
+    for k in (0, 1, 3):
+        a, b = q[cluster == k].double(), f[cluster == k].double()
+        cov = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
+        slope = cov / a.var(0, correction=0).clamp_min(1e-8)
+        torch.testing.assert_close(gamma[k], slope, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(beta[k], b.mean(0) - slope * a.mean(0), rtol=1e-6, atol=1e-6)
     for kind in ("ls", "std"):
         gamma, beta = solve(*sums.without(None), kind, 0.0)
-        assert torch.isfinite(gamma).all()
-        assert torch.isfinite(beta).all()
+        assert torch.equal(gamma[2], torch.ones(5).double())
+        assert torch.equal(beta[2], torch.zeros(5).double())
+
+
+def test_with_a_prior_an_empty_cluster_is_the_map_of_all_rows():
+    q, f = rows(60, 3, 0.5)
+    zeros = torch.zeros(60, dtype=torch.int64)
+    two, one = Sums(2, 3), Sums(1, 3)
+    two.add(0.5 * q + 1, f, zeros, zeros)
+    one.add(0.5 * q + 1, f, zeros, zeros)
+    total = one.without(None)
+    for kind in ("ls", "std"):
+        gamma, beta = solve(*two.without(None), kind, 8.0)
+        # The first cluster holds all rows, and is shrunk to their map once more: the empty one lies between it and 1.
+        assert ((gamma[1] > 1.2) & (gamma[1] <= gamma[0] + 1e-9)).all()
+        assert not torch.equal(beta[1], torch.zeros(3).double())
+        torch.testing.assert_close(gamma[0], solve(*total, kind, 8.0)[0][0])
 
 
 def test_shrinkage_goes_to_the_identity():
@@ -126,8 +150,21 @@ def test_noise_is_left_alone():
     q, f = rows(400, 10, 0.0)
     result = fit(q, f, CatConfig(), "logits")
     assert result.correction is None
-    assert result.clusters == 0
+    assert (result.clusters, result.alpha, result.gain) == (0, 0.0, 0.0)
     assert "off" in result.summary()
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits"])
+def test_noise_without_a_bias_gives_off(kind):
+    """The teacher is the quantized model plus noise: nothing can be won, and of 12 fits hardly one may think otherwise."""
+    off = 0
+    for seed in range(12):
+        noisy, q = rows(300, 10, 1.0, seed)
+        result = fit(q, noisy, CatConfig(), kind)
+        off += result.correction is None
+        if result.correction is not None:
+            assert (result.correction(q) - q).abs().mean() < 0.1 * q.abs().mean()
+    assert off >= 11
 
 
 def test_answers_are_not_sold_for_confidence():
@@ -146,6 +183,26 @@ def test_wide_outputs_and_small_budgets_get_one_cluster():
     assert fit(bent, f, CatConfig(), "logits", max_bytes=100).clusters <= 1
     two = fit(*(t[:, :2] for t in (bent, f)), CatConfig(), "logits")
     assert torch.isfinite(two.correction(bent[:, :2])).all()
+
+
+def test_a_vocabulary_gets_one_cluster_where_more_would_outweigh_the_model():
+    q, f = rows(260, 20_000, 1.0)
+    config = CatConfig(alpha=1.0, projection=4)
+    size = 4 * (4 * 20_000 + 4 * (20_000 + 20_000 + 4))  # basis, then gamma, beta and centroid of four clusters
+    just, bounded = (fit(0.5 * q, f, config, "logits", max_bytes=limit) for limit in (size, size - 1))
+    assert list(just.candidates) == ["1/1", "4/1"]  # not 8: fewer than 64 rows a cluster
+    assert list(bounded.candidates) == ["1/1"]
+    assert bounded.clusters == 1
+    assert bounded.gain_low > 0
+
+
+def test_more_clusters_than_rows_are_lowered_and_said():
+    q, f = rows(20, 4, 1.0)
+    for alpha in (0.5, "auto"):
+        result = fit(q, f, CatConfig(num_clusters=64, alpha=alpha), "hidden")
+        assert result.clusters <= 20
+        assert "num_clusters 64 lowered to 20, the number of rows" in result.notes
+    assert fit(q, f, CatConfig(num_clusters=20, alpha=0.5), "hidden").notes == []
 
 
 def test_hidden_features_by_squared_error():
@@ -175,3 +232,5 @@ def test_unusable_rows():
         broken[3, 1] = bad
         with pytest.raises(ValueError, match="quantized outputs have values that are not finite"):
             fit(broken, f, CatConfig(), "logits")
+        with pytest.raises(ValueError, match="teacher outputs have values that are not finite"):
+            fit(f, broken, CatConfig(), "logits")

@@ -46,14 +46,23 @@ def test_features_may_be_the_second_dimension(generator):
     expected = correction(image.movedim(1, -1)).movedim(-1, 1)
     correction.dim = 1
     assert torch.equal(correction(image), expected)
+    rows = naive(correction, image.movedim(1, -1).reshape(-1, 6))
+    torch.testing.assert_close(correction(image).double(), rows.view(2, 3, 4, 6).movedim(-1, 1), rtol=1e-4, atol=1e-4)
+    low = correction(image.to(torch.bfloat16, memory_format=torch.channels_last))
+    assert low.dtype == torch.bfloat16
+    assert low.shape == image.shape
 
 
 def test_tensors_stay_float32():
-    correction = random_correction(6, 3, 2)
-    expected = correction.gamma.clone()
-    for moved in (copy.deepcopy(correction).half(), copy.deepcopy(correction).to(torch.bfloat16)):
-        assert torch.equal(moved.gamma, expected)
-        assert moved.basis.dtype == torch.float32
+    model = linear_model()
+    attach(model, "2", random_correction(4, 3, 2))
+    expected = dict(random_correction(4, 3, 2).named_buffers())
+    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.float16)):
+        moved = cast(copy.deepcopy(model))
+        assert moved[2].weight.dtype != torch.float32  # the model itself is cast
+        for name, value in moved[2].correction.named_buffers():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, expected[name])  # to half and back would have rounded
 
 
 def test_one_cluster_folds_into_a_linear(generator):
@@ -136,6 +145,9 @@ def test_file_round_trip(tmp_path, generator):
         detach(twin, name)
     load_correction(twin, tmp_path / "a")
     assert torch.equal(twin(x), model(x))
+    for name, correction in corrections(model).items():
+        loaded = dict(corrections(twin)[name].named_buffers())
+        assert all(torch.equal(loaded[key], value) for key, value in correction.named_buffers())
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["correction.safetensors"]
 
 

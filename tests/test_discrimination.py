@@ -112,6 +112,13 @@ def test_best_ternary_threshold_matches_the_reference_values(mu, tau, best):
     assert values.max() == pytest.approx(best, rel=5e-6)
 
 
+def test_best_ternary_threshold_just_before_the_crossover():
+    mu = 0.66
+    values = ternary_discrimination(mu, sigma_of(mu), np.arange(0, 2, 1e-3))
+    assert values.argmax() == 341
+    assert values.max() < discrimination(mu, sigma_of(mu))
+
+
 @pytest.mark.parametrize(
     ("form", "mu", "low", "high"),
     [
@@ -140,6 +147,25 @@ def test_crossovers_are_where_quantizing_starts_to_help():
         near = np.append(taus, TERNARY_CROSSOVER_TAU)
         assert gain(form, mu - 1e-9, near).max() < 0 < gain(form, mu + 1e-9, near).max()
     assert gain(ternary_discrimination, TERNARY_CROSSOVER, TERNARY_CROSSOVER_TAU) == pytest.approx(0, abs=1e-9)
+
+
+def test_quantizing_helps_exactly_where_the_inequalities_say():
+    """D_b > D iff (a - b)^2 > mu^2 S (2 - S), S = a + b; D_t > D iff (p - q)^2 > mu^2 (p + q)."""
+    generator = np.random.default_rng(0)
+    mu, tau = generator.uniform(0.05, 0.97, 20_000), generator.uniform(0, 1.5, 20_000)
+    sigma = sigma_of(mu)
+    tail = np.vectorize(lambda z: 0.5 * math.erfc(z / math.sqrt(2)))
+    a, b = tail((tau - mu) / sigma), tail((tau + mu) / sigma)  # P(X > tau), P(Y > tau) = P(X < -tau)
+    plain = discrimination(mu, sigma)
+    for form, between, rule in (
+        (binary_discrimination, np.square(a - b), np.square(mu) * (a + b) * (2 - a - b)),
+        (ternary_discrimination, np.square(a - b), np.square(mu) * (a + b)),
+    ):
+        sure = np.abs(between - rule) > 1e-12
+        better = form(mu, sigma, tau) > plain
+        assert sure.mean() > 0.99
+        assert 0.02 < better.mean() < 0.98  # both sides are met
+        np.testing.assert_array_equal(better[sure], (between > rule)[sure])
 
 
 def test_closed_forms_match_a_simulation():

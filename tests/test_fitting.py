@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers as tf
 from torch import nn
 
 import tiny_models
+from helpers import global_rng_untouched
 from hf_catquant import CatConfig, CatQuantConfig, fit_correction, load_correction, quantize, save_correction
 from hf_catquant.correction import corrections, detach
 
@@ -53,6 +55,89 @@ def test_named_sites_and_unknown_ones():
         fit_correction(model, teacher, rows, CatConfig(at="blocks"))
 
 
+def test_modules_keep_their_own_mode_and_no_global_generator_moves():
+    model, teacher, rows = plain_pair()
+    model[1].eval()
+    teacher.eval()
+    with global_rng_untouched():
+        fit_correction(model, teacher, rows, FIXED)
+    assert [model.training, model[0].training, model[1].training, teacher.training] == [True, True, False, False]
+
+
+def test_a_second_fit_replaces_the_first():
+    model, teacher, rows = plain_pair()
+    fit_correction(model, teacher, rows, FIXED)
+    once = copy.deepcopy(model)
+    fit_correction(model, teacher, rows, FIXED)
+    x = torch.stack(rows)
+    assert distance(model, teacher, rows) < 1e-4
+    assert torch.equal(model(x), once(x))  # and not the correction of what the first one left
+
+
+def test_a_fit_that_fails_leaves_the_model_as_it_was():
+    model, teacher, rows = plain_pair()
+    fit_correction(model, teacher, rows, FIXED)
+    expected = model(torch.stack(rows))
+    broken = copy.deepcopy(teacher)
+    with torch.no_grad():
+        broken[2].bias[0] = float("nan")
+    both = CatConfig(num_clusters=1, alpha=1.0, at=("0", "2"))
+    with pytest.raises(ValueError, match="the teacher outputs have values that are not finite"):
+        fit_correction(model, broken, rows, both)
+    assert list(corrections(model)) == ["2"]
+    assert torch.equal(model(torch.stack(rows)), expected)
+
+
+class Wrapped(nn.Module):
+    """A model whose modules have other names than the teacher's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_modules_of_model_and_teacher_are_named_alike():
+    model, teacher, rows = plain_pair()
+    with pytest.raises(ValueError, match="Wrapped has no module '2', which its float model has"):
+        fit_correction(Wrapped(model), teacher, rows)
+    with pytest.raises(ValueError, match=r"the teacher Sequential has no module 'inner\.2'"):
+        fit_correction(Wrapped(model), teacher, rows, CatConfig(at="inner.2"))
+
+
+def test_a_model_without_a_parameter_left():
+    teacher = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 5, bias=False))
+    model = copy.deepcopy(teacher)
+    everything = {".*": {"weights": "ternary"}}
+    quantize(model, CatQuantConfig(weights="ternary", group_size=8, solver="rtn", correction=None, overrides=everything))
+    assert not list(model.parameters())
+    rows = [torch.randn(16) for _ in range(200)]
+    before = distance(model, teacher, rows)
+    fit_correction(model, teacher, rows, FIXED)
+    assert distance(model, teacher, rows) < before
+
+
+@pytest.mark.parametrize("place", ["logits", "blocks", "bert.pooler"])
+def test_our_own_quantized_model(place):
+    """A correction fitted afterwards, on a model that was quantized without one: closer to the teacher on new rows."""
+    teacher, model = tiny_models.build("bert"), tiny_models.build("bert")
+    quantize(model, CatQuantConfig(weights="int2", group_size=16, solver="rtn", correction=None))
+    new = {key: torch.stack([row[key] for row in tiny_models.samples("bert", 64, seed=7)]) for key in ("input_ids",)}
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((model(**new).logits - teacher(**new).logits).square().mean())
+
+    before = error()
+    config = CatConfig(num_clusters=1, alpha=1.0, at=place)
+    report = fit_correction(model, teacher, tiny_models.samples("bert", 128), config)
+    expected = {"logits": ["classifier"], "blocks": [f"bert.encoder.layer.{i}" for i in (0, 1)]}
+    assert list(report) == list(corrections(model)) == expected.get(place, [place])
+    assert error() < before
+
+
 @pytest.mark.parametrize(("name", "count", "dim"), [("bert", 2, -1), ("resnet", 4, 1), ("vit", 2, -1)])
 def test_every_block(name, count, dim):
     model = tiny_models.build(name)
@@ -64,9 +149,11 @@ def test_every_block(name, count, dim):
     assert {correction.dim for correction in found.values()} == {dim}
 
 
-def test_padding_does_not_change_a_fit():
-    teacher = tiny_models.build("bert")
-    rows = tiny_models.samples("bert", 24)
+@pytest.mark.parametrize(("name", "place"), [("bert", "bert.encoder.layer.1"), ("llama", "logits")])
+def test_padding_does_not_change_a_fit(name, place):
+    teacher = tiny_models.build(name)
+    rows = tiny_models.samples(name, 24)
+    hit = {"bert": "bert.encoder.layer.0.output.dense", "llama": "model.layers.0.mlp.down_proj"}[name]
     found = []
     for token in (5, 90):  # what stands in the padded places must not matter
         padded = []
@@ -74,19 +161,38 @@ def test_padding_does_not_change_a_fit():
             ids, mask = row["input_ids"].clone(), row["attention_mask"].clone()
             ids[7:], mask[7:] = token, 0
             padded.append({"input_ids": ids, "attention_mask": mask})
-        model = tiny_models.build("bert")
+        model = tiny_models.build(name)
         with torch.no_grad():
-            model.bert.encoder.layer[0].output.dense.weight.mul_(0.5)
-        place = CatConfig(num_clusters=1, alpha=1.0, shrinkage=1.0, at="bert.encoder.layer.1")
-        fit_correction(model, teacher, padded, place)
-        found.append(corrections(model)["bert.encoder.layer.1"].beta)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+            model.get_submodule(hit).weight.mul_(0.5)
+        report = fit_correction(model, teacher, padded, CatConfig(num_clusters=1, alpha=1.0, shrinkage=1.0, at=place))
+        assert [fitted["rows"] for fitted in report.values()] == [24 * 7]
+        (correction,) = corrections(model).values()
+        found.append(correction)
+    torch.testing.assert_close(found[0].beta, found[1].beta, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0].gamma, found[1].gamma, rtol=1e-4, atol=1e-5)
+
+
+@cache
+def why_no_bnb(kind: str) -> str | None:
+    """Why bitsandbytes' own layer does not run on this CPU, asked of it alone; None if it runs."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer: nn.Module = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    try:
+        with torch.no_grad():
+            layer.to("cpu")(torch.ones(2, 64))
+    except (RuntimeError, NotImplementedError, AttributeError, OSError) as error:
+        return f"bitsandbytes {bnb.__version__} does not run {kind} on this CPU: {error}"
+    return None
 
 
 def bnb_config(kind: str):
-    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
+    reason = why_no_bnb(kind)
+    if reason is not None:
+        pytest.skip(reason)
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -118,6 +224,8 @@ def test_bitsandbytes_models(name, kind, tmp_path):
         return type(teacher).from_pretrained(tmp_path / "float", **options)
 
     model = quantized()
+    layer = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
+    assert sum(type(module).__name__ == layer for module in model.modules()) >= 12  # six or seven in each of two blocks
     report = fit_correction(model, teacher, tiny_models.samples(name, 40), FIXED)
     (site,) = report
     batch = tiny_models.batch(name)

@@ -63,7 +63,9 @@ def test_batches_and_single_rows(metric, data):
 def test_combines_with_other_metrics(metric, data):
     both = evaluate.combine([metric, metric])
     found = both.compute(predictions=data[0], references=data[1])
-    assert any(key.endswith("discrimination") for key in found)
+    for name, value in feature_discrimination(*data).items():
+        of_both = [found[key] for key in found if re.fullmatch(rf"feature_discrimination_\d_{name}", key)]
+        assert of_both == pytest.approx([value, value], abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,11 @@ def test_combines_with_other_metrics(metric, data):
 def test_bad_input_is_refused(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         metric.compute(predictions=predictions, references=references)
+
+
+def test_a_threshold_that_is_none_is_refused(metric, data):
+    with pytest.raises(ValueError, match="eta must be a finite number of at least 0, got -1"):
+        metric.compute(predictions=data[0], references=data[1], eta=-1)
 
 
 def test_the_metric_stays_usable_after_bad_input(metric, data):
