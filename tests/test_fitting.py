@@ -111,7 +111,9 @@ def test_a_model_without_a_parameter_left():
     teacher = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 5, bias=False))
     model = copy.deepcopy(teacher)
     everything = {".*": {"weights": "ternary"}}
-    quantize(model, CatQuantConfig(weights="ternary", group_size=8, solver="rtn", correction=None, overrides=everything))
+    quantize(
+        model, CatQuantConfig(weights="ternary", group_size=8, solver="rtn", correction=None, overrides=everything)
+    )
     assert not list(model.parameters())
     rows = [torch.randn(16) for _ in range(200)]
     before = distance(model, teacher, rows)
@@ -225,7 +227,9 @@ def test_bitsandbytes_models(name, kind, tmp_path):
 
     model = quantized()
     layer = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[kind]
-    assert sum(type(module).__name__ == layer for module in model.modules()) >= 12  # six or seven in each of two blocks
+    assert (
+        sum(type(module).__name__ == layer for module in model.modules()) >= 12
+    )  # six or seven in each of two blocks
     report = fit_correction(model, teacher, tiny_models.samples(name, 40), FIXED)
     (site,) = report
     batch = tiny_models.batch(name)
