@@ -4,7 +4,8 @@ Importing the package registers ``quant_method="catquant"`` with transformers.
 """
 
 from .config import CatQuantConfig
-from .correction import CatConfig, load_correction, save_correction
+from .correction import CatConfig
+from .correction_file import load_correction, save_correction
 from .discrimination import FEATURE_DISCRIMINATION, feature_discrimination
 from .fitting import fit_correction
 from .quantizer import quantize, register

@@ -1,32 +1,20 @@
 """Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
 
-For rows q of the quantized and f of the float model, per cluster k and channel, with prior weight lambda
-(``shrinkage``), the affine map (gamma_g, beta_g) of all rows as the prior of the clusters, one slope shared by all channels
-as its prior, and the identity as the prior of that:
-
-    gamma "ls"    (n cov_k + lambda gamma_g v) / (n var_k(q) + lambda v)                       v: variance of all rows
-    gamma "std"   sqrt((n var_k(f) + lambda gamma_g^2 v) / (n var_k(q) + lambda v))
-    beta          (n (f_k - gamma q_k) + lambda (gamma_g q_k + beta_g - gamma q_k)) / (n + lambda)
-
-With lambda = 0 and "ls" this is the published estimator (arXiv 2509.26277; population variance, floor 1e-8, an empty
-cluster is the identity), which explodes on few rows. The default is chosen by 5-fold cross-validation instead, with
-"off" among the choices.
+The estimator of each map is in ``cluster_sums.py``. Clusters and alpha are chosen by 5-fold
+cross-validation, with "off" among the choices: the published fixed ones do harm on few rows.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from .cluster_space import ClusterSpace
+from .cluster_sums import Sums, solve
 from .correction import CatConfig, ClusterAffine
 from .kernels.reference import nearest_centroid
 
@@ -34,7 +22,6 @@ FOLDS = 5
 CLUSTERS = (1, 4, 8, 16, 32, 64)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 ROWS_PER_CLUSTER = 64
-VARIANCE_FLOOR = 1e-8
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
 AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer
 CHUNK = 1 << 24  # floats of rows that are scored at once
@@ -89,75 +76,6 @@ class CorrectionFit:
         return f"{chosen}{gain} ({self.rows} rows)"
 
 
-class Sums:
-    """Sums over rows by fold and cluster: all that fitting needs, so that batches and processes can add up."""
-
-    def __init__(self, clusters: int, width: int, folds: int = 1) -> None:
-        self.count = torch.zeros(folds, clusters, dtype=torch.float64)
-        self.values = torch.zeros(5, folds, clusters, width, dtype=torch.float64)  # q, f, q^2, f^2, q f
-
-    def add(self, q: Tensor, f: Tensor, cluster: Tensor, fold: Tensor) -> None:
-        """Add rows q, f (M, D) of clusters and folds (M,) int64."""
-        folds, clusters = self.count.shape
-        slot = fold * clusters + cluster
-        self.count.view(-1).index_add_(0, slot, torch.ones(len(slot), dtype=torch.float64))
-        q, f = q.double(), f.double()
-        for total, part in zip(self.values, (q, f, q * q, f * f, q * f), strict=True):
-            total.view(folds * clusters, -1).index_add_(0, slot, part)
-
-    def without(self, fold: int | None) -> tuple[Tensor, Tensor]:
-        """Count (C,) and sums (5, C, D) over all folds but one."""
-        count, values = self.count.sum(0), self.values.sum(1)
-        return (count, values) if fold is None else (count - self.count[fold], values - self.values[:, fold])
-
-
-def solve(count: Tensor, values: Tensor, gamma: str, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Gamma and beta (C, D) float64 from count (C,) and sums (5, C, D)."""
-    everything = values.sum(1, keepdim=True)
-    total = _affine(count.sum().view(1), everything, gamma, shrinkage, _one_slope(count.sum(), everything, shrinkage))
-    return _affine(count, values, gamma, shrinkage, total)
-
-
-def _one_slope(count: Tensor, values: Tensor, prior: float) -> tuple[Tensor, Tensor]:
-    """The map of all rows and channels together: one slope, which keeps the order of the logits, and no offset."""
-    n = count.clamp_min(1)
-    mean_q, mean_f, square_q, _, product = values / n
-    var_q = (square_q - mean_q**2).clamp_min(0).mean()
-    cov = (product - mean_q * mean_f).mean()
-    v = var_q.clamp_min(VARIANCE_FLOOR)
-    slope = ((count * cov + prior * v) / (count * var_q + prior * v).clamp_min(VARIANCE_FLOOR)).clamp_min(0.1)
-    return slope.expand_as(mean_q), torch.zeros_like(mean_q)
-
-
-def _affine(
-    count: Tensor, values: Tensor, kind: str, prior: float, outer: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    n = count.clamp_min(1).unsqueeze(-1)
-    mean_q, mean_f, square_q, square_f, product = values / n
-    var_q, var_f = (square_q - mean_q**2).clamp_min(0), (square_f - mean_f**2).clamp_min(0)
-    cov = product - mean_q * mean_f
-    weight = count.unsqueeze(-1)
-    gamma_g, beta_g = outer
-    # The scale of the prior is the variance of all rows: rows of all clusters together.
-    whole = values.sum(1, keepdim=True) / count.sum().clamp_min(1)
-    v = (whole[2] - whole[0] ** 2).clamp_min(VARIANCE_FLOOR)
-    if kind == "ls":
-        gamma = (weight * cov + prior * gamma_g * v) / (weight * var_q + prior * v).clamp_min(
-            VARIANCE_FLOOR * weight.clamp_min(1)
-        )
-    else:
-        floor = VARIANCE_FLOOR * weight.clamp_min(1)
-        gamma = ((weight * var_f + prior * gamma_g**2 * v) / (weight * var_q + prior * v).clamp_min(floor)).sqrt()
-        constant = (var_q <= VARIANCE_FLOOR) | (var_f <= VARIANCE_FLOOR)
-        gamma = torch.where(constant, gamma_g.expand_as(gamma), gamma)
-    pull = gamma_g * mean_q + beta_g - gamma * mean_q
-    beta = (weight * (mean_f - gamma * mean_q) + prior * pull) / (weight + prior).clamp_min(1e-12)
-    empty = weight == 0
-    # Without a prior an empty cluster has nothing to fall back on: it is the identity, as published.
-    gamma_e, beta_e = outer if prior > 0 else (torch.ones_like(gamma_g), torch.zeros_like(beta_g))
-    return torch.where(empty, gamma_e.expand_as(gamma), gamma), torch.where(empty, beta_e.expand_as(beta), beta)
-
-
 def fit(
     quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind, max_bytes: int | None = None
 ) -> CorrectionFit:
@@ -174,7 +92,7 @@ def fit(
     config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
     notes: list[str] = []
     fixed = config.num_clusters != "auto" and config.alpha != "auto"
-    space = _Space(q, config, notes)
+    space = ClusterSpace(q, config, notes)
     if config.num_clusters != "auto" and config.num_clusters > len(q):
         notes.append(f"num_clusters {config.num_clusters} lowered to {len(q)}, the number of rows")
     if fixed:
@@ -186,34 +104,9 @@ def fit(
     return _choose(q, f, space, config, kind, choices, notes)
 
 
-class _Space:
-    """Where clusters are found: the rows projected on their principal components."""
-
-    def __init__(self, q: Tensor, config: CatConfig, notes: list[str]) -> None:
-        self.seed = config.seed
-        self.mean = q.mean(0)
-        self.basis: Tensor | None = None
-        if config.projection is not None and config.projection < q.shape[1]:
-            rank = min(config.projection, len(q))
-            if rank < config.projection:
-                notes.append(f"projection {config.projection} lowered to {rank}: there are {len(q)} rows")
-            components = PCA(n_components=rank, random_state=config.seed).fit(q.numpy()).components_
-            self.basis = torch.from_numpy(np.ascontiguousarray(components.T)).float()
-        self.points = q if self.basis is None else (q - self.mean) @ self.basis
-        self._centroids: dict[int, Tensor] = {}
-
-    def centroids(self, clusters: int) -> Tensor:
-        """Centroids (C, P) of the rows' own projections, centring absorbed."""
-        if clusters not in self._centroids:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
-                fitted = KMeans(n_clusters=clusters, random_state=self.seed).fit(self.points.numpy())
-            centers = torch.from_numpy(fitted.cluster_centers_).float()
-            self._centroids[clusters] = centers if self.basis is None else centers + self.mean @ self.basis
-        return self._centroids[clusters]
-
-
-def _fit_all(q: Tensor, f: Tensor, space: _Space, clusters: int, alpha: float, config: CatConfig) -> ClusterAffine:
+def _fit_all(
+    q: Tensor, f: Tensor, space: ClusterSpace, clusters: int, alpha: float, config: CatConfig
+) -> ClusterAffine:
     centroids = space.centroids(clusters)
     sums = _sums(
         q, f, nearest_centroid(q, space.basis, centroids), torch.zeros(len(q), dtype=torch.int64), clusters, 1
@@ -226,7 +119,7 @@ def _fit_all(q: Tensor, f: Tensor, space: _Space, clusters: int, alpha: float, c
 
 
 def _choose(
-    q: Tensor, f: Tensor, space: _Space, config: CatConfig, kind: Kind, choices: list[int], notes: list[str]
+    q: Tensor, f: Tensor, space: ClusterSpace, config: CatConfig, kind: Kind, choices: list[int], notes: list[str]
 ) -> CorrectionFit:
     folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
     before = _losses(q, f, kind)
@@ -270,7 +163,7 @@ def _choose(
     return result
 
 
-def _cluster_choices(q: Tensor, space: _Space, config: CatConfig, max_bytes: int | None) -> list[int]:
+def _cluster_choices(q: Tensor, space: ClusterSpace, config: CatConfig, max_bytes: int | None) -> list[int]:
     if config.num_clusters != "auto":
         return [min(int(config.num_clusters), len(q))]
     width = q.shape[1]

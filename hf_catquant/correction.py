@@ -9,22 +9,15 @@ of the PCA is absorbed by the centroids.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import kernels  # noqa: F401  registers what the op computes
 
-FILE_NAME = "correction.safetensors"
-FILE_VERSION = "1"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -63,14 +56,18 @@ class CatConfig:
             (
                 "num_clusters",
                 '"auto" or an integer of at least 1',
-                self.num_clusters == "auto" or _count(self.num_clusters),
+                self.num_clusters == "auto" or is_count(self.num_clusters),
             ),
-            ("projection", "None or an integer of at least 1", self.projection is None or _count(self.projection)),
+            ("projection", "None or an integer of at least 1", self.projection is None or is_count(self.projection)),
             ("alpha", '"auto" or a number above 0 and up to 1', self.alpha == "auto" or _number(self.alpha, 1) > 0),
             ("gamma", '"std" or "ls"', self.gamma in ("std", "ls")),
             ("shrinkage", "a finite number of at least 0", 0 <= _number(self.shrinkage) < float("inf")),
             ("at", '"logits", "blocks" or names of modules', bool(places) and all(isinstance(p, str) for p in places)),
-            ("seed", "an integer from 0 to 2**32 - 1", self.seed == 0 or (_count(self.seed) and self.seed < 1 << 32)),
+            (
+                "seed",
+                "an integer from 0 to 2**32 - 1",
+                self.seed == 0 or (is_count(self.seed) and self.seed < 1 << 32),
+            ),
         )
         for name, rule, holds in rules:
             if not holds:
@@ -103,7 +100,8 @@ class CatConfig:
         return cls(**fields)
 
 
-def _count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether this is an integer of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -185,7 +183,7 @@ def attach(model: nn.Module, name: str, correction: ClusterAffine) -> None:
             has a child or an attribute ``correction`` of its own, or it is a linear of another width.
     """
     site = _site(model, name)
-    _check_place(name, site, correction)
+    check_place(name, site, correction)
     detach(model, name)
     site.correction = correction
     site.register_forward_hook(correct_output)
@@ -225,87 +223,6 @@ def correct_output(module: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def save_correction(model: nn.Module, path: str | Path) -> Path:
-    """Write the corrections of ``model`` to a safetensors file, beside and then renamed; returns its path.
-
-    ``path`` is the file, or a folder that gets ``correction.safetensors``.
-
-    Raises:
-        ValueError: the model has no correction.
-    """
-    found = corrections(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no correction to save: fit one with fit_correction")
-    target = _file(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{n}.correction.{b}": t.cpu().contiguous() for n, c in found.items() for b, t in c.named_buffers()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        sites = json.dumps({name: entry_of(correction) for name, correction in found.items()}, sort_keys=True)
-        # One key only: safetensors writes several in any order, and equal corrections shall be equal files.
-        save_file(tensors, beside, metadata={"catquant": json.dumps({"version": FILE_VERSION, "sites": sites})})
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    return target
-
-
-def load_correction(model: nn.Module, path: str | Path) -> None:
-    """Attach the corrections that :func:`save_correction` wrote; nothing is attached if anything is wrong.
-
-    Raises:
-        ValueError: the file is damaged, of another version, has values that are not finite, or names a module that the
-            model does not have or that cannot carry its correction.
-        FileNotFoundError: there is no such file.
-    """
-    target = _file(path)
-    if not target.exists():
-        raise FileNotFoundError(f"{target}: there is no such file")
-    made = _read(target)
-    names = {name for name, _ in model.named_modules()}
-    for name, correction in made.items():
-        if name not in names:
-            raise ValueError(f"{target}: it corrects {name!r}, which {type(model).__name__} does not have")
-        try:
-            _check_place(name, model.get_submodule(name), correction)
-        except ValueError as error:
-            raise ValueError(f"{target}: {error}") from error
-    for name, correction in made.items():
-        attach(model, name, correction.to(_device(model, name)))
-
-
-def entry_of(correction: ClusterAffine) -> dict[str, Any]:
-    """What is stored of a correction beside its tensors."""
-    rank = None if correction.basis is None else correction.basis.shape[1]
-    clusters, width = correction.gamma.shape
-    return {"width": width, "clusters": clusters, "rank": rank, "dim": correction.dim}
-
-
-def empty_correction(entry: dict[str, Any], device: Any = None) -> ClusterAffine:
-    """The correction that a stored entry describes, waiting for its tensors.
-
-    Raises:
-        ValueError: the entry has other fields, or sizes that cannot be.
-    """
-    if not isinstance(entry, dict) or set(entry) != {"width", "clusters", "rank", "dim"}:
-        raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {entry!r}")
-    sizes = (entry["width"], entry["clusters"], 1 if entry["rank"] is None else entry["rank"])
-    if not all(_count(size) for size in sizes) or entry["dim"] not in (-1, 1):
-        raise ValueError(f"a stored correction must have positive sizes and dim -1 or 1, got {entry}")
-    return ClusterAffine(entry["width"], entry["clusters"], entry["rank"], entry["dim"], device=device)
-
-
-def check_values(name: str, correction: ClusterAffine) -> None:
-    """Refuse a correction with values that are not finite.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    for buffer, value in correction.named_buffers():
-        if not value.is_meta and not bool(torch.isfinite(value).all()):  # meta: offloaded to disk
-            raise ValueError(f"{name}.correction.{buffer} has values that are not finite")
-
-
 def _site(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -313,7 +230,12 @@ def _site(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no module {name!r} for a correction: {error}") from error
 
 
-def _check_place(name: str, site: nn.Module, correction: ClusterAffine) -> None:
+def check_place(name: str, site: nn.Module, correction: ClusterAffine) -> None:
+    """Refuse a module that cannot carry this correction.
+
+    Raises:
+        ValueError: as :func:`attach` says.
+    """
     if isinstance(site, CONTAINERS):
         children = [f"{name}.{child}".lstrip(".") for child, _ in site.named_children()]
         last = children[-1] if children else name
@@ -326,48 +248,3 @@ def _check_place(name: str, site: nn.Module, correction: ClusterAffine) -> None:
     outputs = getattr(site, "out_features", None) if isinstance(getattr(site, "in_features", None), int) else None
     if isinstance(outputs, int) and outputs != width:
         raise ValueError(f"a correction of {name!r} must have its {outputs} output features, got {width}")
-
-
-def _device(model: nn.Module, name: str) -> torch.device:
-    """Where the module called ``name`` computes: of its own tensors, or of the model's, the first that is in memory."""
-    for module in (model.get_submodule(name), model):
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_meta:  # meta: offloaded to disk
-                return tensor.device
-    return torch.device("cpu")
-
-
-def _file(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix == ".safetensors" else path / FILE_NAME
-
-
-def _read(target: Path) -> dict[str, ClusterAffine]:
-    try:
-        with safe_open(target, framework="pt") as file:
-            head = _json_object((file.metadata() or {}).get("catquant", "{}"))
-            if head.get("version") != FILE_VERSION:
-                raise ValueError(f"{target}: version must be {FILE_VERSION}, got {head.get('version')!r}")
-            # On meta: sizes that a damaged file claims must cost no memory before they are checked.
-            entries = _json_object(head["sites"])
-            made = {name: empty_correction(entry, torch.device("meta")) for name, entry in entries.items()}
-            for name, correction in made.items():
-                for buffer, expected in list(correction.named_buffers()):
-                    value = file.get_tensor(f"{name}.correction.{buffer}")
-                    if value.shape != expected.shape or value.dtype != torch.float32:
-                        raise ValueError(
-                            f"{target}: {name}.correction.{buffer} must be {tuple(expected.shape)} float32, "
-                            f"got {tuple(value.shape)} {value.dtype}"
-                        )
-                    setattr(correction, buffer, value)
-                check_values(name, correction)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{target}: not a whole correction file: {error}") from error
-    return made
-
-
-def _json_object(text: Any) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise TypeError(f"its metadata must be a JSON object, got {value!r}")
-    return value

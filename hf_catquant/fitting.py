@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import samples
 from .cluster_fit import Kind, fit
-from .correction import CatConfig, attach, detach, entry_of
+from .correction import CatConfig, attach, detach
+from .correction_file import entry_of
 from .log import logger
 from .logits import logits_site
 from .model import parameter_count, stacks

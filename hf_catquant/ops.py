@@ -1,4 +1,4 @@
-"""Ops: the schemas, the checks on their arguments, and their gradients. What they compute is in ``kernels/``.
+"""Ops: the schemas, the shapes of results, and the gradients. What they compute is in ``kernels/``.
 
 Letters: N out features, K in features, M rows of x, G groups a row, C clusters, D corrected width, P projection rank.
 
@@ -15,13 +15,9 @@ constants, and activation quantization passes gradients straight through.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from .formats import ACTIVATION_FORMATS, get_format, group_count
-from .packing import packed_width
+from .op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
 
 _WEIGHT = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_offset"
 _INPUT = "Tensor? input_scale, Tensor? input_offset"
@@ -38,95 +34,6 @@ SCHEMAS = {
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"catquant::{_name}", _schema)
-
-
-def check_weight(
-    packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, group_size: int, columns: int
-) -> None:
-    """Refuse packed weights whose dtypes or shapes do not agree with the format.
-
-    Raises:
-        RuntimeError: naming the tensor, the rule and the value.
-    """
-    fmt = get_format(weights)
-    check_packed(packed, weights, group_size, columns)
-    shape = (packed.shape[0], group_count(columns, group_size))
-    torch._check(
-        tuple(scale.shape) == shape, lambda: f"weight_scale must be (N, G) = {shape}, got {tuple(scale.shape)}"
-    )
-    torch._check(
-        (offset is not None) == fmt.affine,
-        lambda: f"weight_offset must be {'given' if fmt.affine else 'None'} for {weights}",
-    )
-    if offset is not None:
-        torch._check(
-            tuple(offset.shape) == shape, lambda: f"weight_offset must be (N, G) = {shape}, got {tuple(offset.shape)}"
-        )
-
-
-def check_packed(packed: Tensor, weights: str, group_size: int, columns: int) -> None:
-    """Refuse packed codes of another dtype or width than the format has.
-
-    Raises:
-        RuntimeError: naming the rule and the value.
-    """
-    width = packed_width(get_format(weights), columns, group_size)
-    torch._check(packed.dtype == torch.uint8, lambda: f"weight_packed must be uint8, got {packed.dtype}")
-    torch._check(
-        packed.dim() == 2 and packed.shape[1] == width,
-        lambda: (
-            f"weight_packed must be (N, {width}) for {columns} {weights} columns in groups of {group_size}, "
-            f"got {tuple(packed.shape)}"
-        ),
-    )
-
-
-def check_input(
-    x: Tensor, bias: Tensor | None, rows: int, activations: str | None, input_scale: Tensor | None
-) -> None:
-    """Refuse inputs that are not floating point, a bias of another length, or an unknown activation format.
-
-    Raises:
-        RuntimeError: naming the tensor, the rule and the value.
-    """
-    torch._check(
-        x.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}",
-    )
-    if bias is not None:
-        torch._check(tuple(bias.shape) == (rows,), lambda: f"bias must be (N,) = ({rows},), got {tuple(bias.shape)}")
-    if activations is not None:
-        torch._check(
-            activations in ACTIVATION_FORMATS,
-            lambda: f"activations must be None or one of {', '.join(ACTIVATION_FORMATS)}, got {activations!r}",
-        )
-    torch._check(
-        input_scale is None or activations is not None, lambda: "input_scale was given but activations is None"
-    )
-
-
-def check_cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, beta: Tensor) -> None:
-    """Refuse correction tensors whose shapes do not agree with y (..., D).
-
-    Raises:
-        RuntimeError: naming the tensor, the rule and the value.
-    """
-    torch._check(y.is_floating_point(), lambda: f"y must be floating point, got {y.dtype}")
-    width, clusters = y.shape[-1], gamma.shape[0]
-    rank = width if basis is None else basis.shape[-1]
-    for name, tensor, shape in (
-        ("basis", basis, (width, rank)),
-        ("centroids", centroids, (clusters, rank)),
-        ("gamma", gamma, (clusters, width)),
-        ("beta", beta, (clusters, width)),
-    ):
-        if tensor is not None:
-            torch._check(
-                tuple(tensor.shape) == shape,
-                lambda name=name, tensor=tensor, shape=shape: (
-                    f"{name} must be {shape} for y of width {width}, got {tuple(tensor.shape)}"
-                ),
-            )
 
 
 @torch.library.register_fake("catquant::linear")
@@ -161,54 +68,11 @@ def _conv(
     return x.new_empty((x.shape[0], packed.shape[0], *spatial))
 
 
-def check_conv(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    weights: str,
-    group_size: int,
-    kernel_size: Sequence[int],
-    groups: int,
-) -> None:
-    """Refuse a convolution input whose rank or channels do not agree with the packed weight.
-
-    Raises:
-        RuntimeError: naming the rule and the value.
-    """
-    rank = len(kernel_size) + 2
-    torch._check(
-        rank in (3, 4) and x.dim() == rank,
-        lambda: (
-            f"x must be (B, C, *spatial) with {len(kernel_size)} spatial dimensions (1 or 2), got {tuple(x.shape)}"
-        ),
-    )
-    torch._check(
-        x.shape[1] % groups == 0 and packed.shape[0] % groups == 0,
-        lambda: f"channels in {x.shape[1]} and out {packed.shape[0]} must be multiples of groups {groups}",
-    )
-    columns = x.shape[1] // groups
-    for size in kernel_size:
-        columns *= size
-    check_weight(packed, scale, offset, weights, group_size, columns)
-
-
 @torch.library.register_fake("catquant::embedding")
 def _embedding(indices, packed, scale, offset, weights, group_size, columns, dtype):
     check_indices(indices)
     check_weight(packed, scale, offset, weights, group_size, columns)
     return packed.new_empty((*indices.shape, columns), dtype=dtype)
-
-
-def check_indices(indices: Tensor) -> None:
-    """Refuse row indices that are not int32 or int64.
-
-    Raises:
-        RuntimeError: naming the dtype.
-    """
-    torch._check(
-        indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
-    )
 
 
 @torch.library.register_fake("catquant::dequantize")

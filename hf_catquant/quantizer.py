@@ -25,7 +25,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
-from .correction import attach, check_values, corrections, empty_correction
+from .correction import attach, corrections
+from .correction_file import check_values, empty_correction
 from .integrity import checksums, verify_files
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight

@@ -10,7 +10,8 @@ from sklearn.decomposition import PCA
 
 from helpers import global_rng_untouched
 from hf_catquant import CatConfig
-from hf_catquant.cluster_fit import Sums, fit, solve
+from hf_catquant.cluster_fit import fit
+from hf_catquant.cluster_sums import Sums, solve
 
 
 def rows(count: int, width: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hf_catquant import CatConfig, load_correction, save_correction
-from hf_catquant.correction import ClusterAffine, attach, corrections, detach, empty_correction, entry_of
+from hf_catquant.correction import ClusterAffine, attach, corrections, detach
+from hf_catquant.correction_file import empty_correction, entry_of
 
 
 def random_correction(width: int, clusters: int, rank: int | None, seed: int = 0) -> ClusterAffine:

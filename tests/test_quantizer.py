@@ -15,7 +15,9 @@ from torch import nn
 import tiny_models
 from helpers import global_rng_untouched
 from hf_catquant import CatQuantConfig, quantize, report
-from hf_catquant.layers import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from hf_catquant.layers import QuantizedModule
+from hf_catquant.layers.embedding import QuantizedEmbedding
+from hf_catquant.layers.linear import QuantizedLinear
 from hf_catquant.model import quantized_modules
 
 DATA_FREE = {"weights": "ternary", "group_size": 16, "solver": "rtn", "correction": None}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import ops  # noqa: F401  defines what is registered here
 from ..formats import get_format
-from ..ops import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
+from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
 from ..packing import unpack as unpack_codes
 from ..weight import dequantize_packed, quantize_activation
 

@@ -1,0 +1,67 @@
+"""Linear layers: ``nn.Linear`` and GPT-2's ``Conv1D``; activations get a range for every token."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransposedLinear
+
+from .base import QuantizedModule, Window
+
+
+class QuantizedLinear(QuantizedModule):
+    """``nn.Linear`` with a packed weight; activations get a range for every token."""
+
+    wraps: ClassVar[type[nn.Module]] = nn.Linear
+    keeps = ("in_features", "out_features")
+    in_features: int
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N)."""
+        scheme = self.scheme
+        return torch.ops.catquant.linear(
+            x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
+        )
+
+    @staticmethod
+    def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
+        """x (..., K) as (1, M, K)."""
+        return x.reshape(1, -1, x.shape[-1])
+
+    def to_float(self) -> nn.Module:
+        """An ``nn.Linear``."""
+        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return self._float_state(module)
+
+
+class QuantizedTransposedLinear(QuantizedLinear):
+    """GPT-2's ``Conv1D``: a linear whose float weight is stored (K, N)."""
+
+    wraps = TransposedLinear
+    keeps = ("nf", "nx")
+    nf: int
+    nx: int
+
+    @classmethod
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(N, K)."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[1], weight.shape[0]
+
+    @classmethod
+    def to_matrix(cls, weight: Tensor) -> Tensor:
+        """(K, N) to (N, K)."""
+        return weight.T
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """(N, K) to (K, N)."""
+        return matrix.T
+
+    def to_float(self) -> nn.Module:
+        """A ``Conv1D``."""
+        with torch.device("meta"):
+            module = TransposedLinear(self.nf, self.nx)
+        return self._float_state(module)
