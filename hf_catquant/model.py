@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,22 +73,26 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
 def stacks(model: nn.Module) -> dict[str, list[str]]:
     """Names of the repeated blocks, by the name of the list that holds them.
 
-    A stack is a ``ModuleList`` or ``Sequential`` of two or more blocks of one class that each hold at least two layers;
-    of stacks within stacks the innermost counts (a Swin stage is not a block, its layers are).
+    A stack is a ``ModuleList`` or ``Sequential`` with two or more blocks of one class that each hold at least two layers;
+    what else is in the list (a LeViT stage ends with a module that halves its resolution) is no block. Of stacks within
+    stacks the innermost counts (a Swin stage is not a block, its layers are).
     """
     layers = [name for name, module in model.named_modules() if layer_for(module) is not None]
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for child in module}) != 1:
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
-        blocks = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-        if all(sum(layer.startswith(f"{block}.") for layer in layers) >= 2 for block in blocks):
+        kinds = Counter(type(child) for child in module)
+        repeated = {kind for kind, count in kinds.items() if count > 1 or len(kinds) == 1}
+        children = [child for child, value in module.named_children() if type(value) in repeated]
+        blocks = [f"{name}.{child}" if name else child for child in children]
+        if blocks and all(sum(layer.startswith(f"{block}.") for layer in layers) >= 2 for block in blocks):
             found[name] = blocks
     outer = {a for a in found for b in found if b != a and b.startswith(f"{a}.")}
     inner = {name: blocks for name, blocks in found.items() if name not in outer}
     # A single block is a stack only beside a longer one of its kind (a stage of depth 1).
-    kinds = {type(model.get_submodule(b[0])) for b in inner.values() if len(b) > 1}
-    return {n: b for n, b in inner.items() if len(b) > 1 or type(model.get_submodule(b[0])) in kinds}
+    longer = {type(model.get_submodule(b[0])) for b in inner.values() if len(b) > 1}
+    return {n: b for n, b in inner.items() if len(b) > 1 or type(model.get_submodule(b[0])) in longer}
 
 
 def block_members(model: nn.Module) -> set[str]:
@@ -161,15 +166,17 @@ def _get(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None:
-    weight = module._parameters.get("weight")
     layer = layer_for(module)
+    weight: Any = module._parameters.get("weight") if layer is None else module.weight
     if layer is None:
         if weight is not None and weight.dim() >= _SMALL:
             return f"{type(module).__name__} is not a layer type that can be quantized"
         return None
     if not should_convert_module(name, config.modules_to_not_convert or []):
         return "listed in modules_to_not_convert"
-    if weight is None:
+    if not isinstance(weight, Tensor) or not (
+        {"weight", "parametrizations"} & {*module._parameters, *module._modules}
+    ):
         return f"its weight is not a plain parameter of {type(module).__name__}"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
@@ -189,7 +196,7 @@ def _resolve_ties(model: nn.Module, selection: Selection) -> None:
     owners: dict[int, str] = {}
     sites = []
     for site in selection.sites:
-        key = id(site.module.weight)
+        key = id(site.module._parameters.get("weight", site.module))  # a weight norm makes a new tensor each time
         owner = owners.setdefault(key, site.name)
         if key in kept:
             selection.skipped[site.name] = f"tied to {kept[key]}, which stays in float"
@@ -200,7 +207,10 @@ def _resolve_ties(model: nn.Module, selection: Selection) -> None:
 
 def _skip_loose_parameters(model: nn.Module, selection: Selection) -> None:
     """Weights held by modules without a ``weight`` of their own: experts, position tables, class tokens."""
+    folded = tuple(f"{site.name}.parametrizations." for site in selection.sites)
     for name, module in model.named_modules():
+        if folded and f"{name}.".startswith(folded):
+            continue
         for parameter, value in module._parameters.items():
             if parameter not in ("weight", "bias") and value is not None and value.dim() >= _SMALL:
                 full = f"{name}.{parameter}" if name else parameter

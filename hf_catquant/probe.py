@@ -68,6 +68,7 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
     probe = _Probe(model, blocks, leaves)
     with torch.enable_grad():
         output = probe.run(batch)
+    _detach_caches(model)
     plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned))
     if not probe.check(plan, batch, own(output)):
         logger.warning(
@@ -77,6 +78,18 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
             unit.reads = set(range(index))
         plan.final_reads = set(range(len(plan.units)))
     return plan
+
+
+def _detach_caches(model: nn.Module) -> None:
+    """What modules remember of a forward (LeViT its attention biases) must not hold on to the graph of the probe."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and any(_has_graph(leaf) for leaf in pytree.tree_leaves(value)):
+                setattr(module, name, pytree.tree_map_only(Tensor, Tensor.detach, value))
+
+
+def _has_graph(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 class _Probe:

@@ -76,7 +76,8 @@ class CatQuantizer(HfQuantizer):
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
         _untie(model)
-        sentinels = {rf"^{re.escape(name)}\.weight$" for pair in names.items() for name in pair}
+        held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
+        sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class CatQuantizer(HfQuantizer):
         """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
         state = model.state_dict()
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
-        state.update({f"{name}.weight": torch.zeros(1, dtype=torch.uint8) for name in stored})
+        state.update({f"{n}.{module.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, module in stored.items()})
         config = self.quantization_config
         config.checksums = checksums(_as_written(model, state))
         model.config.quantization_config = config

@@ -82,9 +82,9 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     Raises:
         RuntimeError: the model cannot run on the batch; says what was in it.
     """
-    extra = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
     try:
-        return model(**own(batch), **extra)
+        with _without_cache(model):
+            return model(**own(batch))
     except Stop:
         return None
     except torch.OutOfMemoryError:
@@ -92,6 +92,20 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
         raise RuntimeError(f"{type(model).__name__} cannot run on a batch of {shapes}: {error}") from error
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No config of ``model`` or of a model inside asks for past keys: units run many times, and a cache would grow."""
+    held = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    asking: list[Any] = [config for config in held.values() if getattr(config, "use_cache", False)]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 @contextmanager

@@ -126,8 +126,8 @@ BUILDERS: dict[str, Callable[[], tf.PreTrainedModel]] = {
 }
 NAMES = list(BUILDERS)
 
-# Weights that are no layers: the tables of positions, and the weight-normalised position convolution of speech models.
-LEAST_COVERAGE = {"wav2vec2": 75.0, "hubert": 75.0, "opt": 85.0}
+# Weights that are no layers: the tables of positions.
+LEAST_COVERAGE = {"opt": 85.0}
 
 
 @cache

@@ -6,12 +6,14 @@ input meet that matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels  # noqa: F401  registers what the ops compute
 from ..formats import get_format, group_count
@@ -21,6 +23,8 @@ from ..weight import QuantizedWeight, storage_dtype
 Window = tuple[tuple[int, int], tuple[int, int]]  # (first, count) of rows and of columns
 
 LAYERS: dict[type[nn.Module], type[QuantizedModule]] = {}
+# Layers that only hold a weight: nn.MultiheadAttention reads it and never runs them.
+NEVER_RUN = (NonDynamicallyQuantizableLinear,)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class QuantizedModule(nn.Module):
     wraps: ClassVar[type[nn.Module]]
     keeps: ClassVar[tuple[str, ...]] = ()  # attributes of the original that models read
     static_activations: ClassVar[bool] = False
+    # What a file holds under the name of a float parameter, so that a load without this package fails.
+    sentinel: str = "weight"
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -126,6 +132,38 @@ class QuantizedModule(nn.Module):
         return None
 
     @classmethod
+    def example(cls, module: nn.Module) -> Tensor:
+        """A small input that ``module`` takes, in the dtype and on the device of its weight."""
+        raise TypeError(f"{cls.__name__} does not say what a {cls.wraps.__name__} takes")
+
+    @classmethod
+    def plain_forward(cls, module: nn.Module, x: Tensor) -> Tensor:
+        """What a module of the wrapped type would return for ``x``, with the weight and the settings of ``module``."""
+        return cls.wraps.forward(module, x)
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """Whether ``module``, of a subclass of the wrapped type, does what the wrapped type does.
+
+        It may own no other parameters and no modules (an adapter starts as zero, and would look the same), and has to
+        return the same for an example. On the meta device there is nothing to compare: there a checkpoint says so.
+        """
+        if {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+            return False
+        weight: Any = module.weight
+        if any(True for _ in module.children()) or type(module) in NEVER_RUN or not weight.is_floating_point():
+            return False
+        if type(module).forward is cls.wraps.forward or weight.is_meta:
+            return True
+        x = cls.example(module)
+        try:
+            with torch.no_grad():
+                found, plain = type(module).forward(module, x), cls.plain_forward(module, x)  # without its hooks
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return False
+        return isinstance(found, Tensor) and found.shape == plain.shape and torch.allclose(found, plain, rtol=0.01)
+
+    @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Why this particular module cannot be quantized, or None if it can."""
         return None
@@ -145,9 +183,11 @@ class QuantizedModule(nn.Module):
         self.scheme = replace(self.scheme, scale_dtype=str(dtype).removeprefix("torch."))
         packed = pack(quantized.codes, get_format(self.scheme.weights), self.scheme.group_size)
         self.weight_packed = packed.to(self.weight_packed.device)
-        self.weight_scale = quantized.scale.to(self.weight_scale.device, dtype)
+        # Copies: a solver may return two views of one tensor, and buffers that share memory cannot be saved.
+        device = self.weight_scale.device
+        self.weight_scale = quantized.scale.detach().contiguous().to(device, dtype, copy=True)
         if quantized.offset is not None:
-            self.weight_offset = quantized.offset.to(self.weight_scale.device, dtype)
+            self.weight_offset = quantized.offset.detach().contiguous().to(device, dtype, copy=True)
 
     @torch.no_grad()
     def fill_input_range(self, scale: Tensor, offset: Tensor | None) -> None:
@@ -204,5 +244,17 @@ class QuantizedModule(nn.Module):
 
 
 def layer_for(module: nn.Module) -> type[QuantizedModule] | None:
-    """The layer that replaces a module of exactly this type, or None."""
-    return LAYERS.get(type(module))
+    """The layer that replaces ``module``: that of its type, or of the type it is derived from if it does the same.
+
+    None where there is none.
+    """
+    layer = LAYERS.get(type(module))
+    if layer is None:
+        base = next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
+        layer = base if base is not None and base.stands_for(module) else None
+    return layer
+
+
+def waves(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Smooth values between -1 and 1, of ``shape``, in the dtype and on the device of ``weight``."""
+    return torch.arange(math.prod(shape)).mul(0.7).sin().view(shape).to(weight.device, weight.dtype)

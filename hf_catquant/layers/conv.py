@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
-from .base import QuantizedModule, Window
+from .base import QuantizedModule, Scheme, Window, waves
 
 
 class _QuantizedConv(QuantizedModule):
@@ -27,6 +28,14 @@ class _QuantizedConv(QuantizedModule):
     )
     static_activations = True
     kernel_size: tuple[int, ...]
+
+    def __init__(self, original: nn.Module, scheme: Scheme) -> None:
+        """As every layer; a weight norm (``torch.nn.utils.parametrizations``) is folded into the weight."""
+        super().__init__(original, scheme)
+        norm = _weight_norm(original)
+        self.weight_norm_dim = None if norm is None else norm.dim
+        if norm is not None:
+            self.sentinel = "parametrizations.weight.original1"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial), or without B, to (B, N, *spatial_out)."""
@@ -93,6 +102,22 @@ class _QuantizedConv(QuantizedModule):
         starts = [int(torch.randint(n - w + 1, (), generator=generator)) for n, w in zip(sizes, lengths, strict=True)]
         return (starts[0], lengths[0]), (starts[1], lengths[1])
 
+    @classmethod
+    def example(cls, module: nn.Module) -> Tensor:
+        """One input that is a little larger than the kernel."""
+        conv: Any = module
+        sides = zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)
+        spatial = [d * (k - 1) + 1 + 2 * s + 1 for d, k, s in sides]
+        return waves(conv.weight, (1, conv.in_channels, *spatial))
+
+    @classmethod
+    def stands_for(cls, module: nn.Module) -> bool:
+        """As everywhere; a weight norm on the weight is no difference."""
+        if set(module._modules) == {"parametrizations"}:
+            own = set(module._parameters) - {"bias"}
+            return not own and _weight_norm(module) is not None and type(module).forward is cls.wraps.forward
+        return super().stands_for(module)
+
     def to_float(self) -> nn.Module:
         """A convolution of the wrapped type."""
         module = self.wraps(
@@ -107,7 +132,11 @@ class _QuantizedConv(QuantizedModule):
             padding_mode=self.padding_mode,
             device="meta",
         )
-        return self._float_state(module)
+        self._float_state(module)
+        if self.weight_norm_dim is not None:
+            parametrizations.weight_norm(module, dim=self.weight_norm_dim)
+            module.requires_grad_(False)
+        return module
 
 
 class QuantizedConv1d(_QuantizedConv):
@@ -120,6 +149,14 @@ class QuantizedConv2d(_QuantizedConv):
     """``nn.Conv2d`` with a packed weight; activations have one calibrated range."""
 
     wraps = nn.Conv2d
+
+
+def _weight_norm(module: nn.Module) -> Any:
+    """The weight norm that is the only parametrization of ``module``, None if there is none or another one."""
+    held: Any = module._modules.get("parametrizations")
+    if held is None or set(held._modules) != {"weight"} or len(held.weight) != 1:
+        return None
+    return held.weight[0] if type(held.weight[0]).__name__ == "_WeightNorm" else None
 
 
 def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
-from .base import QuantizedModule, Window
+from .base import QuantizedModule, Window, waves
 
 
 class QuantizedLinear(QuantizedModule):
@@ -30,6 +30,12 @@ class QuantizedLinear(QuantizedModule):
     def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
         """x (..., K) as (1, M, K)."""
         return x.reshape(1, -1, x.shape[-1])
+
+    @classmethod
+    def example(cls, module: nn.Module) -> Tensor:
+        """Three rows."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return waves(weight, (3, cls.matrix_shape(module)[1]))
 
     def to_float(self) -> nn.Module:
         """An ``nn.Linear``."""

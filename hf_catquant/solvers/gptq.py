@@ -29,6 +29,7 @@ NEEDS_MOMENTS = True
 _DAMPING = 0.01  # of the mean of the diagonal of H
 _REPAIRS = 5  # times ten each: 1e-2 to 1e3
 _SWEEPS = 3
+_SILENT = 1e-30  # mean squares below are no input: float32 has no room for their products
 
 
 def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None = None) -> QuantizedWeight:
@@ -45,7 +46,7 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
             rule, or the gram is so far from a second moment that damping cannot repair it.
     """
     check_weight(weight)
-    moments = check_moments(moments, weight, "gptq")
+    moments = _normalised(check_moments(moments, weight, "gptq"))
     check_group_size(group_size)
     runs = weight.detach().float().view(len(moments.gram), -1, weight.shape[1])
     # Ascending: feed_back walks from the last column to the first, so the most important one comes first (act-order).
@@ -55,6 +56,13 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
     codes = level_codes(levels, fmt).mT.reshape(weight.shape)
     return QuantizedWeight(codes, scale.flatten(0, 1), None if offset is None else offset.flatten(0, 1))
+
+
+def _normalised(moments: Moments) -> Moments:
+    """Second moments with a mean diagonal of 1 in every run, which changes no solution; zeros where no input came."""
+    size = moments.gram.diagonal(dim1=1, dim2=2).mean(-1).abs()[:, None, None]  # one below 0 is refused later
+    factor = torch.where(size > _SILENT, 1 / size, torch.zeros_like(size))
+    return moments._replace(gram=moments.gram * factor, cross=moments.cross * factor)
 
 
 def trust(count: int, columns: int) -> tuple[float, float]:

@@ -400,3 +400,18 @@ def test_any_shape_gives_a_finite_weight_no_worse_than_it_should_be(name, runs, 
     assert result.scale.shape[1] * group_width(columns, group_size) >= columns
     # Zero is within reach of every grid, so the output error cannot exceed that of putting out nothing.
     assert output_error(weight, w_hat, moments) <= 1.01
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-36])
+def test_inputs_however_small_are_no_obstacle(size, generator):
+    """Activations of a deep model without training vanish; their moments are no less moments for it."""
+    weight = torch.randn(24, 32, generator=generator)
+    x = torch.randn(200, 32, generator=generator)
+    gram = (x.T @ x / 200).unsqueeze(0)
+    large, small = (
+        gptq.solve(weight, get_format("ternary"), 16, Moments(gram * s, gram * s, 0 * x[:1], 0 * x[:1], count=200))
+        for s in (1.0, size)
+    )
+    if size > 1e-30:
+        assert torch.equal(large.codes, small.codes)
+    assert torch.isfinite(small.scale).all()

@@ -1,0 +1,167 @@
+"""Architectures that do something unusual: scaled embeddings, weight norms, caches, models within models, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+import hf_catquant
+from hf_catquant import CatQuantConfig, quantize
+from tiny_models import LLAMA, SPEECH, TEXT, VIT, main_output
+
+SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 96, "max_position_embeddings": 32}
+SEQ2SEQ |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SEQ2SEQ |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def vision_encoder_decoder() -> tf.PreTrainedModel:
+    decoder = tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True)
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**VIT), decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return tf.VisionEncoderDecoderModel(config=config)
+
+
+def blip() -> tf.PreTrainedModel:
+    text = {**TEXT, "encoder_hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return tf.BlipForConditionalGeneration(
+        tf.BlipConfig(vision_config=VIT, text_config={**text, "sep_token_id": 2}, projection_dim=32)
+    )
+
+
+def levit() -> tf.PreTrainedModel:
+    sizes = {"hidden_sizes": [16, 32, 32], "num_attention_heads": [2, 2, 2], "depths": [2, 2, 2]}
+    return tf.LevitForImageClassification(tf.LevitConfig(image_size=64, key_dim=[8, 8, 8], **sizes))
+
+
+# What builds it, the kind of its input, percent of its parameters that are quantized at least.
+MODELS: dict[str, tuple[Callable[[], tf.PreTrainedModel], str, float]] = {
+    "bart: a scaled embedding, shared": (
+        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**SEQ2SEQ, scale_embedding=True)),
+        "seq2seq",
+        85,
+    ),
+    "gemma3: a scaled embedding, tied": (
+        lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**LLAMA, head_dim=16)),
+        "text",
+        98,
+    ),
+    "falcon: a linear of its own": (
+        lambda: tf.FalconForCausalLM(
+            tf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=96)
+        ),
+        "text",
+        98,
+    ),
+    "albert: one block run twice": (
+        lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16)),
+        "text",
+        90,
+    ),
+    "mamba: weights read without their layers": (
+        lambda: tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=8)),
+        "text",
+        90,
+    ),
+    "mixtral: fused experts": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**LLAMA, **EXPERTS)), "text", 20),
+    "wavlm: a weight norm": (
+        lambda: tf.WavLMForSequenceClassification(tf.WavLMConfig(**SPEECH)),
+        "wave",
+        90,
+    ),
+    "levit: biases kept from one run to the next": (levit, "image64", 90),
+    "blip: a text decoder with a cache": (blip, "caption", 90),
+    "a vision encoder with a text decoder": (vision_encoder_decoder, "image to text", 90),
+    "segformer": (
+        lambda: tf.SegformerForSemanticSegmentation(
+            tf.SegformerConfig(hidden_sizes=[16, 32, 32, 32], depths=[2, 2, 2, 2], decoder_hidden_size=32)
+        ),
+        "image64",
+        95,
+    ),
+}
+
+
+def build(name: str) -> tf.PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name][0]().eval()
+
+
+def sample(kind: str, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids() -> Tensor:
+        return torch.randint(3, 96, (10,), generator=generator)
+
+    def image(size: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(3, size, size, generator=generator)}
+
+    if kind == "wave":
+        return {"input_values": torch.randn(800, generator=generator)}
+    text = {"input_ids": ids(), "attention_mask": torch.ones(10, dtype=torch.int64)}
+    parts = {
+        "text": text,
+        "seq2seq": {**text, "decoder_input_ids": ids()},
+        "image64": image(64),
+        "caption": {**text, **image(16)},
+        "image to text": {"decoder_input_ids": ids(), **image(16)},
+    }
+    return parts[kind]
+
+
+def batch(kind: str) -> dict[str, Tensor]:
+    rows = [sample(kind, seed) for seed in (100, 101)]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_round_trip(name: str, tmp_path: Path):
+    """Calibrated and corrected on load, saved, reloaded: bit-exact, and the same file when saved again."""
+    _, kind, least = MODELS[name]
+    model = build(name)
+    model.save_pretrained(tmp_path / "float")
+    config = CatQuantConfig(group_size=16, dataset=[sample(kind, i) for i in range(12)], batch_size=4)
+    quantized = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "first")
+    reloaded = type(model).from_pretrained(tmp_path / "first")
+    expected, actual = (main_output(m(**batch(kind))) for m in (quantized, reloaded))
+    assert torch.isfinite(expected).all()
+    assert torch.equal(expected, actual)
+    reloaded.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / part / "model.safetensors").read_bytes() for part in ("first", "second"))
+    assert first == second
+    report = hf_catquant.report(reloaded)
+    assert report.coverage >= least
+    ternary = sum(layer.weights == "ternary" for layer in report.layers)
+    assert 2 * ternary >= len(report.layers), "blocks were not found: what is outside them is int8"
+    if "experts" in name:
+        assert any("experts.gate_up_proj" in skipped for skipped in report.skipped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("bart", "gemma3", "falcon", "wavlm"))])
+@torch.no_grad()
+def test_derived_layers_do_what_they_did(name: str, dtype: torch.dtype, tmp_path: Path):
+    """In int8 the model is nearly the float one, and dequantized, saved and loaded it is exactly the quantized one."""
+    kind = MODELS[name][1]
+    build(name).save_pretrained(tmp_path / "float")
+    model = type(build(name)).from_pretrained(tmp_path / "float", dtype=dtype)  # .to(dtype) casts rotary tables, too
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch(kind).items()}
+    expected = main_output(model(**inputs)).float()
+    quantize(model, CatQuantConfig(weights="int8", group_size=16, solver="rtn", correction=None))
+    found = main_output(model(**inputs)).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    plain = model.dequantize()
+    torch.testing.assert_close(main_output(plain(**inputs)).float(), found, rtol=2e-2, atol=2e-2)
+    plain.save_pretrained(tmp_path / "plain")
+    again, info = type(model).from_pretrained(tmp_path / "plain", dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(main_output(again(**inputs)), main_output(plain(**inputs)))
