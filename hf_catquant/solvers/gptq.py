@@ -60,7 +60,8 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
 
 def _normalised(moments: Moments) -> Moments:
     """Second moments with a mean diagonal of 1 in every run, which changes no solution; zeros where no input came."""
-    size = moments.gram.diagonal(dim1=1, dim2=2).mean(-1).abs()[:, None, None]  # one below 0 is refused later
+    size = moments.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    size = torch.where(size < 0, torch.ones_like(size), size)  # no second moment: :func:`factorise` refuses it
     factor = torch.where(size > _SILENT, 1 / size, torch.zeros_like(size))
     return moments._replace(gram=moments.gram * factor, cross=moments.cross * factor)
 
@@ -88,7 +89,7 @@ def factorise(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     gram = 0.5 * (gram + gram.mT)
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1)
     damping = torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))  # no input at all: every H will do
-    for _ in range(_REPAIRS + 1):
+    for _ in range(_REPAIRS + 1 if bool((mean >= 0).all()) else 0):
         damped = gram + torch.diag_embed(damping.unsqueeze(-1).expand(gram.shape[:2]))
         lower, failed = torch.linalg.cholesky_ex(_permuted(damped, order))
         if not bool(failed.any()):

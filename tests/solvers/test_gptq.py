@@ -409,7 +409,7 @@ def test_inputs_however_small_are_no_obstacle(size, generator):
     x = torch.randn(200, 32, generator=generator)
     gram = (x.T @ x / 200).unsqueeze(0)
     large, small = (
-        gptq.solve(weight, get_format("ternary"), 16, Moments(gram * s, gram * s, 0 * x[:1], 0 * x[:1], count=200))
+        gptq.solve(weight, FORMATS["ternary"], 16, Moments(gram * s, gram * s, 0 * x[:1], 0 * x[:1], count=200))
         for s in (1.0, size)
     )
     if size > 1e-30:
