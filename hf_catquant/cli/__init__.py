@@ -24,11 +24,16 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns 0, or 1 after printing one line that says what is wrong."""
+    return run(build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         "catquant", description="Low-bit quantization for models of the Hugging Face Hub."
     )
     add_verbs(parser)
-    return run(parser.parse_args(argv))
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
