@@ -27,9 +27,9 @@ def main() -> None:
     for weights in args.weights:
         for case in CASES:
             if case.model.startswith(("resnet", "mobilenet")):
-                matched = run(case, weights, "64", args.data)
+                matched = run(case, weights, ["--group-size", "64"], args.data)
                 with patch("hf_catquant.gather.match_batch_norm"):
-                    left = run(case, weights, "64", args.data)
+                    left = run(case, weights, ["--group-size", "64"], args.data)
                 results += [{"matched": True, **matched}, {"matched": False, **left}]
                 print(case.model, weights, *(f"{rows(r)}" for r in (matched, left)))
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Quantize the six real models of the data folder and evaluate them on rows never used for calibration.
 
-    python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--only resnet ...]
+    python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--only resnet ...] [--solver reconstruct]
+                                  [--activations int4]
 
 FOLDER holds ``models/`` and ``data/`` (CONTRIBUTING.md says what is in them). Each case goes through the command line that
 users have: ``catquant quantize`` and ``catquant eval``. Results are added to ``benchmarks/results/realdata.json`` case by
@@ -40,6 +41,7 @@ class Case:
     column: str | None = None
     options: tuple[str, ...] = ()
     eval_options: tuple[str, ...] = ()
+    batch_size: int = 16
 
 
 IMAGES = ("imagenet/calibration_train.parquet", "imagenet/val_acuity.parquet")
@@ -55,14 +57,17 @@ CASES = (
         44,
         "audio",
         options=("--trust-remote-code",),
+        batch_size=4,
     ),
-    Case("stories260K", "tinystories/calibration.parquet", "tinystories/test.parquet", 60, "text"),
+    Case("stories260K", "tinystories/calibration.parquet", "tinystories/test.parquet", 60, "text", batch_size=4),
 )
 
 
 HEAD = (
     "model",
     "weights",
+    "activations",
+    "solver",
     "float",
     "quantized",
     "quantized + CAT",
@@ -84,22 +89,26 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["ternary", "int4"], help="formats")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
     parser.add_argument("--group-size", default="64")
+    parser.add_argument("--solver", default="gptq")
+    parser.add_argument("--activations", default="none")
     args = parser.parse_args()
+    how = ["--group-size", args.group_size, "--solver", args.solver, "--activations", args.activations]
     for case in CASES:
         for weights in args.weights:
             if any(part in case.model for part in args.only):
-                add(run(case, weights, args.group_size, args.data))
+                add({"solver": args.solver, "activations": args.activations, **run(case, weights, how, args.data)})
                 write_page()
 
 
-def run(case: Case, weights: str, group_size: str, data: Path) -> dict:
-    """Quantize and evaluate one case; everything that the page says about it."""
+def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
+    """Quantize and evaluate one case, ``how`` being more options of ``catquant quantize``; what the page says about it."""
     model = str(data / "models" / case.model)
     column = () if case.column is None else ("--column", case.column)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        quantize = ["quantize", model, folder, "--weights", weights, "--group-size", group_size]
+        quantize = ["quantize", model, folder, "--weights", weights, *how]
         quantize += ["--dataset", str(data / "data" / case.calibration), "--num-samples", str(case.samples), *column]
+        quantize += ["--batch-size", str(case.batch_size)]
         check(catquant([*quantize, *case.options]), quantize)
         seconds = time.perf_counter() - start
         table = Path(folder) / "table.json"
@@ -120,7 +129,7 @@ def run(case: Case, weights: str, group_size: str, data: Path) -> dict:
     return {
         "model": case.model,
         "weights": weights,
-        "group_size": int(group_size),
+        "options": how,
         "calibration": case.calibration,
         "test": case.test,
         "samples": case.samples,
@@ -150,15 +159,20 @@ def machine() -> str:
 def add(result: dict) -> None:
     """Put a case into the results, in the place of an older one."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = [r for r in results if (r["model"], r["weights"]) != (result["model"], result["weights"])]
+    same = [r for r in results if key(r) != key(result)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
+
+
+def key(result: dict) -> tuple[str, ...]:
+    """What tells a case from another."""
+    return tuple(result[name] for name in ("model", "weights", "activations", "solver"))
 
 
 def write_page() -> None:
     """Draw up ``docs/results.md``."""
     order = {case.model: i for i, case in enumerate(CASES)}
-    results = sorted(json.loads(RESULTS.read_text()), key=lambda r: (order[r["model"]], r["weights"]))
+    results = sorted(json.loads(RESULTS.read_text()), key=lambda r: (order[r["model"]], *key(r)[1:]))
     lines = [
         "# Results on real models and data",
         "",
@@ -167,7 +181,7 @@ def write_page() -> None:
         "in percent, perplexity for stories260K; 95 % intervals. The gain of CAT is paired on the same test rows.",
         "",
         f"| {' | '.join(HEAD)} |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * len(HEAD) + "|",
     ]
     lines += [line(result) for result in results]
     for made in sorted({(r["date"], r["machine"]) for r in results}):
@@ -194,6 +208,8 @@ def line(result: dict) -> str:
     cells = [
         result["model"],
         result["weights"],
+        result["activations"],
+        result["solver"],
         *spans,
         gain,
         f"{last['agreement']:.1f}",

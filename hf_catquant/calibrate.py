@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import samples
+from . import samples, solvers
 from .cluster_fit import Kind
 from .config import CatQuantConfig
 from .fitting import Pairs, correction_dim, placed, resolve_sites, tensor_of
@@ -25,10 +25,13 @@ from .gather import Gather, Streams
 from .layers import layer_for
 from .log import logger
 from .model import Selection, Site, select, stacks
+from .reconstruction import Reconstruction, output_of
 from .swap import Outcome, Swap
+from .training import Progress
 from .walk import Leaf, Unit, Walk, leaf_outputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+MAX_TARGETS = 1 << 28  # numbers, 1 GiB
 HELD_OUT = 4  # one batch of so many is kept for the corrections, if there are twice as many
 
 
@@ -95,10 +98,17 @@ class Calibration:
         self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
-        held_out = count // HELD_OUT if config.correction is not None and count >= 2 * HELD_OUT else 0
+        options = solvers.options(config.solver, config.solver_options)
+        wanted = config.correction is not None or options is not None
+        held_out = count // HELD_OUT if wanted and count >= 2 * HELD_OUT else 0
         self.solve_batches = range(count - held_out)
         self.fit_batches = range(count - held_out, count) if held_out else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
+        shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
+        self.reconstruction = None
+        if options is not None:
+            judges = self.fit_batches if held_out else range(0)
+            self.reconstruction = Reconstruction(options, self.gather, self.solve_batches, judges, config.seed, shared)
         self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
 
     def run(self) -> Outcome:
@@ -113,15 +123,41 @@ class Calibration:
         try:
             for index, unit in enumerate(self.walk.plan.units):
                 self._unit(index, unit)
-            for name in list(self.corrections):
-                pairs = Pairs(self.config.seed, len(self.fit_batches))
-                float_outputs, outputs = (self.walk.outputs_of(name, stream) for stream in STREAMS)
-                for batch in self.fit_batches:
-                    self._add_pair(pairs, name, batch, float_outputs[batch], outputs[batch])
-                self._fit(name, pairs)
+            float_outputs = {name: self.walk.outputs_of(name, "float") for name in self.corrections}
+            targets = self._targets()
         finally:
             self.walk.finish()
+        self._finish(targets, float_outputs)
         return outcome
+
+    def _targets(self) -> list[Tensor] | None:
+        """What the whole model has to answer on every batch, if it will learn."""
+        if self.reconstruction is None or not self.reconstruction.options.model_steps:
+            return None
+        site, count = self.walk.plan.logits_site or "", len(self.walk.batches)
+        first = tensor_of(self.walk.outputs_of(site, "float", [0])[0])
+        if first.numel() * count > MAX_TARGETS:
+            note = (
+                f"the whole model did not learn: its answers to {count} batches like the first are "
+                f"{first.numel() * count:,} numbers, more than {MAX_TARGETS:,}; shorter or fewer samples would do"
+            )
+            self.swap.outcome.notes.append(note)
+            logger.warning(note)
+            return None
+        return [first, *map(tensor_of, self.walk.outputs_of(site, "float", range(1, count)))]
+
+    def _finish(self, targets: list[Tensor] | None, float_outputs: dict[str, list[Any]]) -> None:
+        """What needs the whole quantized model: learning all of it, and corrections outside its units."""
+        if self.reconstruction is not None:
+            if targets is not None:
+                self.reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets)
+            self.swap.outcome.learned.update(self.reconstruction.summary())
+        for name, outputs in float_outputs.items():
+            pairs = Pairs(self.config.seed, len(self.fit_batches))
+            for batch in self.fit_batches:
+                found = output_of(self.model, name, self.walk.batches[batch])
+                self._add_pair(pairs, name, batch, outputs[batch], found)
+            self._fit(name, pairs)
 
     def _round_unreached(self) -> None:
         reached = {_join(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
@@ -142,18 +178,22 @@ class Calibration:
         for stage in self._stages(unit):
             solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls))
             live = self.model.get_submodule(unit.name)  # another one, if the unit is the layer itself
+        learned = None
+        if solved and self.reconstruction is not None:
+            learned = self.reconstruction.unit(unit.name, live, float_unit, calls, float_outputs)
         for name in [n for n in self.corrections if n == unit.name or n.startswith(f"{unit.name}.")]:
             self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
         outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
-        self._progress(index, unit, solved, time.perf_counter() - start)
+        self._progress(index, unit, solved, learned, time.perf_counter() - start)
 
-    def _progress(self, index: int, unit: Unit, solved: list[str], seconds: float) -> None:
+    def _progress(self, index: int, unit: Unit, solved: list[str], learned: Progress | None, seconds: float) -> None:
         if not solved:
             return
         errors = [self.swap.outcome.errors[name] for name in solved if name in self.swap.outcome.errors]
         formats = ", ".join(dict.fromkeys(self.swap.outcome.modules[name]["weights"] for name in solved))
         error = f"error {sum(errors) / len(errors):.4f}" if errors else "tied"
+        error += "" if learned is None else f", {learned.summary()}"
         total = len(self.walk.plan.units)
         width = len(str(total))
         logger.info(
@@ -222,9 +262,6 @@ class Calibration:
         self.swap.outcome.fits[name] = fit
         if entry is not None:
             self.swap.outcome.corrections[name] = entry
-
-
-STREAMS = ("float", "quantized")
 
 
 def _join(unit: str, leaf: str) -> str:

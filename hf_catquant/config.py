@@ -35,7 +35,9 @@ class CatQuantConfig(QuantizationConfigMixin):
         group_size: columns that share a scale, a positive multiple of 8, or -1 for one group a row.
         activations: None, or the format of the inputs: int2, int3, int4 or int8. Linears find a range for every token;
             convolutions calibrate one.
-        solver: how codes are found: "rtn" needs no data, "gptq" needs ``dataset``.
+        solver: how codes are found: "rtn" needs no data; "gptq" needs ``dataset``; "reconstruct" starts from "gptq" and
+            learns block after block, then the whole model.
+        solver_options: ``{option: value}`` of the solver, see ``hf_catquant.solvers.reconstruct.Options``.
         correction: None, "cat" or a :class:`CatConfig`: the output correction, fitted on ``dataset``.
         dataset: calibration samples: a ``datasets.Dataset`` or ``IterableDataset``, a DataLoader, a list of dicts or of
             raw samples, or any iterable. Test data does not belong here.
@@ -70,6 +72,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
         strict: bool = False,
+        solver_options: dict[str, Any] | None = None,
         *,
         quant_method: str = QUANT_METHOD,
         bits: int | None = None,
@@ -92,6 +95,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.activations = activations
         self.edge_weights = edge_weights
         self.solver = solver
+        self.solver_options = solver_options or {}
         self.correction = _correction(correction)
         self.dataset = dataset
         self.processor = processor
@@ -204,6 +208,9 @@ class CatQuantConfig(QuantizationConfigMixin):
             _check_choice("edge_weights", self.edge_weights, FORMATS, "None or ")
         if self.modules is None:  # a stored config only remembers its solver, it does not need it
             _check_choice("solver", self.solver, solvers.names())
+            if not isinstance(self.solver_options, dict):
+                raise TypeError(f"solver_options must be {{option: value}}, got {self.solver_options!r}")
+            solvers.options(self.solver, self.solver_options)
         for name in ("num_samples", "batch_size"):
             _check_count(name, getattr(self, name), 1)
         _check_count("seed", self.seed, 0)

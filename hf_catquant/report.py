@@ -165,9 +165,11 @@ def provenance(
         "errors": {name: float(f"{error:.6g}") for name, error in outcome.errors.items()},
         "skipped": selection.skipped,
         "fits": outcome.fits,
+        "learned": outcome.learned,
         "notes": outcome.notes,
         "calibration": calibration,
         "solver": config.solver,
+        "solver_options": config.solver_options,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
     }
 

@@ -19,13 +19,14 @@ Range = tuple[Tensor, Tensor | None]  # scale and offset () of a calibrated acti
 
 @dataclass
 class Outcome:
-    """What quantizing did: stored entries, per-layer errors and the fits of the corrections, all JSON-clean."""
+    """What quantizing did: stored entries, per-layer errors, the fits of the corrections, what was learned: JSON-clean."""
 
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     corrections: dict[str, dict[str, Any]] = field(default_factory=dict)
     fits: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    learned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Swap:

@@ -72,10 +72,10 @@ class Walk:
             for stream in self._recorded:
                 self._recorded[stream][past] = pytree.tree_map_only(Tensor, forget, self._recorded[stream][past])
 
-    def outputs_of(self, name: str, stream: str) -> list[Any]:
+    def outputs_of(self, name: str, stream: str, batches: Sequence[int] | None = None) -> list[Any]:
         """What the module called ``name`` returns at its last call, by batch, once every unit is recorded."""
         results = []
-        for batch in range(len(self.batches)):
+        for batch in range(len(self.batches)) if batches is None else batches:
             caught: list[Any] = []
             with hooked(
                 self.model.get_submodule(name), after=lambda m, a, k, output, into=caught: into.append(output)

@@ -36,6 +36,8 @@ ROWS = [
     "probe swap",
     "samples walk",
     "fitting features gather",
+    "learned training",
+    "reconstruction",
     "calibrate",
     "report",
     "quantizer",

@@ -209,6 +209,10 @@ class QuantizedModule(nn.Module):
                 raise ValueError(f"{name} has values that are not finite")
         check_bytes(self.weight_packed, get_format(self.scheme.weights))
 
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """What this layer would return for ``x`` with the float ``matrix`` (N, K) and ``bias``, both in its dtype."""
+        raise TypeError(f"{type(self).__name__} does not say how it applies a matrix")
+
     def to_float(self) -> nn.Module:
         """A float module of the wrapped type with the dequantized weight and this layer's bias."""
         raise TypeError(f"{type(self).__name__} does not say how to build a {self.wraps.__name__}")

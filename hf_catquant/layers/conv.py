@@ -59,6 +59,12 @@ class _QuantizedConv(QuantizedModule):
         )
         return out.squeeze(0) if unbatched else out
 
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, C, *spatial) to (B, N, *spatial_out)."""
+        x, padding = _padded(self, x)
+        conv: Any = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        return conv(x, self.from_matrix(matrix), bias, self.stride, padding, self.dilation, self.groups)
+
     @staticmethod
     def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
         """Patches of x (B, C, *spatial): (groups, B * positions, C / groups * prod(kernel_size)).

@@ -38,9 +38,17 @@ class QuantizedEmbedding(QuantizedModule):
     def forward(self, indices: Tensor) -> Tensor:
         """indices (...) to (..., K) in the layer's compute dtype."""
         scheme = self.scheme
-        rows = torch.ops.catquant.embedding(
-            indices, *self._packed(), scheme.weights, scheme.group_size, self.columns, self.dtype
+        return self._scaled(
+            torch.ops.catquant.embedding(
+                indices, *self._packed(), scheme.weights, scheme.group_size, self.columns, self.dtype
+            )
         )
+
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Indices x (...) to (..., K)."""
+        return self._scaled(nn.functional.embedding(x, matrix))
+
+    def _scaled(self, rows: Tensor) -> Tensor:
         if self.embed_scale is None:
             return rows
         return rows * (rows.new_full((), self.embed_scale) if self.scale_is_cast else self.embed_scale)

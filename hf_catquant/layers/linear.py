@@ -26,6 +26,10 @@ class QuantizedLinear(QuantizedModule):
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
 
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., K) to (..., N)."""
+        return nn.functional.linear(x, matrix, bias)
+
     @staticmethod
     def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:
         """x (..., K) as (1, M, K)."""

@@ -1,0 +1,187 @@
+"""Block reconstruction: what a solver found is the start; codes, scales, offsets, biases and norms learn from there.
+
+    block by block    least squared difference from the float block's output, on the inputs of the quantized stream
+    at the end        least KL divergence of the whole model's answers from the float model's
+
+The family of BRECQ (arXiv 2102.05426), QDrop (arXiv 2203.05740) and PD-Quant (arXiv 2212.07048); the second stage learns
+what the first stage of CAT (arXiv 2509.26277) does, and the codes with it. The best state by held-out batches is kept, so a
+block that learning would not help stays as the solver left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .fitting import tensor_of
+from .formats import get_format
+from .gather import Gather
+from .layers import QuantizedModule
+from .learned import MAX_RADIX, LearnedLayer
+from .log import logger
+from .model import quantized_modules, replace_module
+from .replay import hooked, own, run
+from .solvers.reconstruct import Options
+from .training import Group, Progress, learning, train
+from .walk import Call
+
+_DROP = 0.5  # share of the values whose input quantization is dropped while a block is learned (QDrop)
+
+
+@dataclass
+class Reconstruction:
+    """Learns units of one model, and at the end the model.
+
+    Args:
+        options: how much and how fast.
+        gather: tells what is padding.
+        batches: indices of the batches to learn from.
+        held_out: those of the batches that decide.
+        seed: of everything random.
+        fixed: names of layers that share their packed weight with others, which do not learn.
+    """
+
+    options: Options
+    gather: Gather
+    batches: Sequence[int]
+    held_out: Sequence[int]
+    seed: int
+    fixed: set[str]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=dict)
+
+    def unit(
+        self, name: str, live: nn.Module, float_unit: nn.Module, calls: list[list[Call]], outputs: list[list[Any]]
+    ) -> Progress | None:
+        """Learn the quantized layers inside the unit called ``name``; None where there are none.
+
+        Args:
+            name: the unit's name in the model.
+            live: the unit, quantized.
+            float_unit: the unit, in float: its weights are where codes come from.
+            calls: what ``live`` receives, by batch, by call.
+            outputs: what the float unit put out, by batch, by call.
+        """
+        for inner, layer in quantized_modules(live).items():
+            weight: Tensor = float_unit.get_submodule(inner).weight  # type: ignore[assignment]
+            self.weights[f"{name}.{inner}" if inner else name] = type(layer).to_matrix(weight.detach())
+        if isinstance(live, QuantizedModule) or not self.options.block_steps:
+            return None
+        targets = [[tensor_of(output) for output in row] for row in outputs]
+        size = sum(float(t.float().var()) for row in targets for t in row) / sum(map(len, targets))
+
+        def loss_of(batch: int, learning: bool) -> Tensor:
+            found = [tensor_of(live(*own(args), **own(kwargs))) for args, kwargs in calls[batch]]
+            losses = [self._square(batch, name, f, t) for f, t in zip(found, targets[batch], strict=True)]
+            return torch.stack(losses).mean() / max(size, 1e-12)
+
+        return self._learn(name, live, loss_of, self.options.block_steps, 1.0, _DROP)
+
+    def model(
+        self, model: nn.Module, data: Sequence[dict[str, Tensor]], site: str | None, targets: list[Tensor]
+    ) -> None:
+        """Learn the whole model towards ``targets``, the float logits of every batch (or its output, without a ``site``)."""
+        if not self.options.model_steps:
+            return
+        size = sum(float(t.float().var()) for t in targets) / len(targets)
+
+        def loss_of(batch: int, learning: bool) -> Tensor:
+            found = tensor_of(output_of(model, site or "", data[batch]))
+            if site is None:
+                return self._square(batch, "", found, targets[batch]) / max(size, 1e-12)
+            return self._divergence(batch, site, found, targets[batch])
+
+        done = self._learn("", model, loss_of, self.options.model_steps, self.options.model_rate, 0.0)
+        if done is not None:
+            logger.info("whole model: %s after %d steps", done.summary(), done.steps)
+
+    def _learn(
+        self,
+        name: str,
+        root: nn.Module,
+        loss_of: Callable[[int, bool], Tensor],
+        steps: int,
+        rate: float,
+        drop: float,
+    ) -> Progress | None:
+        with torch.enable_grad(), self._learning(name, root) as learned:
+            if not learned:
+                return None
+
+            def loss_with_drop(batch: int, learning: bool) -> Tensor:
+                for layer in learned.values():
+                    layer.drop = drop if learning else 0.0
+                return loss_of(batch, learning)
+
+            groups = self._groups(root, learned, rate)
+            with learning([p for group in groups for p in group["params"]]):
+                say = None if name else partial(_say, steps)
+                done = train(groups, loss_with_drop, self.batches, self.held_out, steps, self.seed, say)
+            self.progress[name] = done
+        return done
+
+    @contextmanager
+    def _learning(self, name: str, root: nn.Module) -> Iterator[dict[str, LearnedLayer]]:
+        """Learned layers in the places of those of ``root`` that can learn; packed and put back at the end."""
+        generator = torch.Generator().manual_seed(self.seed)
+        learned: dict[str, LearnedLayer] = {}
+        for inner, layer in quantized_modules(root).items():
+            full = f"{name}.{inner}" if name else inner
+            if full in self.weights and full not in self.fixed and get_format(layer.scheme.weights).radix <= MAX_RADIX:
+                learned[inner] = LearnedLayer(layer, self.weights[full].to(layer.weight_scale.device), generator)
+        for inner, stand_in in learned.items():
+            replace_module(root, inner, stand_in)
+        try:
+            yield learned
+        finally:
+            for inner, stand_in in learned.items():
+                replace_module(root, inner, stand_in.write_back())
+
+    def _groups(self, root: nn.Module, learned: dict[str, LearnedLayer], rate: float) -> list[Group]:
+        options = self.options
+        groups: list[Group] = []
+        mine: set[int] = set()
+        for layer in learned.values():
+            mine |= {id(p) for p in layer.parameters()}
+            groups.append({"params": [layer.codes], "lr": rate * options.code_rate})
+            for p in (layer.scale, layer.offset, layer.input_scale):
+                if p is not None:
+                    groups.append({"params": [p], "lr": rate * options.scale_rate * float(p.detach().abs().mean())})
+            if layer.bias is not None:
+                groups.append({"params": [layer.bias], "lr": rate * options.float_rate})
+        # Half precision has no room for steps this small.
+        others = [p for p in root.parameters() if id(p) not in mine and p.dtype == torch.float32]
+        return [*groups, {"params": others, "lr": rate * options.float_rate}] if others else groups
+
+    def _square(self, batch: int, name: str, found: Tensor, target: Tensor) -> Tensor:
+        difference = (found.float() - target.float()).square()
+        mask = self.gather.mask(batch, name, target) if target.dim() == 3 else None
+        return difference.mean() if mask is None else difference.flatten(0, 1)[mask].mean()
+
+    def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor) -> Tensor:
+        expected = target.float().log_softmax(-1)
+        rows = (expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).flatten()
+        mask = self.gather.mask(batch, site, target) if target.dim() == 3 else None
+        return rows.mean() if mask is None else rows[mask].mean()
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """What was learned, by unit ("" is the whole model), JSON-clean."""
+        return {name: asdict(progress) for name, progress in self.progress.items()}
+
+
+def _say(steps: int, step: int, loss: float) -> None:
+    logger.info("whole model: step %d of %d, loss %.4f", step, steps, loss)
+
+
+def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
+    """What the module called ``name``, the model itself if that is "", returns last while the model runs on ``batch``."""
+    caught: list[Any] = []
+    with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
+        run(model, batch)
+    return caught[-1]

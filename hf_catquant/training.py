@@ -1,0 +1,129 @@
+"""A small training loop: Adam, a cosine, and the best state by a held-out loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 20  # steps
+CHECKS = 8  # times that the held-out loss is looked at
+PATIENCE = 3  # checks in a row without a better one that end the training
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What training did.
+
+    Attributes:
+        before, after: mean loss over the batches that were learned from.
+        held_out_before, held_out_after: over those that were not; None if there are none.
+        steps: steps taken until the state that was kept, 0 if nothing was better than the start.
+    """
+
+    before: float
+    after: float
+    held_out_before: float | None
+    held_out_after: float | None
+    steps: int
+
+    def summary(self) -> str:
+        """Its losses in a few words."""
+        if self.held_out_before is None or self.held_out_after is None:
+            return f"loss {self.before:.4f} -> {self.after:.4f}"
+        return f"held-out loss {self.held_out_before:.4f} -> {self.held_out_after:.4f}"
+
+
+Group = dict[str, Any]  # of parameters and their learning rate, as torch.optim takes it
+
+
+def train(
+    groups: list[Group],
+    loss_of: Callable[[int, bool], Tensor],
+    batches: Sequence[int],
+    held_out: Sequence[int],
+    steps: int,
+    seed: int,
+    after_check: Callable[[int, float], None] | None = None,
+) -> Progress:
+    """Minimise ``loss_of(batch, learning)`` over ``batches`` by Adam; leave the parameters at their best by ``held_out``.
+
+    Without held-out batches the batches themselves are looked at. The start counts: nothing gets worse than it was.
+
+    Args:
+        groups: parameters with their learning rates, which rise for ``WARM_UP`` steps and fall to 0 as a cosine.
+        loss_of: the loss of one batch, and whether it is one to learn from.
+        batches, held_out: indices of batches.
+        steps: batches to learn from, in random order, again and again.
+        seed: of the order.
+        after_check: told the steps so far and the loss at every check.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    judges = held_out or batches
+
+    def mean_loss(indices: Sequence[int]) -> float:
+        with torch.no_grad():
+            return sum(float(loss_of(batch, False)) for batch in indices) / len(indices)
+
+    before, best = mean_loss(batches), mean_loss(judges)
+    start, kept, state, misses = best, 0, _snapshot(parameters), 0
+    order = _order(batches, steps, seed)
+    every = max(1, steps // CHECKS)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step, batch in enumerate(order, start=1):
+        share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, step / WARM_UP)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
+        optimizer.zero_grad()
+        loss_of(batch, True).backward()
+        optimizer.step()
+        if step % every == 0 or step == steps:
+            loss = mean_loss(judges)
+            if after_check is not None:
+                after_check(step, loss)
+            misses = 0 if loss < best else misses + 1
+            if loss < best:
+                best, kept, state = loss, step, _snapshot(parameters)
+            if misses >= PATIENCE and step > steps // 2:
+                break
+    _restore(parameters, state)
+    after = mean_loss(batches)
+    return Progress(before, after, start if held_out else None, best if held_out else None, kept)
+
+
+@contextmanager
+def learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients reach ``parameters`` for the time of a ``with``; then they are as they were."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, needed in zip(parameters, before, strict=True):
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+
+
+def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps:
+        order += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return order[:steps]
+
+
+def _snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _restore(parameters: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, state, strict=True):
+            parameter.copy_(value)

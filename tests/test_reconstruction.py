@@ -1,0 +1,183 @@
+"""``solver="reconstruct"``: closer to the float model than gptq on new data, the same twice, and whole when it is done."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant.learned import LearnedLayer
+from hf_catquant.model import quantized_modules
+
+FEW = {"block_steps": 60, "model_steps": 40}
+
+
+def request(name: str, count: int = 64, **fields: Any) -> CatQuantConfig:
+    defaults = {"weights": "ternary", "group_size": 16, "correction": None, "batch_size": 4}
+    return CatQuantConfig(**{**defaults, "dataset": tiny_models.samples(name, count), "num_samples": count, **fields})
+
+
+def build(name: str) -> nn.Module:
+    """A tiny model whose blocks do something: at their initial size they hardly change what passes through."""
+    model = tiny_models.build(name)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight *= 5 if name != "resnet" else 1
+    return model
+
+
+def quantized(name: str, **fields: Any) -> nn.Module:
+    return quantize(build(name), request(name, **fields))
+
+
+@torch.no_grad()
+def error(model: nn.Module, name: str) -> float:
+    """Relative squared error of the answers to samples that were never seen."""
+    rows = tiny_models.samples(name, 32, seed=9)
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    expected, found = (tiny_models.main_output(m(**batch)) for m in (build(name), model))
+    return float((found - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_closer_to_the_float_model_than_its_start(name):
+    start, learned = start_and_learned(name)
+    assert learned < 0.95 * start
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_activations_of_few_bits(name):
+    start, learned = start_and_learned(name, weights="int4", activations="int3")
+    assert learned < start
+
+
+def start_and_learned(name: str, **fields: Any) -> tuple[float, float]:
+    """Errors of what the solver found, and of what was learned from there on the same batches."""
+    more = {"block_steps": 160, "model_steps": 80, "code_rate": 0.01}
+    none = {"block_steps": 0, "model_steps": 0}
+    fields |= {"count": 256, "batch_size": 8, "solver": "reconstruct"}
+    start, learned = (error(quantized(name, solver_options=options, **fields), name) for options in (none, more))
+    return start, learned
+
+
+def test_the_same_twice_and_packed_when_done():
+    states = []
+    for _ in range(2):
+        model = quantized("bert", solver="reconstruct", solver_options={"block_steps": 12, "model_steps": 8})
+        assert not any(isinstance(m, LearnedLayer) for m in model.modules())
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_parameters_can_still_be_trained_and_others_stay_frozen():
+    model = tiny_models.build("bert")
+    model.bert.encoder.layer[0].output.LayerNorm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    quantize(model, request("bert", solver="reconstruct", solver_options=FEW))
+    after = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert after == {name: before[name] for name in after}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_was_learned_is_told_and_stored():
+    model = quantized("bert", solver="reconstruct", solver_options=FEW, correction="cat")
+    learned = model.config.quantization_config.provenance["learned"]
+    assert list(learned) == ["bert.encoder.layer.0", "bert.encoder.layer.1", ""]
+    for progress in learned.values():
+        assert progress["held_out_after"] <= progress["held_out_before"]
+    assert model.config.quantization_config.solver_options == FEW
+    assert report(model).layers
+
+
+def test_no_steps_is_gptq():
+    none = {"block_steps": 0, "model_steps": 0}
+    same, start = quantized("bert", solver="reconstruct", solver_options=none), None
+    # The same batches: a solver that learns keeps some for itself, as corrections do.
+    start = quantized("bert", correction={"num_clusters": 1, "alpha": 0.1})
+    for name, layer in quantized_modules(same).items():
+        assert torch.equal(layer.weight_packed, quantized_modules(start)[name].weight_packed)
+
+
+def test_tied_weights_stay_tied():
+    model = quantized("llama_tied", solver="reconstruct", solver_options=FEW, edge_weights=None)
+    head, table = model.lm_head, model.model.embed_tokens
+    assert head.weight_packed.data_ptr() == table.weight_packed.data_ptr()
+    assert head.weight_scale.data_ptr() == table.weight_scale.data_ptr()
+
+
+def test_reload_is_bit_exact(tmp_path):
+    model = quantized("vit", solver="reconstruct", solver_options=FEW, correction="cat", weights="int3")
+    model.save_pretrained(tmp_path)
+    batch = tiny_models.batch("vit")
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_padding_does_not_matter():
+    states = []
+    for token in (5, 90):
+        rows = copy.deepcopy(tiny_models.samples("bert", 32))
+        for row in rows:
+            row["input_ids"][7:], row["attention_mask"][7:] = token, 0
+        model = quantized(
+            "bert", dataset=rows, solver="reconstruct", solver_options={"block_steps": 4, "model_steps": 4}
+        )
+        states.append({k: v for k, v in model.state_dict().items() if "packed" in k and "embeddings" not in k})
+    changed = [float((value != states[1][key]).float().mean()) for key, value in states[0].items()]
+    assert max(changed) < 0.02  # the sums of a batch differ in their last bits
+
+
+def test_logits_too_many_to_keep_are_a_note(monkeypatch, caplog):
+    monkeypatch.setattr("hf_catquant.calibrate.MAX_TARGETS", 100)
+    model = quantized("bert", solver="reconstruct", solver_options=FEW)
+    assert "" not in model.config.quantization_config.provenance["learned"]
+    assert any("the whole model did not learn" in note for note in report(model).notes)
+
+
+def test_a_model_without_logits_learns_its_output():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_models.build("bert").bert
+
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, None]:
+            return (self.inner(input_ids).last_hidden_state * 1.0, None)
+
+    model = Encoder().eval()
+    rows = [{"input_ids": row["input_ids"]} for row in tiny_models.samples("bert", 64)]
+    quantize(model, request("bert", dataset=rows, solver="reconstruct", solver_options=FEW))
+    learned = model.quantization_config.provenance["learned"]
+    assert learned[""]["held_out_after"] < learned[""]["held_out_before"]
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        ("gptq", {"block_steps": 3}, "solver 'gptq' has no option block_steps; it has none"),
+        ("reconstruct", {"steps": 3}, "solver 'reconstruct' has no option steps; it has block_steps, model_steps"),
+        ("reconstruct", {"block_steps": -1}, "block_steps must be an integer of at least 0, got -1"),
+        ("reconstruct", {"block_steps": 2.5}, "block_steps must be an integer of at least 0, got 2.5"),
+        ("reconstruct", {"code_rate": float("nan")}, "code_rate must be a number of at least 0, got nan"),
+        ("reconstruct", {"code_rate": True}, "code_rate must be a number of at least 0, got True"),
+    ],
+)
+def test_bad_options(solver, options, message):
+    with pytest.raises(ValueError, match=message):
+        CatQuantConfig(solver=solver, solver_options=options)
+
+
+def test_options_are_a_dict():
+    with pytest.raises(TypeError, match="solver_options must be"):
+        CatQuantConfig(solver="reconstruct", solver_options=[1])
+
+
+def test_needs_data():
+    with pytest.raises(ValueError, match='solver="reconstruct" needs calibration data'):
+        quantize(tiny_models.build("bert"), CatQuantConfig(solver="reconstruct", correction=None))

@@ -1,0 +1,80 @@
+"""The training loop keeps the best state by held-out batches, moves no global generator and restores what it touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from helpers import global_rng_untouched
+from hf_catquant.training import PATIENCE, learning, train
+
+
+def regression(noise: float = 0.0, count: int = 8) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:
+    """A weight at zero, and batches of a linear regression."""
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn(6, generator=g)
+    xs = [torch.randn(20, 6, generator=g) for _ in range(count)]
+    return nn.Parameter(torch.zeros(6)), [(x, x @ truth + noise * torch.randn(20, generator=g)) for x in xs]
+
+
+def test_learns():
+    weight, data = regression()
+
+    def loss_of(batch: int, learns: bool) -> Tensor:
+        x, y = data[batch]
+        return (x @ weight - y).square().mean()
+
+    seen: list[int] = []
+    with global_rng_untouched(), learning([weight]):
+        done = train(
+            [{"params": [weight], "lr": 0.1}], loss_of, range(6), range(6, 8), 200, 0, lambda s, _: seen.append(s)
+        )
+    assert done.held_out_after < 0.01 * done.held_out_before
+    assert done.after < 0.01 * done.before
+    assert seen == [25, 50, 75, 100, 125, 150, 175, 200]
+    assert "held-out loss" in done.summary()
+
+
+def test_a_start_that_is_best_is_kept():
+    """What the batches ask for is the opposite of what the held-out ones do."""
+    weight, data = regression()
+    calls: list[bool] = []
+
+    def loss_of(batch: int, learns: bool) -> Tensor:
+        calls.append(learns)
+        x, y = data[0]
+        return (x @ weight - y).square().mean() if batch == 0 else weight.square().sum()
+
+    with learning([weight]):
+        done = train([{"params": [weight], "lr": 0.1}], loss_of, [0], [1], 400, 0)
+    assert torch.equal(weight, torch.zeros(6))
+    assert done.steps == 0
+    assert done.held_out_after == done.held_out_before == 0
+    assert done.after == done.before
+    assert 200 < sum(calls) < 400  # it gave up after half of the steps
+    assert PATIENCE * 50 < 400
+
+
+def test_without_held_out_batches_the_batches_decide():
+    weight, data = regression()
+
+    def loss_of(batch: int, learns: bool) -> Tensor:
+        x, y = data[batch]
+        return (x @ weight - y).square().mean()
+
+    with learning([weight]):
+        done = train([{"params": [weight], "lr": 0.1}], loss_of, range(8), [], 100, 0)
+    assert done.held_out_before is None
+    assert done.after < done.before
+    assert done.summary() == f"loss {done.before:.4f} -> {done.after:.4f}"
+
+
+def test_parameters_are_as_they_were():
+    a, b = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
+    with learning([a, b]):
+        assert a.requires_grad
+        (a * b).sum().backward()
+        assert a.grad is not None
+    assert (a.requires_grad, b.requires_grad) == (False, True)
+    assert a.grad is None
+    assert b.grad is None
