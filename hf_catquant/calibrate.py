@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import samples, solvers
-from .cluster_fit import Kind
+from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
 from .fitting import Pairs, correction_dim, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
@@ -99,26 +99,26 @@ class Calibration:
         self.diverged = False
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
-        wanted = config.correction is not None or options is not None
-        held_out = count // HELD_OUT if wanted and count >= 2 * HELD_OUT else 0
-        self.solve_batches = range(count - held_out)
-        self.fit_batches = range(count - held_out, count) if held_out else range(count)
+        held_out = range(count - count // HELD_OUT if count >= 2 * HELD_OUT else count, count)
+        # So few samples cannot settle a correction; it then has to do with those that the solvers saw.
+        enough = sum(len(next(iter(data.batches[batch].values()))) for batch in held_out) >= LEAST_ROWS
+        wanted = options is not None or (config.correction is not None and enough)
+        self.solve_batches = range(held_out.start if wanted else count)
+        self.fit_batches = held_out if wanted and enough else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
         shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
         self.reconstruction = None
         if options is not None:
-            judges = self.fit_batches if held_out else range(0)
-            self.reconstruction = Reconstruction(options, self.gather, self.solve_batches, judges, config.seed, shared)
+            self.reconstruction = Reconstruction(
+                options, self.gather, self.solve_batches, held_out, config.seed, shared
+            )
         self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
 
     def run(self) -> Outcome:
         """Quantize every unit in the order the model runs them."""
         outcome = self.swap.outcome
         if self.config.correction is not None and not self.corrections:
-            outcome.notes.append("correction: no module returns the model's logits, name one in CatConfig(at=...)")
-            if self.config.strict:
-                raise ValueError(f"strict=True, but {outcome.notes[-1]}")
-            logger.warning(outcome.notes[-1])
+            self._left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
         self._round_unreached()
         try:
             for index, unit in enumerate(self.walk.plan.units):
@@ -129,6 +129,17 @@ class Calibration:
             self.walk.finish()
         self._finish(targets, float_outputs)
         return outcome
+
+    def _left_out(self, note: str) -> None:
+        """Say that something asked for was not done.
+
+        Raises:
+            ValueError: ``strict`` is set.
+        """
+        if self.config.strict:
+            raise ValueError(f"strict=True, but {note}")
+        self.swap.outcome.notes.append(note)
+        logger.warning(note)
 
     def _targets(self) -> list[Tensor] | None:
         """What the whole model has to answer on every batch, if it will learn."""
@@ -141,8 +152,7 @@ class Calibration:
                 f"the whole model did not learn: its answers to {count} batches like the first are "
                 f"{first.numel() * count:,} numbers, more than {MAX_TARGETS:,}; shorter or fewer samples would do"
             )
-            self.swap.outcome.notes.append(note)
-            logger.warning(note)
+            self._left_out(note)
             return None
         return [first, *map(tensor_of, self.walk.outputs_of(site, "float", range(1, count)))]
 
@@ -181,7 +191,9 @@ class Calibration:
         learned = None
         if solved and self.reconstruction is not None:
             learned = self.reconstruction.unit(unit.name, live, float_unit, calls, float_outputs)
-        for name in [n for n in self.corrections if n == unit.name or n.startswith(f"{unit.name}.")]:
+        # What sits on a whole unit waits if the model will learn on: by then its outputs are others.
+        waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
+        for name in [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]:
             self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
         outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
@@ -255,6 +267,10 @@ class Calibration:
         pairs.add(f, q, dim, mask)
 
     def _fit(self, name: str, pairs: Pairs) -> None:
+        if pairs.count < LEAST_ROWS:
+            self._left_out(f"correction at {name}: off, {pairs.count} rows of samples are fewer than {LEAST_ROWS}")
+            del self.corrections[self.corrections.index(name)]
+            return
         kind: Kind = "logits" if name == self.walk.plan.logits_site else "hidden"
         del self.corrections[self.corrections.index(name)]
         assert self.config.correction is not None

@@ -19,6 +19,7 @@ from .correction import CatConfig, ClusterAffine
 from .kernels.reference import nearest_centroid
 
 FOLDS = 5
+LEAST_ROWS = 2 * FOLDS
 CLUSTERS = (1, 4, 8, 16, 32, 64)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 ROWS_PER_CLUSTER = 64
@@ -240,8 +241,8 @@ def _check_rows(q: Tensor, f: Tensor) -> None:
         raise ValueError(
             f"quantized and teacher rows must be (M, D) of one shape, got {tuple(q.shape)}, {tuple(f.shape)}"
         )
-    if len(q) < 2 * FOLDS:
-        raise ValueError(f"fitting a correction needs at least {2 * FOLDS} rows, got {len(q)}: pass more samples")
+    if len(q) < LEAST_ROWS:
+        raise ValueError(f"fitting a correction needs at least {LEAST_ROWS} rows, got {len(q)}: pass more samples")
     for name, rows in (("quantized", q), ("teacher", f)):
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"the {name} outputs have values that are not finite: a correction cannot be fitted")

@@ -34,6 +34,11 @@ class Pairs:
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._dim = -1
 
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return sum(len(teacher) for teacher, _ in self._rows)
+
     def add(self, teacher: Tensor, quantized: Tensor, dim: int, mask: Tensor | None) -> None:
         """Add one batch of outputs of equal shape; ``dim`` is the corrected dimension, ``mask`` picks rows."""
         self._dim = dim

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import nn
 
 # What the class name of a model ends in, and the Auto class that loads such models.
@@ -58,7 +59,11 @@ def read_rows(file: str, column: str | None = None, limit: int | None = None) ->
         raise ValueError(f"--dataset: there is no file {file}")
     if path.suffix not in FILE_TYPES:
         raise ValueError(f"--dataset must end in {', '.join(FILE_TYPES)}, got {path.name}")
-    rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    try:
+        rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        # An empty file has no split, and a damaged one raises whatever its reader does.
+        raise ValueError(f"--dataset: {file} has no rows, or is no whole {path.suffix} file: {error}") from error
     if not len(rows):
         raise ValueError(f"--dataset: {file} has no rows")
     if column is not None and column not in rows.column_names:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny_models
 from helpers import global_rng_untouched, sqnr
 from hf_catquant import CatConfig, CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
@@ -286,3 +287,28 @@ def test_neighbours_with_other_activations_get_moments_of_their_own():
     assert torch.equal(a.get_submodule(key).weight_packed, b.get_submodule(key).weight_packed)
     query = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(a.get_submodule(query).weight, b.get_submodule(query).weight)
+
+
+def test_too_few_samples_for_a_correction_are_a_note():
+    rows = tiny_models.samples("bert", 6)
+    config = CatQuantConfig(weights="int4", group_size=16, dataset=rows, batch_size=2)
+    model = quantize(tiny_models.build("bert"), config)
+    assert any(
+        note == "correction at classifier: off, 6 rows of samples are fewer than 10" for note in report(model).notes
+    )
+    config = CatQuantConfig(weights="int4", group_size=16, dataset=rows, batch_size=2, strict=True)
+    with pytest.raises(ValueError, match="strict=True, but"):
+        quantize(tiny_models.build("bert"), config)
+
+
+@pytest.mark.parametrize(("count", "size", "rows"), [(36, 4, 36), (48, 4, 12), (12, 4, 12)])
+def test_a_correction_is_fitted_on_batches_of_its_own_if_they_are_enough(count, size, rows):
+    config = CatQuantConfig(
+        weights="int4",
+        group_size=16,
+        dataset=tiny_models.samples("bert", count),
+        batch_size=size,
+        correction={"num_clusters": 1, "alpha": 0.5},
+    )
+    model = quantize(tiny_models.build("bert"), config)
+    assert report(model).corrections["classifier"]["rows"] == rows

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import tiny_models
 from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant.correction import corrections
+from hf_catquant.fitting import Pairs
 from hf_catquant.learned import LearnedLayer
 from hf_catquant.model import quantized_modules
+from hf_catquant.reconstruction import Reconstruction
 
 FEW = {"block_steps": 60, "model_steps": 40}
 
@@ -181,3 +184,21 @@ def test_options_are_a_dict():
 def test_needs_data():
     with pytest.raises(ValueError, match='solver="reconstruct" needs calibration data'):
         quantize(tiny_models.build("bert"), CatQuantConfig(solver="reconstruct", correction=None))
+
+
+def test_corrections_of_logits_and_blocks_come_after_the_whole_model_has_learned(monkeypatch):
+    events: list[str] = []
+
+    def noted(function: Any, event: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(event)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Reconstruction, "model", noted(Reconstruction.model, "model"))
+    monkeypatch.setattr(Pairs, "fit_and_attach", noted(Pairs.fit_and_attach, "correction"))
+    places = {"num_clusters": 1, "alpha": 0.5, "at": ("logits", "blocks")}
+    model = quantized("bert", solver="reconstruct", solver_options=FEW, correction=places)
+    assert events == ["model"] + 3 * ["correction"]
+    assert list(corrections(model)) == ["bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"]

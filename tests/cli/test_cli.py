@@ -98,6 +98,13 @@ def test_a_mistake_is_one_line(folder, tmp_path, capsys, words, message):
     assert message in err[0]
 
 
+@pytest.mark.parametrize(("name", "content"), [("empty.csv", b"text,label\n"), ("broken.parquet", b"PAR1 cut")])
+def test_a_file_without_rows_is_named(folder, tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert main(command(folder, tmp_path / "out", "--dataset", str(tmp_path / name))) == 1
+    assert f"{name} has no rows" in capsys.readouterr().err
+
+
 def test_nothing_saved_is_lost(folder, tmp_path, capsys):
     (tmp_path / "kept.txt").write_text("mine")
     assert main(command(folder, tmp_path)) == 1
