@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--edge-weights", choices=("same", *FORMATS), default="int8", help="format outside the blocks")
     parser.add_argument("--solver", choices=names(), default="gptq", help="how codes are found; rtn needs no data")
+    parser.add_argument(
+        "--solver-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of the solver, e.g. model_steps=100"
+    )
     parser.add_argument("--correction", choices=("cat", "none"), default="cat", help="output correction")
     parser.add_argument("--dataset", help="file of calibration rows")
     parser.add_argument("--column", help="column of the raw samples")
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         activations=None if args.activations == "none" else args.activations,
         edge_weights=None if args.edge_weights == "same" else args.edge_weights,
         solver=args.solver,
+        solver_options=dict(_option(text) for text in args.solver_options),
         correction=None if args.correction == "none" else args.correction,
         dataset=None
         if args.dataset is None
@@ -87,3 +91,11 @@ def run(args: argparse.Namespace) -> None:
     (out / "report.json").write_text(json.dumps(summary.to_dict(), indent=2), encoding="utf-8")
     print(summary)
     print(f"saved to {out}")
+
+
+def _option(text: str) -> tuple[str, int | float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, int(value) if value.lstrip("-").isdigit() else float(value)
+    except ValueError:
+        raise ValueError(f"--solver-options must be OPTION=NUMBER, got {text!r}") from None

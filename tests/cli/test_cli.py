@@ -86,6 +86,11 @@ def test_quantize_and_eval_of_a_language_model(folder, tmp_path, capsys):
         (["--solver", "rtn", "--dataset", "nowhere.parquet"], "there is no file nowhere.parquet"),
         (["--dataset", "pyproject.toml"], "must end in .parquet"),
         (["--column", "nowhere"], "has no column 'nowhere'"),
+        (
+            ["--solver", "reconstruct", "--solver-options", "steps"],
+            "--solver-options must be OPTION=NUMBER, got 'steps'",
+        ),
+        (["--solver-options", "block_steps=3"], "solver 'gptq' has no option block_steps"),
         (["--group-size", "20"], "group_size must be -1 or a positive multiple of 8, got 20"),
         (["--skip", "nowhere"], "'nowhere' matches no module"),
     ],
