@@ -1,7 +1,7 @@
 """Quantize the six real models of the data folder and evaluate them on rows never used for calibration.
 
     python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--only resnet ...] [--solver reconstruct]
-                                  [--activations int4]
+                                  [--activations int4] [--generate 340] [--solver-options model_steps=800]
 
 FOLDER holds ``models/`` and ``data/`` (CONTRIBUTING.md says what is in them). Each case goes through the command line that
 users have: ``catquant quantize`` and ``catquant eval``. Results are added to ``benchmarks/results/realdata.json`` case by
@@ -91,12 +91,19 @@ def main() -> None:
     parser.add_argument("--group-size", default="64")
     parser.add_argument("--solver", default="gptq")
     parser.add_argument("--activations", default="none")
+    parser.add_argument(
+        "--generate", type=int, default=0, help="texts that the language model adds to its calibration"
+    )
+    parser.add_argument("--solver-options", nargs="*", default=[])
     args = parser.parse_args()
     how = ["--group-size", args.group_size, "--solver", args.solver, "--activations", args.activations]
+    how += ["--generate", str(args.generate)] if args.generate else []
+    how += ["--solver-options", *args.solver_options] if args.solver_options else []
+    label = ", ".join([args.solver, *args.solver_options, *([f"{args.generate} own texts"] if args.generate else [])])
     for case in CASES:
         for weights in args.weights:
             if any(part in case.model for part in args.only):
-                add({"solver": args.solver, "activations": args.activations, **run(case, weights, how, args.data)})
+                add({"solver": label, "activations": args.activations, **run(case, weights, how, args.data)})
                 write_page()
 
 

@@ -8,6 +8,7 @@ from .correction import CatConfig
 from .correction_file import load_correction, save_correction
 from .discrimination import FEATURE_DISCRIMINATION, feature_discrimination
 from .fitting import fit_correction
+from .generate import generate_samples
 from .quantizer import quantize, register
 from .report import report
 from .version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "feature_discrimination",
     "fit_correction",
+    "generate_samples",
     "load_correction",
     "quantize",
     "report",

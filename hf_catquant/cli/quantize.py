@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from ..config import CatQuantConfig
 from ..formats import ACTIVATION_FORMATS, FORMATS
+from ..generate import generate_samples
 from ..report import report
 from ..solvers import names
 from ..tasks import as_samples, auto_class, load_processor, read_rows
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--correction", choices=("cat", "none"), default="cat", help="output correction")
     parser.add_argument("--dataset", help="file of calibration rows")
     parser.add_argument("--column", help="column of the raw samples")
+    parser.add_argument(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="calibrate on N more texts, which the language model writes",
+    )
     parser.add_argument("--num-samples", type=int, default=256, help="samples to calibrate on")
     parser.add_argument("--batch-size", type=int, default=16, help="samples in one forward")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
@@ -68,11 +77,9 @@ def run(args: argparse.Namespace) -> None:
         solver=args.solver,
         solver_options=dict(_option(text) for text in args.solver_options),
         correction=None if args.correction == "none" else args.correction,
-        dataset=None
-        if args.dataset is None
-        else as_samples(read_rows(args.dataset, args.column), processor, args.column),
+        dataset=_samples(args, processor, auto),
         processor=processor,
-        num_samples=args.num_samples,
+        num_samples=args.num_samples + args.generate,
         batch_size=args.batch_size,
         seed=args.seed,
         modules_to_not_convert=args.skip,
@@ -91,6 +98,21 @@ def run(args: argparse.Namespace) -> None:
     (out / "report.json").write_text(json.dumps(summary.to_dict(), indent=2), encoding="utf-8")
     print(summary)
     print(f"saved to {out}")
+
+
+def _samples(args: argparse.Namespace, processor: Any, auto: Any) -> Any:
+    """Calibration samples: rows of the file, and texts that the model writes."""
+    rows = None if args.dataset is None else as_samples(read_rows(args.dataset, args.column), processor, args.column)
+    if not args.generate:
+        return rows
+    if rows is not None and args.column is None:
+        raise ValueError("--generate adds texts to those of --dataset: --column must name the column of its texts")
+    if not hasattr(processor, "batch_decode"):
+        raise ValueError("--generate needs a language model with a tokenizer, which this one ships without")
+    model = auto.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    written = generate_samples(model, args.generate, seed=args.seed)
+    texts = processor.batch_decode([row["input_ids"] for row in written], skip_special_tokens=True)
+    return texts if rows is None else [*rows[args.column], *texts]
 
 
 def _option(text: str) -> tuple[str, int | float]:

@@ -80,9 +80,20 @@ def test_quantize_and_eval_of_a_language_model(folder, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_calibrated_on_texts_that_the_model_writes(folder, tmp_path, data):
+    out = tmp_path / "out"
+    base = ["quantize", str(folder / "llama_tied"), str(out), "--group-size", "16", "--generate", "12"]
+    rows = ["--dataset", str(folder / "rows.parquet"), "--column", "text"] if data else []
+    assert main([*base, *rows]) == 0
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["calibration"]["num_samples"] == 12 + 24 * data
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--generate", "4"], "BertForSequenceClassification does not write text from nothing"),
         (["--solver", "rtn", "--dataset", "nowhere.parquet"], "there is no file nowhere.parquet"),
         (["--dataset", "pyproject.toml"], "must end in .parquet"),
         (["--column", "nowhere"], "has no column 'nowhere'"),
