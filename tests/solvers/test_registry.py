@@ -20,7 +20,7 @@ def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
 
 
 def test_names_are_the_public_files_of_the_folder():
-    assert solvers.names() == ["gptq", "rtn"]
+    assert solvers.names() == ["gptq", "reconstruct", "rtn"]
 
 
 def test_names_imports_no_solver(monkeypatch):
@@ -41,7 +41,7 @@ def test_every_solver_offers_the_contract(name, generator):
 
 @pytest.mark.parametrize("name", ["nope", "_grid", "", "GPTQ"])
 def test_unknown_solver_is_refused_with_the_names(name):
-    with pytest.raises(ValueError, match=r"solver must be one of gptq, rtn, got"):
+    with pytest.raises(ValueError, match=r"solver must be one of gptq, reconstruct, rtn, got"):
         solvers.get(name)
 
 
