@@ -115,7 +115,9 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         start = time.perf_counter()
         quantize = ["quantize", model, folder, "--weights", weights, *how]
         quantize += ["--dataset", str(data / "data" / case.calibration), "--num-samples", str(case.samples), *column]
-        learns = "reconstruct" in how  # few samples make enough steps, and leave some to judge by, in small batches only
+        learns = (
+            "reconstruct" in how
+        )  # few samples make enough steps, and leave some to judge by, in small batches only
         quantize += ["--batch-size", str(case.batch_size if learns else 16)]
         check(catquant([*quantize, *case.options]), quantize)
         seconds = time.perf_counter() - start

@@ -1,0 +1,191 @@
+"""What other libraries do with the same layers of the same models, on the same test rows.
+
+    pip install --no-deps optimum-quanto hqq
+    python benchmarks/peers.py --data FOLDER [--only minilm ...]
+
+FOLDER as in ``realdata.py``. Every linear inside the repeated blocks (those that hf_catquant makes ternary by default) gets
+the weights that the peer would compute with; all other layers stay in float, which favours the peers. Neither peer looks at
+data. Convolutional networks are left out: HQQ knows linears only. Results go to ``benchmarks/results/peers.json`` and are
+drawn up beside hf_catquant's own in ``docs/peers.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from realdata import CASES, Case, machine
+from torch import Tensor, nn
+
+from hf_catquant.evaluation import Evaluation, evaluate_classifier, evaluate_language_model
+from hf_catquant.model import block_members
+from hf_catquant.samples import collect
+from hf_catquant.tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
+OURS = ROOT / "benchmarks" / "results" / "realdata.json"
+PAGE = ROOT / "docs" / "peers.md"
+TERNARY_BITS = 1.6 + 32 / 64
+
+
+def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
+    """HQQ's weights with its own defaults (axis 1, optimised zeros)."""
+    from hqq.core.quantize import Quantizer
+
+    def requantize(weight: Tensor) -> Tensor:
+        options = {"nbits": bits, "group_size": group_size, "axis": 1, "optimize": True}
+        codes, meta = Quantizer.quantize(weight.clone(), **options, device="cpu", compute_dtype=torch.float32)
+        return Quantizer.dequantize(codes, meta)
+
+    return requantize
+
+
+def quanto(bits: int) -> Callable[[Tensor], Tensor]:
+    """optimum-quanto's weights with its own defaults (groups of 128, the largest that divides)."""
+    from optimum.quanto import freeze, qint2, qint4, quantize
+
+    def requantize(weight: Tensor) -> Tensor:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight.clone())
+        holder = nn.Sequential(linear)
+        quantize(holder, weights={2: qint2, 4: qint4}[bits])
+        freeze(holder)
+        return holder[0].weight.dequantize().detach()
+
+    return requantize
+
+
+# name: (maker, bits a weight with a float16 scale and zero point for every group)
+PEERS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], float]] = {
+    "HQQ 2 bits, group 64": (lambda: hqq(2, 64), 2 + 32 / 64),
+    "HQQ 4 bits, group 64": (lambda: hqq(4, 64), 4 + 32 / 64),
+    "optimum-quanto qint2": (lambda: quanto(2), 2 + 32 / 128),
+    "optimum-quanto qint4": (lambda: quanto(4), 4 + 32 / 128),
+}
+
+
+def main() -> None:
+    """Run the peers on every model of linears."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
+    args = parser.parse_args()
+    for case in CASES:
+        if any(part in case.model for part in args.only) and not case.model.startswith(("resnet", "mobilenet")):
+            for result in run(case, args.data):
+                add(result)
+                write_page()
+
+
+def run(case: Case, data: Path) -> list[dict]:
+    """All peers on one model."""
+    folder, trust = str(data / "models" / case.model), bool(case.options)
+    auto = auto_class(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust))
+    teacher = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust).eval()
+    processor = load_processor(folder, trust)
+    rows = read_rows(str(data / "data" / case.test), case.column)
+    samples = as_samples(rows, processor, case.column)
+    batches = collect(samples, teacher, processor=processor, num_samples=len(rows), batch_size=32).batches
+    results = []
+    for name, (make, bits) in PEERS.items():
+        model, start = copy.deepcopy(teacher), time.perf_counter()
+        count = replace_weights(model, make())
+        seconds = time.perf_counter() - start
+        table = evaluation(teacher, model, batches, auto in LANGUAGE_MODELS, lambda: labels_of(rows, "label", teacher))
+        row = asdict(table.rows[1])
+        print(f"{case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
+        versions = {package: version(package) for package in ("hqq", "optimum-quanto")}
+        made = {"date": date.today().isoformat(), "machine": machine(), "versions": versions}
+        kept = {key: row[key] for key in ("metric", "low", "high", "agreement", "kl")}
+        results.append(
+            {
+                "model": case.model,
+                "peer": name,
+                "bits": bits,
+                "layers": count,
+                "seconds": round(seconds, 1),
+                **kept,
+                **made,
+            }
+        )
+    return results
+
+
+def evaluation(
+    teacher: nn.Module, model: nn.Module, batches: list[dict[str, Tensor]], is_text: bool, labels: Callable[[], Tensor]
+) -> Evaluation:
+    """The package's own table, for a model of any kind."""
+    if is_text:
+        return evaluate_language_model(teacher, model, batches)
+    return evaluate_classifier(teacher, model, batches, labels(), 0)
+
+
+@torch.no_grad()
+def replace_weights(model: nn.Module, requantize: Callable[[Tensor], Tensor]) -> int:
+    """Give every linear inside the blocks the peer's weights; how many there were."""
+    inside = block_members(model)
+    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in inside]
+    for linear in linears:
+        linear.weight.copy_(requantize(linear.weight.detach()))
+    return len(linears)
+
+
+def add(result: dict) -> None:
+    """Put a result into the file, in the place of an older one."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    same = [r for r in results if (r["model"], r["peer"]) != (result["model"], result["peer"])]
+    RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
+
+
+def write_page() -> None:
+    """Draw up ``docs/peers.md``: peers and, from ``realdata.json``, hf_catquant on the same rows."""
+    lines = [
+        "# Beside other libraries",
+        "",
+        "Made by `python benchmarks/peers.py --data FOLDER`, with the rows of hf_catquant from `benchmarks/realdata.py`. In each",
+        "row the same matrices are quantized, on the same test rows; outside them the peers stay in float and hf_catquant is int8.",
+        "Bits a weight count a float16 scale and offset for every group. Accuracy in percent, perplexity for stories260K, 95 %",
+        "intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is part of what is compared.",
+    ]
+    peers = json.loads(RESULTS.read_text())
+    ours = [r for r in json.loads(OURS.read_text()) if r["activations"] == "none"]
+    for case in CASES:
+        mine = [r for r in peers if r["model"] == case.model]
+        if not mine:
+            continue
+        lines += ["", f"## {case.model}", "", "| what | bits a weight | result | KL |", "|---|---|---|---|"]
+        own = [r for r in ours if r["model"] == case.model]
+        row = own[0]["evaluation"]["rows"][0]
+        lines.append(f"| float | 32 | {row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | 0 |")
+        table = [(r["bits"], r["peer"], r) for r in mine]
+        table += [(bits_of(r["weights"]), f"hf_catquant {r['weights']}, {r['solver']}", last(r)) for r in own]
+        for bits, name, row in sorted(table, key=lambda entry: entry[0]):
+            span = f"{row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+            lines.append(f"| {name} | {bits:.3g} | {span} | {row['kl']:.3f} |")
+    for made in sorted({(r["date"], r["machine"], json.dumps(r["versions"])) for r in peers}):
+        lines += ["", f"Peers: {made[0]}: {made[1]}, {made[2].strip('{}')}."]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def last(result: dict) -> dict:
+    """The row of the model as it is saved: with its correction, if it has one."""
+    return result["evaluation"]["rows"][-1]
+
+
+def bits_of(weights: str) -> float:
+    """Bits a weight of hf_catquant in groups of 64."""
+    return {"ternary": TERNARY_BITS, "int4": 4 + 32 / 64, "int2": 2 + 32 / 64, "int3": 3 + 32 / 64}[weights]
+
+
+if __name__ == "__main__":
+    main()
