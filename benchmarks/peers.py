@@ -152,10 +152,11 @@ def write_page() -> None:
     lines = [
         "# Beside other libraries",
         "",
-        "Made by `python benchmarks/peers.py --data FOLDER`, with the rows of hf_catquant from `benchmarks/realdata.py`. In each",
-        "row the same matrices are quantized, on the same test rows; outside them the peers stay in float and hf_catquant is int8.",
-        "Bits a weight count a float16 scale and offset for every group. Accuracy in percent, perplexity for stories260K, 95 %",
-        "intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is part of what is compared.",
+        "Made by `python benchmarks/peers.py --data FOLDER`, with the rows of hf_catquant from `benchmarks/realdata.py`.",
+        "In each row the same matrices are quantized, on the same test rows; outside them the peers stay in float and",
+        "hf_catquant is int8. Bits a weight count a float16 scale and offset for every group. Accuracy in percent,",
+        "perplexity for stories260K, 95 % intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is",
+        "part of what is compared.",
     ]
     peers = json.loads(RESULTS.read_text())
     ours = [r for r in json.loads(OURS.read_text()) if r["activations"] == "none"]
