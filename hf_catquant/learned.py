@@ -91,8 +91,9 @@ class LearnedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the packed layer will return for ``x``."""
-        matrix = self.matrix().to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        dtype = x.dtype if x.is_floating_point() else self.layer.dtype  # an embedding is given indices
+        matrix = self.matrix().to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         return self.layer.apply_matrix(self._quantized_input(x), matrix, bias)
 
     @torch.no_grad()

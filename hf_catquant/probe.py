@@ -69,6 +69,8 @@ def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str],
     with torch.enable_grad():
         output = probe.run(batch)
     _detach_caches(model)
+    if probe.silent:
+        return make_plan(model, batch, [block for block in blocks if block not in probe.silent], leaves)
     plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned))
     if not probe.check(plan, batch, own(output)):
         logger.warning(
@@ -107,6 +109,9 @@ class _Probe:
         self.graph_leaf: dict[int, int] = {}
         self.kept: list[Any] = []
         self.returned: list[tuple[str, Tensor]] = []
+        self.silent: set[str] = (
+            set()
+        )  # blocks whose forward the model calls past their hooks: their layers stand alone
 
     def run(self, batch: dict[str, Tensor]) -> Any:
         handles = []
@@ -200,6 +205,9 @@ class _Probe:
         name = leaf.removeprefix(f"{block}.")
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if block not in self.order:
+                self.silent.add(block)
+                return
             tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.kept.extend(tensors)  # a freed tensor's id could come back as another's
             unit = self.units[self.order[block]]

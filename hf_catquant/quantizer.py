@@ -93,6 +93,8 @@ class CatQuantizer(HfQuantizer):
         for name, module in quantized_modules(model).items():
             _check_loaded(name, module)
             module.check_values()
+            if _stays_float32(model, name, module.dtype):
+                module.dtype = torch.float32
         for name, correction in corrections(model).items():
             _check_loaded(f"{name}.correction", correction)
             check_values(name, correction)
@@ -132,7 +134,8 @@ class CatQuantizer(HfQuantizer):
                 "the corrections at %s stay in memory; a copy saved without quantization would lose them",
                 ", ".join(corrections(model)),
             )
-        dequantize_modules(model, dtype)
+        # A config that has been saved holds its dtype as a word.
+        dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.__dict__.pop("_tied_weights_keys", None)
@@ -195,8 +198,13 @@ def _renamed(entries: dict[str, dict[str, Any]], names: dict[str, str]) -> dict[
     renamed = {}
     for stored, name in names.items():
         entry = dict(entries[stored])
-        if entry.get("tied_to") is not None:
-            entry["tied_to"] = names[entry["tied_to"]]
+        owner = entry.get("tied_to")
+        if owner is not None and owner not in names:
+            raise ValueError(
+                f"{stored} shares the weight of {owner}, which this model does not have: load the class that was saved"
+            )
+        if owner is not None:
+            entry["tied_to"] = names[owner]
         renamed[name] = entry
     return renamed
 
@@ -246,6 +254,14 @@ def _untie(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {
         k: v for k, v in model.all_tied_weights_keys.items() if not _names_packed(k, v, packed)
     }
+
+
+def _stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether the float layer is loaded in float32 although the model is in ``dtype`` (T5's ``wo``)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept)
 
 
 def _names_packed(target: str, source: str, packed: dict[str, Any]) -> bool:

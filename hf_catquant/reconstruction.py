@@ -26,10 +26,10 @@ from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
 from .model import quantized_modules, replace_module
-from .replay import hooked, own, run
+from .replay import hooked, run
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
-from .walk import Call
+from .walk import Call, run_unit
 
 _DROP = 0.5  # share of the values whose input quantization is dropped while a block is learned (QDrop)
 
@@ -77,7 +77,7 @@ class Reconstruction:
         size = sum(float(t.float().var()) for row in targets for t in row) / sum(map(len, targets))
 
         def loss_of(batch: int, learning: bool) -> Tensor:
-            found = [tensor_of(live(*own(args), **own(kwargs))) for args, kwargs in calls[batch]]
+            found = [tensor_of(output) for output in run_unit(live, calls[batch])]
             losses = [self._square(batch, name, f, t) for f, t in zip(found, targets[batch], strict=True)]
             return torch.stack(losses).mean() / max(size, 1e-12)
 

@@ -113,7 +113,7 @@ def report(model: nn.Module) -> Report:
     bytes_after = stored_bytes(model)
     parameters = parameter_count(model)
     quantized = parameters - sum(p.numel() for p in model.parameters())
-    errors = known.get("errors", {})
+    errors, names = known.get("errors", {}), {name for name, _ in model.named_modules()}
     layers = tuple(_layer(n, m, errors.get(n), entries.get(n, {}).get("tied_to")) for n, m in modules.items())
     return Report(
         parameters=parameters,
@@ -122,10 +122,21 @@ def report(model: nn.Module) -> Report:
         bytes_before=known.get("bytes_before", 0),
         bytes_after=bytes_after,
         layers=layers,
-        skipped=dict(known.get("skipped", {})),
-        corrections=dict(known.get("fits", {})),
+        skipped=_skipped(model, known.get("skipped", {})),
+        corrections={name: fit for name, fit in known.get("fits", {}).items() if name in names},
         notes=tuple(known.get("notes", ())),
     )
+
+
+def _skipped(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
+    """What stays in float in this very model: a task's head is not in the checkpoint of its base."""
+    present = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    found = {name: reason for name, reason in known.items() if name in present}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() > 1 and name not in found:
+            found[name] = "not quantized in the checkpoint that was loaded"
+    return found
 
 
 def stored_config(model: nn.Module) -> CatQuantConfig | None:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .model import replace_module
 from .probe import Leaf, Unit, make_plan
-from .replay import Call, Replay, Stop, forget, hooked, own, revived, run
+from .replay import Call, Replay, Stop, forget, hooked, own, own_random_numbers, revived, run
 
 __all__ = ["Call", "Leaf", "Outputs", "Unit", "Walk", "leaf_inputs", "leaf_outputs", "run_unit"]
 
@@ -153,7 +153,8 @@ def run_unit(root: nn.Module, calls: list[Call]) -> list[Any]:
     results = []
     for args, kwargs in calls:
         try:
-            results.append(root(*own(args), **own(kwargs)))
+            with own_random_numbers():
+                results.append(root(*own(args), **own(kwargs)))
         except Stop:
             results.append(None)
     return results

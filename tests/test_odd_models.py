@@ -11,6 +11,8 @@ import transformers as tf
 from torch import Tensor
 
 import hf_catquant
+import tiny_models
+from helpers import global_rng_untouched
 from hf_catquant import CatQuantConfig, quantize
 from tiny_models import LLAMA, SPEECH, TEXT, VIT, main_output
 
@@ -165,3 +167,53 @@ def test_derived_layers_do_what_they_did(name: str, dtype: torch.dtype, tmp_path
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(main_output(again(**inputs)), main_output(plain(**inputs)))
+
+
+def test_blocks_that_run_past_their_hooks(tmp_path: Path):
+    """SqueezeBERT calls ``layer.forward``: its layers are units of their own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {**TEXT, "embedding_size": 32, **{f"{part}_groups": 2 for part in ("q", "k", "v", "post_attention")}}
+        model = tf.SqueezeBertForSequenceClassification(tf.SqueezeBertConfig(**sizes)).eval()
+    rows = [sample("text", i) for i in range(12)]
+    quantize(model, CatQuantConfig(group_size=16, dataset=rows, batch_size=4))
+    assert not any("not reached" in note for note in hf_catquant.report(model).notes)
+    assert torch.isfinite(model(**batch("text")).logits).all()
+
+
+@torch.no_grad()
+def test_a_model_that_draws_random_numbers_draws_alike_in_both_streams():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tf.ViTMAEModel(tf.ViTMAEConfig(**VIT, mask_ratio=0.5)).eval()
+    rows = [{"pixel_values": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i))} for i in range(32)]
+    config = CatQuantConfig(weights="int4", group_size=16, dataset=rows, batch_size=4, correction=None)
+    with global_rng_untouched():
+        quantize(model, config)
+    errors = [layer.error for layer in hf_catquant.report(model).layers if layer.error is not None]
+    assert sum(errors) / len(errors) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_layers_that_stay_float32_do_so_after_a_reload(dtype: torch.dtype, tmp_path: Path):
+    """T5 keeps ``wo`` in float32 beside float16."""
+    tiny_models.build("t5").save_pretrained(tmp_path / "float")
+    kind = tf.T5ForConditionalGeneration
+    config = CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None)
+    model = kind.from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
+    model.save_pretrained(tmp_path / "saved")
+    again = kind.from_pretrained(tmp_path / "saved", dtype=dtype)
+    inputs = tiny_models.batch("t5")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    plain = model.dequantize()  # after a save the config holds its dtype as a word
+    assert plain.lm_head.weight.dtype == dtype
+
+
+def test_the_report_speaks_of_the_model_at_hand(tmp_path: Path):
+    base = tiny_models.build("bert").bert
+    quantize(base, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))
+    base.save_pretrained(tmp_path)
+    task = tf.BertForSequenceClassification.from_pretrained(tmp_path)
+    reason = hf_catquant.report(task).skipped["classifier"]
+    assert reason == "not quantized in the checkpoint that was loaded"

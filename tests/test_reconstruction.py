@@ -54,6 +54,16 @@ def test_closer_to_the_float_model_than_its_start(name):
     assert learned < 0.95 * start
 
 
+@pytest.mark.parametrize("name", ["t5", "whisper", "gpt2", "wav2vec2", "clip", "mobilenet_v2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_on_any_architecture(name, dtype):
+    model = build(name).to(dtype)
+    options = {"block_steps": 3, "model_steps": 3}
+    quantize(model, request(name, count=32, solver="reconstruct", solver_options=options, correction="cat"))
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_models.batch(name).items()}
+    assert torch.isfinite(tiny_models.main_output(model(**inputs))).all()
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_activations_of_few_bits(name):
     start, learned = start_and_learned(name, weights="int4", activations="int3")
