@@ -28,6 +28,7 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction
 from .integrity import checksums, verify_files
+from .layers import layer_for
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
 from .report import provenance, stored_bytes
@@ -222,6 +223,8 @@ def _resolve_names(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, 
     }
     missing = [name for name in entries if name not in names]
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    if not same_class:  # a head of another kind under the same name is a fresh one
+        names = {k: v for k, v in names.items() if layer_for(model.get_submodule(v)) is not None}
     if not names or (missing and same_class):
         raise ValueError(
             f"the checkpoint quantizes {', '.join((missing or list(entries))[:5])}, "

@@ -217,3 +217,17 @@ def test_the_report_speaks_of_the_model_at_hand(tmp_path: Path):
     task = tf.BertForSequenceClassification.from_pretrained(tmp_path)
     reason = hf_catquant.report(task).skipped["classifier"]
     assert reason == "not quantized in the checkpoint that was loaded"
+
+
+def test_another_kind_of_head_under_the_same_name_is_fresh(tmp_path: Path):
+    """RoBERTa's classifier is a linear for tokens and a module of two linears for sequences."""
+    config = tf.RobertaConfig(**TEXT, type_vocab_size=1, pad_token_id=1)
+    model = tf.RobertaForTokenClassification(config).eval()
+    quantize(model, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))
+    model.save_pretrained(tmp_path)
+    task = tf.RobertaForSequenceClassification.from_pretrained(tmp_path)
+    assert type(task.classifier.dense) is torch.nn.Linear
+    assert torch.isfinite(task(**batch("text")).logits).all()
+    assert torch.equal(
+        task.roberta.encoder.layer[0].output.dense.weight, model.roberta.encoder.layer[0].output.dense.weight
+    )
