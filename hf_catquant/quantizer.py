@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
-from .correction_file import check_values, empty_correction
+from .correction_file import check_values, empty_correction, entry_of
 from .integrity import checksums, verify_files
 from .layers import layer_for
 from .log import logger
@@ -125,6 +125,8 @@ class CatQuantizer(HfQuantizer):
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
         state.update({f"{n}.{module.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, module in stored.items()})
         config = self.quantization_config
+        # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
+        config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
         config.checksums = checksums(_as_written(model, state))
         model.config.quantization_config = config
         return state, {}

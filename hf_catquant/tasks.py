@@ -61,7 +61,7 @@ def read_rows(file: str, column: str | None = None, limit: int | None = None) ->
         raise ValueError(f"--dataset must end in {', '.join(FILE_TYPES)}, got {path.name}")
     try:
         rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    except (ValueError, OSError, DatasetGenerationError) as error:
+    except (ValueError, OSError, StopIteration, DatasetGenerationError) as error:
         # An empty file has no split, and a damaged one raises whatever its reader does.
         raise ValueError(f"--dataset: {file} has no rows, or is no whole {path.suffix} file: {error}") from error
     if not len(rows):

@@ -241,3 +241,20 @@ def test_bitsandbytes_models(name, kind, tmp_path):
         assert torch.equal(again(**batch).logits, corrected)
         detach(model, site)
         assert not torch.equal(model(**batch).logits, corrected)
+
+
+def test_a_correction_of_a_later_day_is_saved(tmp_path):
+    """Fitted, fitted again with other sizes, and taken off after quantizing: a save holds what sits on the model."""
+    teacher, model = tiny_models.build("bert"), tiny_models.build("bert")
+    quantize(model, CatQuantConfig(weights="int2", group_size=16, solver="rtn", correction=None))
+    batch = tiny_models.batch("bert")
+    for step, clusters in enumerate((2, 3, None)):
+        if clusters is None:
+            detach(model, "classifier")
+        else:
+            config = CatConfig(num_clusters=clusters, alpha=1.0, shrinkage=1.0)
+            fit_correction(model, teacher, tiny_models.samples("bert", 64), config)
+        model.save_pretrained(tmp_path / str(step))
+        again = type(model).from_pretrained(tmp_path / str(step))
+        assert list(corrections(again)) == list(corrections(model)) == ([] if clusters is None else ["classifier"])
+        assert torch.equal(again(**batch).logits, model(**batch).logits)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 
 from ..evaluation import Evaluation, evaluate_classifier, evaluate_language_model
 from ..samples import collect
@@ -57,8 +58,10 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
     teacher, model = (auto.from_pretrained(name, **options).eval() for name in (args.teacher, args.model))
     processor = load_processor(args.teacher, trust)
+    # The answer is no input, whatever its column is called.
+    asked = rows if args.label_column == args.column else _without(rows, args.label_column)
     data = collect(
-        as_samples(rows, processor, args.column),
+        as_samples(asked, processor, args.column),
         teacher,
         processor=processor,
         num_samples=len(rows),
@@ -68,3 +71,7 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
         return evaluate_language_model(teacher, model, data.batches)
     labels = labels_of(rows, args.label_column, teacher)
     return evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)
+
+
+def _without(rows: Dataset, column: str) -> Dataset:
+    return rows.remove_columns([column]) if column in rows.column_names else rows

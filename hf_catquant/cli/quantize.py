@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
     processor = load_processor(args.model, args.trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{args.model} is quantized already: start from the float model")
     auto = auto_class(config)
     request = CatQuantConfig(
         weights=args.weights,

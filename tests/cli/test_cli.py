@@ -121,6 +121,25 @@ def test_a_file_without_rows_is_named(folder, tmp_path, capsys, name, content):
     assert f"{name} has no rows" in capsys.readouterr().err
 
 
+def test_what_is_quantized_already_is_refused(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "one", "--solver", "rtn", "--correction", "none")) == 0
+    again = ["quantize", str(tmp_path / "one"), str(tmp_path / "two"), "--weights", "int8", "--solver", "rtn"]
+    assert main([*again, "--correction", "none"]) == 1
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_the_column_of_labels_is_no_input(folder, tmp_path, capsys):
+    rows = pd.read_csv(folder / "rows.csv").rename(columns={"text": "review", "label": "sentiment"})
+    rows.to_csv(tmp_path / "pair.csv", index=False)
+    both = []
+    for more in ([], ["--column", "review"]):
+        test = ["eval", str(folder / "bert"), "--float", str(folder / "bert"), "--dataset", str(tmp_path / "pair.csv")]
+        assert main([*test, "--label-column", "sentiment", "--json", str(tmp_path / "t.json"), *more]) == 0
+        both.append(json.loads((tmp_path / "t.json").read_text())["rows"])
+    assert both[0] == both[1]
+
+
 def test_nothing_saved_is_lost(folder, tmp_path, capsys):
     (tmp_path / "kept.txt").write_text("mine")
     assert main(command(folder, tmp_path)) == 1
