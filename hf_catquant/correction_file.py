@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .correction import ClusterAffine, attach, check_place, corrections, is_count
+from .integrity import checksums, verify_files
 
 FILE_NAME = "correction.safetensors"
 FILE_VERSION = "1"
@@ -36,7 +37,8 @@ def save_correction(model: nn.Module, path: str | Path) -> Path:
     try:
         sites = json.dumps({name: entry_of(correction) for name, correction in found.items()}, sort_keys=True)
         # One key only: safetensors writes several in any order, and equal corrections shall be equal files.
-        save_file(tensors, beside, metadata={"catquant": json.dumps({"version": FILE_VERSION, "sites": sites})})
+        head = {"version": FILE_VERSION, "sites": sites, "checksums": checksums(tensors)}
+        save_file(tensors, beside, metadata={"catquant": json.dumps(head)})
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
@@ -132,6 +134,7 @@ def _read(target: Path) -> dict[str, ClusterAffine]:
                         )
                     setattr(correction, buffer, value)
                 check_values(name, correction)
+            verify_files([target], head["checksums"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{target}: not a whole correction file: {error}") from error
     return made

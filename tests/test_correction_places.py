@@ -131,6 +131,17 @@ def test_a_model_without_parameters_and_one_partly_on_meta_load(tmp_path):
     assert torch.equal(offloaded["site"](torch.ones(1, 4)), torch.full((1, 4), 2.0))
 
 
+def test_one_flipped_bit_is_refused(tmp_path):
+    model = nn.Linear(3, 4)
+    attach(model, "", doubling())
+    path = save_correction(model, tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # the lowest bits of a finite number
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="correction"):
+        load_correction(nn.Linear(3, 4), path)
+
+
 def entry(**changes) -> str:
     return json.dumps({"": {"width": 4, "clusters": 1, "rank": None, "dim": -1, **changes}})
 
