@@ -26,7 +26,8 @@ import transformers
 from realdata import CASES, Case, machine
 from torch import Tensor, nn
 
-from hf_catquant.evaluation import Evaluation, evaluate_classifier, evaluate_language_model
+from hf_catquant.evaluation import evaluate_classifier, evaluate_language_model
+from hf_catquant.evaluation_table import Evaluation
 from hf_catquant.model import block_members
 from hf_catquant.samples import collect
 from hf_catquant.tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows

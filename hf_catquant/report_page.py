@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from .correction import attach, corrections, detach
-from .evaluation import Evaluation
+from .evaluation_table import Evaluation
 from .report import Report
 
 COLORS = ("#4c566a", "#d08770", "#2e8b57")

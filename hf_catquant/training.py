@@ -77,9 +77,8 @@ def train(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(order, start=1):
-        share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, step / WARM_UP)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * _share(step, steps)
         optimizer.zero_grad()
         loss_of(batch, True).backward()
         optimizer.step()
@@ -109,6 +108,11 @@ def learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for parameter, needed in zip(parameters, before, strict=True):
             parameter.requires_grad_(needed)
             parameter.grad = None
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate at ``step``: a warm-up, and a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, step / WARM_UP)
 
 
 def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import nn
 from hf_catquant import CatConfig, load_correction, save_correction
 from hf_catquant.correction import ClusterAffine, attach, corrections, detach
 from hf_catquant.correction_file import empty_correction, entry_of
+from toys import Returns
 
 
 def random_correction(width: int, clusters: int, rank: int | None, seed: int = 0) -> ClusterAffine:
@@ -73,17 +74,6 @@ def test_one_cluster_folds_into_a_linear(generator):
     torch.testing.assert_close(nn.functional.linear(x, weight, bias), correction(linear(x)), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="only a correction of one cluster folds into a linear, this one has 2"):
         random_correction(4, 2, None).fold_into(linear.weight, None)
-
-
-class Returns(nn.Module):
-    """Wraps its input in what a module may return."""
-
-    def __init__(self, wrap) -> None:
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, x):
-        return self.wrap(x)
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 
 from hf_catquant import CatConfig, load_correction, save_correction
 from hf_catquant.correction import ClusterAffine, attach, corrections, detach
+from toys import Returns
 
 Pair = collections.namedtuple("Pair", "first second")
-
-
-class Returns(nn.Module):
-    """Wraps its input in what a module may return."""
-
-    def __init__(self, wrap) -> None:
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, x):
-        return self.wrap(x)
 
 
 def doubling(width: int = 4) -> ClusterAffine:

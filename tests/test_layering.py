@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity generate",
+    "formats discrimination version log integrity generate evaluation_table",
     "packing",
     "weight",
     "op_checks",

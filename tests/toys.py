@@ -186,3 +186,14 @@ TOYS: dict[str, tuple[Any, Any]] = {
     "t5": (tiny_t5, lambda n: {"input_ids": _tokens(n), "decoder_input_ids": _tokens(n)}),
     "albert": (tiny_albert, lambda n: {"input_ids": _tokens(n)}),
 }
+
+
+class Returns(nn.Module):
+    """Wraps its input in what a module may return."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(x)

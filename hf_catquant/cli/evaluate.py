@@ -15,7 +15,8 @@ import torch
 import transformers
 from datasets import Dataset
 
-from ..evaluation import Evaluation, evaluate_classifier, evaluate_language_model
+from ..evaluation import evaluate_classifier, evaluate_language_model
+from ..evaluation_table import Evaluation
 from ..samples import collect
 from ..tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows
 
