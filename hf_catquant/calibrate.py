@@ -102,7 +102,9 @@ class Calibration:
         held_out = range(count - count // HELD_OUT if count >= 2 * HELD_OUT else count, count)
         # So few samples cannot settle a correction; it then has to do with those that the solvers saw.
         enough = sum(len(next(iter(data.batches[batch].values()))) for batch in held_out) >= LEAST_ROWS
-        wanted = options is not None or (config.correction is not None and enough)
+        # The paper fits on all it has; only what is to be chosen needs rows that the solvers did not see.
+        apart = config.correction is not None and config.correction.chooses and enough
+        wanted = options is not None or apart
         self.solve_batches = range(held_out.start if wanted else count)
         self.fit_batches = held_out if wanted and enough else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)

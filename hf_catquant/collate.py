@@ -118,8 +118,12 @@ def check_values(batch: Row, indices: Sequence[int], inputs: ModelInputs) -> Non
     """Refuse what no model can calibrate on.
 
     Raises:
-        ValueError: NaN, infinity or a token outside the vocabulary, naming the sample and the key.
+        ValueError: NaN, infinity, a sample of padding alone or a token outside the vocabulary, naming the sample.
     """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and bool((mask == 0).all(1).any()):
+        position = int((mask == 0).all(1).int().argmax())
+        raise ValueError(f"sample {indices[position]}: its attention_mask is 0 everywhere: it is padding alone")
     for key, tensor in batch.items():
         if tensor.is_floating_point() and not key.endswith("mask"):
             bad = ~torch.isfinite(tensor).unsqueeze(-1).flatten(1).all(1)

@@ -11,13 +11,13 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import solvers
 from .correction import CatConfig
+from .entries import check_checksums, check_corrections, check_modules
 from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size, get_format
 from .layers import Scheme
 
@@ -80,6 +80,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         corrections: dict[str, dict[str, Any]] | None = None,
         checksums: dict[str, int] | None = None,
+        entries_checksum: int = 0,
         provenance: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -108,6 +109,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.modules = modules
         self.corrections = corrections or {}
         self.checksums = checksums or {}
+        self.entries_checksum = entries_checksum
         self.provenance = provenance or {}
         self._check()
 
@@ -211,8 +213,12 @@ class CatQuantConfig(QuantizationConfigMixin):
             if not isinstance(self.solver_options, dict):
                 raise TypeError(f"solver_options must be {{option: value}}, got {self.solver_options!r}")
             solvers.options(self.solver, self.solver_options)
-        for name in ("num_samples", "batch_size"):
-            _check_count(name, getattr(self, name), 1)
+        else:
+            check_modules(self.modules)
+        check_corrections(self.corrections)
+        check_checksums(self.checksums, self.entries_checksum)
+        _check_count("num_samples", self.num_samples, 2)
+        _check_count("batch_size", self.batch_size, 1)
         _check_count("seed", self.seed, 0)
         _check_names(self.modules_to_not_convert)
         _check_overrides(self.overrides)
@@ -231,11 +237,6 @@ def check_format_version(version: Any) -> None:
             f"format_version must be {FORMAT_VERSION}, got {version!r}: "
             "the checkpoint was written by another version of hf_catquant; install a version that reads it"
         )
-
-
-def module_entry(scheme: Scheme, shape: tuple[int, int]) -> dict[str, Any]:
-    """What the checkpoint stores of one quantized module: its scheme and its logical (N, K)."""
-    return {**asdict(scheme), "shape": list(shape)}
 
 
 def _correction(value: Any) -> CatConfig | None:
@@ -263,18 +264,21 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 
 def _check_names(names: Any) -> None:
-    if names is not None and (isinstance(names, str) or not all(isinstance(n, str) for n in names)):
+    if names is None:
+        return
+    if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"modules_to_not_convert must be None or a list of names, got {names!r}")
+    for name in names:  # transformers searches them as regular expressions
+        _check_pattern("modules_to_not_convert", name)
 
 
 def _check_overrides(overrides: Any) -> None:
     if not isinstance(overrides, dict):
         raise TypeError(f"overrides must be {{regex: {{field: value}}}}, got {overrides!r}")
     for pattern, fields in overrides.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
+        if not isinstance(pattern, str) or not isinstance(fields, dict):
+            raise TypeError(f"overrides must be {{regex: {{field: value}}}}, got {pattern!r}: {fields!r}")
+        _check_pattern("overrides", pattern)
         for field, value in fields.items():
             if field not in OVERRIDABLE:
                 raise ValueError(f"overrides[{pattern!r}] must set {', '.join(OVERRIDABLE)}, got {field!r}")
@@ -284,3 +288,10 @@ def _check_overrides(overrides: Any) -> None:
                 _check_choice(f"overrides[{pattern!r}]: activations", value, ACTIVATION_FORMATS, "None or ")
             elif field == "group_size":
                 check_group_size(value)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from error

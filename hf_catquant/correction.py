@@ -78,6 +78,11 @@ class CatConfig:
         """The method exactly as published: PCA 50, KMeans 64, least-squares gamma, alpha 0.4, no shrinkage."""
         return cls(num_clusters=64, projection=50, alpha=0.4, gamma="ls", shrinkage=0.0, at=at, seed=42)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is left to the data: the number of clusters, alpha, or how far clusters shrink."""
+        return "auto" in (self.num_clusters, self.alpha) or self.shrinkage > 0
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-clean fields."""
         fields = asdict(self)

@@ -39,7 +39,7 @@ def evaluate_classifier(
         offset: classes before class 0 of the labels (1 where the first output is "background").
 
     Raises:
-        ValueError: labels and rows differ in number, or a label has no output.
+        ValueError: labels and rows differ in number, a label has no output, or the models do not return logits (B, C).
     """
     wanted = torch.as_tensor(labels)
     site = logits_site(teacher, placed(batches[0], teacher))
@@ -97,7 +97,13 @@ def _classify(model: nn.Module, site: str | None, batches: Sequence[dict[str, Te
         head = model.get_submodule(site) if site is not None else model
         with hooked(head, before=lambda m, args, kwargs, into=entered: into.extend(args[:1])):
             output = run(model, placed(batch, model))
-        logits.append(output.logits[:, offset:].float().cpu())
+        found = getattr(output, "logits", None)
+        if found is None or found.dim() != 2:
+            shape = "no logits" if found is None else f"logits {tuple(found.shape)}"
+            raise ValueError(
+                f"evaluation needs a model that classifies whole rows, {type(model).__name__} has {shape}"
+            )
+        logits.append(found[:, offset:].float().cpu())
         features += [x.float().cpu() for x in entered if site is not None and isinstance(x, Tensor) and x.dim() == 2]
     return _Classified(torch.cat(logits), torch.cat(features) if features else None)
 

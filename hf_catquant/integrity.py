@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ def file_checksums(path: str | Path) -> dict[str, int]:
         ValueError: the file is truncated or its header is not what safetensors writes; names the file.
     """
     with Path(path).open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        start, header = _header(path, file.read(8), size, file)
+        start, header = _header(path, file)
         if not header:
             return {}
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
@@ -59,7 +58,8 @@ def verify_files(files: Iterable[str | Path], expected: Mapping[str, int]) -> No
             if name in expected and value != expected[name]:
                 raise ValueError(
                     f"{path}: the bytes of tensor {name!r} are not those that were saved "
-                    f"(CRC-32 {value:08x}, expected {expected[name]:08x}): the file is damaged, fetch it again"
+                    f"(CRC-32 {value:08x}, expected {expected[name]:08x}): the file is damaged, "
+                    "or left in this folder by an older save: fetch or save it again"
                 )
             found[name] = value
     for problem, names in (
@@ -73,12 +73,16 @@ def verify_files(files: Iterable[str | Path], expected: Mapping[str, int]) -> No
             )
 
 
-def _header(path: str | Path, length_bytes: bytes, size: int, file: object) -> tuple[int, dict[str, dict]]:
+def _header(path: str | Path, file: BinaryIO) -> tuple[int, dict[str, dict]]:
+    """Where the data of an open safetensors file begins, and its header."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    length_bytes = file.read(8)
     length = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else MAX_HEADER + 1
     if length > MAX_HEADER or 8 + length > size:
         raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): it is truncated or damaged")
     try:
-        header = json.loads(file.read(length))  # type: ignore[attr-defined]
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .config import CatQuantConfig
+from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
 
 _SMALL = 2  # parameters of fewer dimensions (biases, norms) are not weights
@@ -101,13 +102,12 @@ def block_members(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_modules() if prefixes and name.startswith(prefixes)}
 
 
-def prepare(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+def prepare(model: nn.Module, modules: Entries) -> None:
     """Replace float modules by the empty quantized layers that a checkpoint stores, in place.
 
     Args:
         model: float model, possibly on the meta device.
-        modules: stored entries by module name: scheme fields, "shape" [N, K], and "tied_to", the name of the module
-            whose packed weight this one shares, or None.
+        modules: stored entries by module name, as :func:`hf_catquant.entries.module_entry` makes them.
 
     Raises:
         ValueError: an entry names no module, a module of another type, or another shape.
@@ -118,25 +118,21 @@ def prepare(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
         if original is None or layer is None:
             kind = "no module" if original is None else f"a {type(original).__name__}"
             raise ValueError(f"the checkpoint quantizes {name!r}, but the model has {kind} there")
-        scheme = Scheme(**{k: v for k, v in entry.items() if k not in ("shape", "tied_to")})
         if list(layer.matrix_shape(original)) != list(entry["shape"]):
             raise ValueError(
                 f"{name}: the checkpoint stores a weight of shape {entry['shape']}, "
                 f"the model expects {list(layer.matrix_shape(original))}"
             )
-        replace_module(model, name, layer(original, scheme))
+        replace_module(model, name, layer(original, entry_scheme(entry)))
     for name, entry in modules.items():
         if entry["tied_to"] is not None:
             share_weight(model, name, entry["tied_to"])
 
 
 def share_weight(model: nn.Module, name: str, source: str) -> None:
-    """Make the quantized module ``name`` hold the very buffers of ``source``, which alone are saved."""
-    module, owner = model.get_submodule(name), model.get_submodule(source)
-    for buffer in ("weight_packed", "weight_scale", "weight_offset"):
-        setattr(module, buffer, getattr(owner, buffer))
-        module._non_persistent_buffers_set.add(buffer)
-    module.scheme = owner.scheme
+    """Make the quantized module ``name`` hold the packed weight of ``source``."""
+    module: Any = model.get_submodule(name)
+    module.share(model.get_submodule(source))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -154,8 +150,15 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the float model that ``model`` stands for, shared ones once."""
-    packed = {m.weight_packed.data_ptr(): m.rows_ * m.columns for m in quantized_modules(model).values()}
-    return sum(packed.values()) + sum(p.numel() for p in model.parameters())
+    packed = sum(m.rows_ * m.columns for m in quantized_modules(model).values() if m.owner is None)
+    return packed + sum(p.numel() for p in float_parameters(model))
+
+
+def float_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are no codes, tied ones once, also where they are offloaded and no longer one object."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    named = dict(model.named_parameters())
+    return [value for name, value in named.items() if not (name in tied and tied[name] in named)]
 
 
 def _get(model: nn.Module, name: str) -> nn.Module | None:
@@ -241,12 +244,12 @@ def _listed(skipped: dict[str, str]) -> str:
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace every quantized layer by a float one with the same weights, in place; ties stay ties."""
-    made: dict[int, Tensor] = {}
+    made: dict[nn.Module, Tensor] = {}
     for name, module in quantized_modules(model).items():
         new = module.to_float()
         if dtype is not None:
             new = new.to(dtype)
-        shared = made.setdefault(module.weight_packed.data_ptr(), new.weight)  # type: ignore[arg-type]
+        shared = made.setdefault(module.owner or module, new.weight)  # type: ignore[arg-type]
         if shared is not new.weight and shared.shape == new.weight.shape:
             new.weight = shared
         _move_correction(module, new)

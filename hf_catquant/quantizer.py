@@ -27,11 +27,14 @@ from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
+from .entries import entries_checksum, verify_entries
 from .integrity import checksums, verify_files
-from .layers import layer_for
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
 from .report import provenance, stored_bytes
+from .resolve import check_complete, renamed, resolve_corrections, resolve_names
+
+_FLOAT_TIES = "_catquant_float_ties"  # of a model: the tied weights keys that it had before some were packed
 
 
 class CatQuantizer(HfQuantizer):
@@ -68,11 +71,13 @@ class CatQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
+        stored = config.modules or {}
+        verify_entries(stored, config.corrections, config.entries_checksum)
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
-        names = _resolve_names(model, config)
-        config.modules = _renamed(config.modules or {}, names)
-        config.corrections = _renamed(config.corrections, _resolve_corrections(model, config))
+        names = resolve_names(model, stored)
+        config.modules = renamed(stored, names)
+        config.corrections = renamed(config.corrections, resolve_corrections(model, config.corrections))
         prepare(model, config.modules)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
@@ -99,6 +104,7 @@ class CatQuantizer(HfQuantizer):
         for name, correction in corrections(model).items():
             _check_loaded(f"{name}.correction", correction)
             check_values(name, correction)
+        check_complete(model, _parameters_as_written(model), self.quantization_config.checksums)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -127,6 +133,7 @@ class CatQuantizer(HfQuantizer):
         config = self.quantization_config
         # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
+        config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)
         config.checksums = checksums(_as_written(model, state))
         model.config.quantization_config = config
         return state, {}
@@ -140,8 +147,8 @@ class CatQuantizer(HfQuantizer):
         # A config that has been saved holds its dtype as a word.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.__dict__.pop("_tied_weights_keys", None)
+            if isinstance(module, PreTrainedModel) and _FLOAT_TIES in module.__dict__:
+                module._tied_weights_keys = module.__dict__.pop(_FLOAT_TIES)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         return model
 
@@ -196,56 +203,15 @@ def _as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, T
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
 
 
-def _renamed(entries: dict[str, dict[str, Any]], names: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Stored entries under the names they have in this model; entries without one are not part of it."""
-    renamed = {}
-    for stored, name in names.items():
-        entry = dict(entries[stored])
-        owner = entry.get("tied_to")
-        if owner is not None and owner not in names:
-            raise ValueError(
-                f"{stored} shares the weight of {owner}, which this model does not have: load the class that was saved"
-            )
-        if owner is not None:
-            entry["tied_to"] = names[owner]
-        renamed[name] = entry
-    return renamed
-
-
-def _resolve_names(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, str]:
-    """Where each stored module is in this model: a base model and its task models differ by a prefix.
-
-    Raises:
-        ValueError: a module is not there although the model is of the very class that was saved.
-    """
-    entries = config.modules or {}
-    present = {name for name, _ in model.named_modules()}
-    names = {
-        stored: found for stored in entries if (found := _find(stored, present, model.base_model_prefix)) is not None
+def _parameters_as_written(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters that every checkpoint of ``model`` holds, shared ones under all their names."""
+    optional = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+    state: dict[str, Tensor] = {
+        name: value
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if name not in model.all_tied_weights_keys and not any(re.search(key, name) for key in optional)
     }
-    missing = [name for name in entries if name not in names]
-    same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
-    if not same_class:  # a head of another kind under the same name is a fresh one
-        names = {k: v for k, v in names.items() if layer_for(model.get_submodule(v)) is not None}
-    if not names or (missing and same_class):
-        raise ValueError(
-            f"the checkpoint quantizes {', '.join((missing or list(entries))[:5])}, "
-            f"which {type(model).__name__} does not have: it is a checkpoint of another model"
-        )
-    return names
-
-
-def _resolve_corrections(model: PreTrainedModel, config: CatQuantConfig) -> dict[str, str]:
-    present = {name for name, _ in model.named_modules()}
-    found = {stored: _find(stored, present, model.base_model_prefix) for stored in config.corrections}
-    return {stored: name for stored, name in found.items() if name is not None}
-
-
-def _find(stored: str, present: set[str], prefix: str) -> str | None:
-    for candidate in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
-        if candidate in present:
-            return candidate
-    return None
+    return revert_weight_conversion(model, state)
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -254,6 +220,7 @@ def _untie(model: PreTrainedModel) -> None:
         ties = getattr(module, "_tied_weights_keys", None)
         if isinstance(module, PreTrainedModel) and ties:
             inside = quantized_modules(module)
+            module.__dict__.setdefault(_FLOAT_TIES, ties)
             module._tied_weights_keys = {k: v for k, v in ties.items() if not _names_packed(k, v, inside)}
     packed = quantized_modules(model)
     model.all_tied_weights_keys = {

@@ -136,9 +136,10 @@ def _choose_columns(row: Mapping[str, Any], kinds: Mapping[str, Any], index: int
 def _text_columns(found: list[str], index: int) -> tuple[str, ...]:
     pair = next((pair for pair in _TEXT_PAIRS if set(pair) <= set(found)), None)
     usual = [name for name in _usual_first(found) if name in _USUAL_NAMES]
-    if pair is None and not usual and len(found) > 2:
+    if pair is None and not usual and len(found) > 1:
         raise ValueError(
-            f"sample {index} has the text columns {found}: keep one, or the two of a pair, with dataset.select_columns"
+            f"sample {index} has the text columns {found}: keep the one to read, with dataset.select_columns, or rename "
+            "the two of a pair to sentence1 and sentence2"
         )
     return pair or tuple(usual[:1]) or tuple(found)
 

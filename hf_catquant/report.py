@@ -13,7 +13,7 @@ from .calibrate import Outcome
 from .config import CatQuantConfig
 from .correction import corrections
 from .layers import QuantizedModule
-from .model import Selection, parameter_count, quantized_modules
+from .model import Selection, float_parameters, parameter_count, quantized_modules
 from .samples import Batches
 
 
@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
     entries = (config.modules or {}) if config is not None else {}
     bytes_after = stored_bytes(model)
     parameters = parameter_count(model)
-    quantized = parameters - sum(p.numel() for p in model.parameters())
+    quantized = parameters - sum(p.numel() for p in float_parameters(model))
     errors, names = known.get("errors", {}), {name for name, _ in model.named_modules()}
     layers = tuple(_layer(n, m, errors.get(n), entries.get(n, {}).get("tied_to")) for n, m in modules.items())
     return Report(
@@ -148,20 +148,23 @@ def stored_config(model: nn.Module) -> CatQuantConfig | None:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of ``model`` holds, shared ones once."""
-    tensors: dict[tuple[int, int], Tensor] = {}
-    for tensor in model.state_dict().values():
-        tensors[tensor.data_ptr(), tensor.nbytes] = tensor
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors: dict[tuple[int | str, int], Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        # Tensors that are offloaded to disk have no address; then the ties that transformers keeps are all there is.
+        if not (tensor.is_meta and name in tied):
+            tensors[name if tensor.is_meta else tensor.data_ptr(), tensor.nbytes] = tensor
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of all that was learned: codes, scales, offsets, float parameters and corrections, shared ones once."""
-    learned: list[Tensor] = list(model.parameters())
+    learned: list[Tensor] = [*float_parameters(model)]
     for module in quantized_modules(model).values():
-        learned += module.packed_tensors()
+        learned += module.packed_tensors() if module.owner is None else []
     for correction in corrections(model).values():
         learned += list(correction.buffers())
-    return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in learned}.values())
+    return sum(tensor.nbytes for tensor in learned)
 
 
 def provenance(

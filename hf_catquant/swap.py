@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import solvers
+from .entries import module_entry
 from .formats import get_format
 from .layers import QuantizedModule, layer_for
 from .model import Selection, replace_module, share_weight
@@ -61,8 +62,7 @@ class Swap:
             share_weight(self.model, name, owner)
         if input_range is not None:
             new.fill_input_range(*input_range)
-        entry = {**asdict(new.scheme), "shape": [new.rows_, new.columns]}
-        self.outcome.modules[name] = {**entry, "tied_to": owner}
+        self.outcome.modules[name] = module_entry(new.scheme, (new.rows_, new.columns), owner)
 
     def _solve(self, name: str, module: nn.Module, new: QuantizedModule, moments: Moments | None) -> None:
         scheme = new.scheme
@@ -81,7 +81,7 @@ class Swap:
         self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
         if moments is not None and new.bias is not None:
             shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
-            new.bias = nn.Parameter(new.bias + shift.to(new.bias.dtype), new.bias.requires_grad)
+            new.bias.data = new.bias + shift.to(new.bias.dtype)  # the same parameter: others may be tied to it
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:

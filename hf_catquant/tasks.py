@@ -28,6 +28,13 @@ AUTO_CLASSES = {
 LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 LABELS = ("label", "labels")
+CLASSIFIERS = (
+    transformers.AutoModelForSequenceClassification,
+    transformers.AutoModelForImageClassification,
+    transformers.AutoModelForAudioClassification,
+)
+# Columns that a model without a processor reads as they are.
+READY = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_features")
 
 
 def auto_class(config: Any) -> Any:
@@ -38,6 +45,20 @@ def auto_class(config: Any) -> Any:
     return next(
         (auto for ending, auto in AUTO_CLASSES.items() if architecture.endswith(ending)), transformers.AutoModel
     )
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a model in a folder or on the Hub.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"there is no folder {name}, and the Hub did not give a model of this name") from error
 
 
 def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
@@ -75,14 +96,20 @@ def as_samples(rows: Dataset, processor: Any, column: str | None) -> Any:
     """Rows in the form that ``samples.collect`` takes: raw for a processor, else dicts of the model's input.
 
     Raises:
-        ValueError: there is neither a processor nor a column of waveforms or of the model's own inputs.
+        ValueError: there is neither a processor nor columns of the model's own inputs, or of waveforms.
     """
     if processor is not None:
         dropped = [name for name in rows.column_names if name in LABELS or name == "source_id"]
         return rows.select_columns([column]) if column is not None else rows.remove_columns(dropped)
+    ready = [name for name in READY if name in rows.column_names]
+    if ready and column in (None, *ready):
+        return rows.select_columns(ready)
     source = column or next((name for name in ("input_values", "audio") if name in rows.column_names), None)
     if source is None:
-        raise ValueError("the model ships no processor: --column must name the column of its waveforms")
+        raise ValueError(
+            f"the model ships no tokenizer or processor: the rows must hold its own inputs ({', '.join(READY)}), or "
+            "--column must name the column of its waveforms"
+        )
     return [{"input_values": _waveform(value)} for value in rows[source]]
 
 
@@ -90,18 +117,26 @@ def labels_of(rows: Dataset, column: str, model: nn.Module) -> list[int]:
     """Class indices of a column of integers, or of class names that the model's config knows.
 
     Raises:
-        ValueError: there is no such column, or a name that the config does not know.
+        ValueError: there is no such column, a row without a label, a name that the config does not know, or a number
+            that is not whole.
     """
     if column not in rows.column_names:
         raise ValueError(f"--label-column: no column {column!r}; there is {', '.join(rows.column_names)}")
     known = getattr(model.config, "label2id", None) or {}
-    values = list(rows[column])
-    unknown = {v for v in values if isinstance(v, str) and v not in known}
-    if unknown:
-        raise ValueError(
-            f"--label-column: the model knows no class {sorted(unknown)[0]!r}; it knows {', '.join(known)}"
-        )
-    return [known[v] if isinstance(v, str) else int(v) for v in values]
+    return [_label(value, row, column, known) for row, value in enumerate(rows[column])]
+
+
+def _label(value: Any, row: int, column: str, known: dict[str, int]) -> int:
+    where = f"--label-column: row {row} of {column!r}"
+    if isinstance(value, str):
+        if value not in known:
+            raise ValueError(
+                f"{where} is {value!r}, a class that the model does not know; it knows {', '.join(known)}"
+            )
+        return known[value]
+    if not isinstance(value, int | float) or value != value or int(value) != value:
+        raise ValueError(f"{where} must be a whole number or the name of a class, got {value!r}")
+    return int(value)
 
 
 def _waveform(value: Any) -> np.ndarray:

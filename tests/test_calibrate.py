@@ -312,3 +312,14 @@ def test_a_correction_is_fitted_on_batches_of_its_own_if_they_are_enough(count, 
     )
     model = quantize(tiny_models.build("bert"), config)
     assert report(model).corrections["classifier"]["rows"] == rows
+
+
+@pytest.mark.parametrize(("correction", "rows"), [(CatConfig.paper(), 64), (CatConfig(), 16)])
+def test_what_is_published_fits_on_all_samples(correction, rows):
+    """Only what the data has to choose keeps a quarter of the batches from the solvers."""
+    model = tiny_models.build("bert")
+    rows_of = torch.randint(3, 96, (64, 10), generator=torch.Generator().manual_seed(0))
+    config = request(dataset=[{"input_ids": row} for row in rows_of], group_size=16, correction=correction)
+    quantize(model, config)
+    (fit,) = report(model).corrections.values()
+    assert fit["rows"] == rows

@@ -59,8 +59,8 @@ def folder(root, tmp_path) -> Path:
     return Path(shutil.copytree(quantized("bert", root), tmp_path / "bert"))
 
 
-def load(folder: Path):
-    return type(tiny_models.build("bert")).from_pretrained(folder)
+def load(folder: Path, **options):
+    return type(tiny_models.build("bert")).from_pretrained(folder, **options)
 
 
 def edit_tensors(folder: Path, edit) -> None:
@@ -167,3 +167,78 @@ def test_a_changed_config_is_refused(folder, change, message):
     edit_config(folder, lambda config: config.update(change))
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+CHANGED = "modules and corrections are not those that were saved .* config.json was changed"
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 0}, "modules.*query'.: group_size must be -1 or a positive multiple of 8, got 0"),
+        ({"group_size": "x"}, "group_size must be -1 or a positive multiple of 8, got 'x'"),
+        ({"group_size": 32}, CHANGED),
+        ({"weights": "int2"}, CHANGED),
+        ({"tied_to": "classifier"}, CHANGED),
+        ({"weights": "int5"}, "weights must be one of binary.* got 'int5'"),
+        ({"activations": "int5"}, "activations must be one of null"),
+        ({"scale_dtype": "float64"}, "scale_dtype must be one of float16, float32; got 'float64'"),
+        ({"shape": [0, "a"]}, "shape must be one of two positive integers"),
+        ({"tied_to": "nobody"}, "tied_to must be one of null, another of its modules; got 'nobody'"),
+        ({"colour": "red"}, "must have activations, .*, got activations, colour"),
+    ],
+)
+def test_a_damaged_entry_is_named(folder, change, message):
+    edit_config(folder, lambda config: config["modules"][QUERY].update(change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modules": [1]}, r"modules must be \{name: entry\}, got \[1\]"),
+        ({"modules": {}}, "modules is empty"),
+        ({"entries_checksum": "x"}, "entries_checksum must be a CRC-32, got 'x'"),
+        ({"checksums": [1]}, r"checksums must be \{tensor: CRC-32\}"),
+        ({"corrections": [1]}, r"corrections must be \{name: entry\}"),
+        ({"corrections": {"classifier": {"width": 2}}}, r"corrections\['classifier'\]: a stored correction must have"),
+        (
+            {"corrections": {"nobody": {"width": 2, "clusters": 1, "rank": None, "dim": -1}}},
+            CHANGED,
+        ),
+    ],
+)
+def test_damaged_lists_are_refused(folder, change, message):
+    edit_config(folder, lambda config: config.update(change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_an_entry_that_is_gone_is_missed(folder, ignore):
+    edit_config(folder, lambda config: config["modules"].pop(QUERY))
+    with pytest.raises(ValueError, match=CHANGED):
+        load(folder, ignore_mismatched_sizes=ignore)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_block_that_no_file_holds_is_missed(folder, ignore):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["num_hidden_layers"] += 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no tensor bert\.encoder\.layer\.\d\..* which this BertFor"):
+        load(folder, ignore_mismatched_sizes=ignore)
+
+
+def test_a_head_of_another_size_is_fresh_only_on_demand(folder):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folder, num_labels=7)
+    model = load(folder, num_labels=7, ignore_mismatched_sizes=True)
+    assert type(model.classifier) is torch.nn.Linear
+    assert model.classifier.weight.shape[0] == 7
+    assert model.classifier.weight.std() < 1  # of the initialisation, not memory as it was
+    trunk, same = model.bert.state_dict(), load(folder).bert.state_dict()
+    assert all(torch.equal(trunk[name], same[name]) for name in same)

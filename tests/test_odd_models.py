@@ -231,3 +231,41 @@ def test_another_kind_of_head_under_the_same_name_is_fresh(tmp_path: Path):
     assert torch.equal(
         task.roberta.encoder.layer[0].output.dense.weight, model.roberta.encoder.layer[0].output.dense.weight
     )
+
+
+@torch.no_grad()
+def test_a_tied_bias_stays_one_parameter(tmp_path: Path):
+    """BERT's head has its bias under two names; the bias is shifted by the solver."""
+    torch.manual_seed(0)
+    model = tf.BertForMaskedLM(tf.BertConfig(**TEXT)).eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    rows = [sample("text", seed) for seed in range(24)]
+    quantize(model, CatQuantConfig(weights="int2", edge_weights="int2", group_size=16, dataset=rows, batch_size=4))
+    assert model.cls.predictions.bias is model.cls.predictions.decoder.bias
+    assert hf_catquant.report(model).parameters == count
+    model.save_pretrained(tmp_path)
+    again = tf.BertForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch("text")).logits, model(**batch("text")).logits)
+
+
+def test_the_report_of_an_offloaded_model(tmp_path: Path):
+    model = tf.BertForMaskedLM(tf.BertConfig(**TEXT)).eval()
+    quantize(model, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))
+    model.save_pretrained(tmp_path)
+    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "disk"}
+    away = tf.BertForMaskedLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "away")
+    found, expected = hf_catquant.report(away), hf_catquant.report(model)
+    assert (found.bytes_after, found.bits_per_parameter) == (expected.bytes_after, expected.bits_per_parameter)
+    assert (found.parameters, found.coverage) == (expected.parameters, expected.coverage)
+
+
+@torch.no_grad()
+def test_ties_that_an_instance_makes_for_itself_come_back(tmp_path: Path):
+    """Marian ties its embeddings in its constructor; dequantized it has to save and load as it did before."""
+    config = tf.MarianConfig(**SEQ2SEQ)
+    model = tf.MarianMTModel(config).eval()
+    quantize(model, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))
+    expected = model(**batch("seq2seq")).logits
+    model.dequantize().save_pretrained(tmp_path)
+    again = tf.MarianMTModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch("seq2seq")).logits, expected)

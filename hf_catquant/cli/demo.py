@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 
 from ..demo import run_demo
+from ..formats import FORMATS
+from .arguments import count, seed
 
 NAME = "demo"
 
@@ -16,9 +18,9 @@ NAME = "demo"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("--out", default="catquant-demo", help="folder to write")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the training digits")
-    parser.add_argument("--weights", default="ternary", help="format of the weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the training and the calibration")
+    parser.add_argument("--epochs", type=count, default=40, help="passes over the training digits")
+    parser.add_argument("--weights", choices=FORMATS, default="ternary", help="format of the weights")
+    parser.add_argument("--seed", type=seed, default=0, help="of the training and the calibration")
 
 
 def run(args: argparse.Namespace) -> None:

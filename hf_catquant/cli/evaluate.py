@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 
 from ..evaluation import evaluate_classifier, evaluate_language_model
 from ..evaluation_table import Evaluation
 from ..samples import collect
-from ..tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows
+from ..tasks import (
+    CLASSIFIERS,
+    LANGUAGE_MODELS,
+    as_samples,
+    auto_class,
+    labels_of,
+    load_config,
+    load_processor,
+    read_rows,
+)
+from .arguments import count
 
 NAME = "eval"
+LEAST = 2  # rows; of one there is no interval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label-offset", type=int, default=0, help="outputs before class 0 (1 for a background class)"
     )
-    parser.add_argument("--limit", type=int, help="use the first rows only")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows in one forward")
+    parser.add_argument("--limit", type=count, help="use the first rows only")
+    parser.add_argument("--batch-size", type=count, default=32, help="rows in one forward")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument(
@@ -44,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the table."""
+    for path in (args.json, args.markdown):
+        if path is not None and not (Path(path).resolve().parent.is_dir() and not Path(path).is_dir()):
+            raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
     table = evaluate(args)
     print(table)
     for path, text in ((args.json, json.dumps(table.to_dict(), indent=2)), (args.markdown, table.to_markdown())):
@@ -55,12 +68,25 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
     """The table that the arguments ask for."""
     trust = args.trust_remote_code
     rows = read_rows(args.dataset, args.column, args.limit)
-    auto = auto_class(transformers.AutoConfig.from_pretrained(args.teacher, trust_remote_code=trust))
+    if len(rows) < LEAST:
+        raise ValueError(f"an evaluation needs at least {LEAST} rows, --dataset and --limit leave {len(rows)}")
+    config = load_config(args.teacher, trust)
+    auto = auto_class(config)
+    if auto not in (*LANGUAGE_MODELS, *CLASSIFIERS):
+        raise ValueError(
+            f"eval measures classifiers of texts, images and sounds, and causal language models; {args.teacher} is a "
+            f"{(getattr(config, 'architectures', None) or ['model without a task'])[0]}"
+        )
+    if getattr(load_config(args.model, trust), "quantization_config", None) is None:
+        raise ValueError(
+            f"{args.model} is not quantized: the first model is the quantized one, --float names the other"
+        )
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
     teacher, model = (auto.from_pretrained(name, **options).eval() for name in (args.teacher, args.model))
     processor = load_processor(args.teacher, trust)
     # The answer is no input, whatever its column is called.
     asked = rows if args.label_column == args.column else _without(rows, args.label_column)
+    labels = None if auto in LANGUAGE_MODELS else labels_of(rows, args.label_column, teacher)
     data = collect(
         as_samples(asked, processor, args.column),
         teacher,
@@ -68,9 +94,8 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
         num_samples=len(rows),
         batch_size=args.batch_size,
     )
-    if auto in LANGUAGE_MODELS:
+    if labels is None:
         return evaluate_language_model(teacher, model, data.batches)
-    labels = labels_of(rows, args.label_column, teacher)
     return evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)
 
 

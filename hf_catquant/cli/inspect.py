@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-import transformers
-
 from ..report import report
-from ..tasks import auto_class
+from ..tasks import auto_class, load_config
 
 NAME = "inspect"
 
@@ -24,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, which verifies it, and print its report."""
-    config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    config = load_config(args.model, args.trust_remote_code)
     model = auto_class(config).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     summary = report(model)
     print(json.dumps(summary.to_dict(), indent=2) if args.json else summary)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ..config import CatQuantConfig
 from ..formats import ACTIVATION_FORMATS, FORMATS
 from ..generate import generate_samples
 from ..report import report
 from ..solvers import names
-from ..tasks import as_samples, auto_class, load_processor, read_rows
+from ..tasks import as_samples, auto_class, load_config, load_processor, read_rows
+from .arguments import count, seed
 
 NAME = "quantize"
 
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="calibrate on N more texts, which the language model writes",
     )
-    parser.add_argument("--num-samples", type=int, default=256, help="samples to calibrate on")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples in one forward")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument("--num-samples", type=count, default=256, help="samples to calibrate on")
+    parser.add_argument("--batch-size", type=count, default=16, help="samples in one forward")
+    parser.add_argument("--seed", type=seed, default=0, help="of the choice of samples")
     parser.add_argument("--skip", nargs="*", metavar="MODULE", help="modules to leave in float")
     parser.add_argument("--strict", action="store_true", help="fail if any layer would be skipped")
     parser.add_argument(
@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
         raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
-    processor = load_processor(args.model, args.trust_remote_code)
-    config = transformers.AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    config = load_config(args.model, args.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{args.model} is quantized already: start from the float model")
+    processor = load_processor(args.model, args.trust_remote_code)
     auto = auto_class(config)
     request = CatQuantConfig(
         weights=args.weights,

@@ -67,6 +67,7 @@ class QuantizedModule(nn.Module):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
+    owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,8 +100,7 @@ class QuantizedModule(nn.Module):
         zero = torch.zeros((), dtype=torch.float32, device=device)
         self.register_buffer("input_scale", zero if static else None)
         self.register_buffer("input_offset", zero.clone() if input_affine else None)
-        bias = getattr(original, "bias", None)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad))
+        self.register_parameter("bias", getattr(original, "bias", None))  # itself: others may be tied to it
 
     @classmethod
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -188,6 +188,14 @@ class QuantizedModule(nn.Module):
         self.weight_scale = quantized.scale.detach().contiguous().to(device, dtype, copy=True)
         if quantized.offset is not None:
             self.weight_offset = quantized.offset.detach().contiguous().to(device, dtype, copy=True)
+
+    def share(self, owner: QuantizedModule) -> None:
+        """Hold the very buffers of ``owner``, which alone are saved."""
+        for buffer in ("weight_packed", "weight_scale", "weight_offset"):
+            setattr(self, buffer, getattr(owner, buffer))
+            self._non_persistent_buffers_set.add(buffer)
+        self.scheme = owner.scheme
+        self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
 
     @torch.no_grad()
     def fill_input_range(self, scale: Tensor, offset: Tensor | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import tiny_models
 from hf_catquant.cli import main
@@ -133,11 +134,106 @@ def test_the_column_of_labels_is_no_input(folder, tmp_path, capsys):
     rows = pd.read_csv(folder / "rows.csv").rename(columns={"text": "review", "label": "sentiment"})
     rows.to_csv(tmp_path / "pair.csv", index=False)
     both = []
+    assert main(command(folder, tmp_path / "out", "--solver", "rtn", "--correction", "none")) == 0
     for more in ([], ["--column", "review"]):
-        test = ["eval", str(folder / "bert"), "--float", str(folder / "bert"), "--dataset", str(tmp_path / "pair.csv")]
+        test = [
+            "eval",
+            str(tmp_path / "out"),
+            "--float",
+            str(folder / "bert"),
+            "--dataset",
+            str(tmp_path / "pair.csv"),
+        ]
         assert main([*test, "--label-column", "sentiment", "--json", str(tmp_path / "t.json"), *more]) == 0
         both.append(json.loads((tmp_path / "t.json").read_text())["rows"])
     assert both[0] == both[1]
+
+
+@pytest.fixture(scope="module")
+def rounded(folder, tmp_path_factory) -> Path:
+    """A BERT classifier rounded to nearest."""
+    out = tmp_path_factory.mktemp("rounded") / "bert"
+    assert main(command(folder, out, "--solver", "rtn", "--correction", "none")) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.5] * 24, "row 0 of 'label' must be a whole number or the name of a class, got 0.5"),
+        ([1, None] * 12, "row 1 of 'label' must be a whole number or the name of a class, got None"),
+        (["class 0", "dog"] * 12, "row 1 of 'label' is 'dog', a class that the model does not know; it knows class 0"),
+        ([7] * 24, "labels must be in 0 ... 4, got 7 ... 7"),
+    ],
+)
+def test_labels_that_are_none(folder, rounded, tmp_path, capsys, labels, message):
+    rows = pd.read_parquet(folder / "rows.parquet")
+    rows.assign(label=pd.array(labels)).to_parquet(tmp_path / "rows.parquet")
+    test = ["eval", str(rounded), "--float", str(folder / "bert"), "--dataset", str(tmp_path / "rows.parquet")]
+    assert main([*test, "--column", "text"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_whole_labels_in_floats(folder, rounded, tmp_path):
+    rows = pd.read_parquet(folder / "rows.parquet")
+    rows.assign(label=rows["label"].astype(float)).to_parquet(tmp_path / "rows.parquet")
+    test = ["eval", str(rounded), "--float", str(folder / "bert"), "--dataset", str(tmp_path / "rows.parquet")]
+    assert main([*test, "--column", "text"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--limit", "1"], "an evaluation needs at least 2 rows, --dataset and --limit leave 1"),
+        (["--json", "/nowhere/t.json"], "/nowhere/t.json cannot be written"),
+        (["--float", "nowhere"], "there is no folder nowhere"),
+        (["--float", "LM"], "eval measures classifiers .* LM is a BertForMaskedLM"),
+    ],
+)
+def test_a_mistake_in_eval_is_one_line(folder, rounded, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    BertForMaskedLM(BertConfig(**tiny_models.TEXT)).save_pretrained("LM")
+    test = ["eval", str(rounded), "--float", str(folder / "bert"), "--dataset", str(folder / "rows.parquet")]
+    assert main([*test, "--column", "text", *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_float_model_is_not_called_quantized(folder, capsys):
+    test = ["eval", str(folder / "bert"), "--float", str(folder / "bert"), "--dataset", str(folder / "rows.parquet")]
+    assert main([*test, "--column", "text"]) == 1
+    assert "is not quantized: the first model is the quantized one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "a", "--float", "b", "--dataset", "c", "--limit", "0"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--weights", "foo"],
+        ["quantize", "a", "b", "--batch-size", "x"],
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_at_once(capsys, words):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"argument {words[-2]}:" in capsys.readouterr().err
+
+
+def test_rows_of_token_ids_need_no_tokenizer(folder, tmp_path):
+    tiny_models.build("bert").save_pretrained(tmp_path / "bert")
+    ids = [list(range(i, i + 6)) for i in range(24)]
+    pd.DataFrame({"input_ids": ids, "label": [0] * 24}).to_parquet(tmp_path / "ids.parquet")
+    words = ["quantize", str(tmp_path / "bert"), str(tmp_path / "out"), "--group-size", "16"]
+    assert main([*words, "--dataset", str(tmp_path / "ids.parquet")]) == 0
+
+
+def test_two_columns_of_text_are_not_guessed_at(folder, tmp_path, capsys):
+    rows = pd.read_parquet(folder / "rows.parquet").rename(columns={"text": "review"})
+    rows.assign(category="w1").to_parquet(tmp_path / "two.parquet")
+    words = ["quantize", str(folder / "bert"), str(tmp_path / "out"), "--dataset", str(tmp_path / "two.parquet")]
+    assert main(words) == 1
+    assert "has the text columns ['review', 'category']: keep the one to read" in capsys.readouterr().err
 
 
 def test_nothing_saved_is_lost(folder, tmp_path, capsys):

@@ -58,11 +58,15 @@ class FeatureDiscrimination(evaluate.Metric):
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Value("int64"),
+                    # Not int64, which would cut a float label to a whole one without a word.
+                    "references": datasets.Value("float64"),
                 }
             ),
             reference_urls=["https://arxiv.org/abs/2504.13792"],
         )
 
     def _compute(self, predictions: Any, references: Any, eta: float = DEFAULT_ETA) -> dict[str, Any]:
-        return measure(predictions, references, eta)
+        odd = [label for label in references if int(label) != label]
+        if odd:
+            raise ValueError(f"labels (references) must be (n,) integers, got {odd[0]}")
+        return measure(predictions, [int(label) for label in references], eta)

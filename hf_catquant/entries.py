@@ -1,0 +1,114 @@
+"""What a checkpoint says of its quantized modules and corrections, and the checks of what is read back."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, fields
+from typing import Any
+
+from .correction_file import empty_correction
+from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size
+from .layers import Scheme
+
+Entries = dict[str, dict[str, Any]]
+
+_SCHEME = tuple(field.name for field in fields(Scheme))
+
+
+def module_entry(scheme: Scheme, shape: tuple[int, int], tied_to: str | None) -> dict[str, Any]:
+    """What the checkpoint stores of one quantized module: its scheme, its logical (N, K), and whose weight it shares."""
+    return {**asdict(scheme), "shape": list(shape), "tied_to": tied_to}
+
+
+def entry_scheme(entry: dict[str, Any]) -> Scheme:
+    """The scheme in an entry of :func:`module_entry`."""
+    return Scheme(**{name: entry[name] for name in _SCHEME})
+
+
+def entries_checksum(modules: Entries, corrections: Entries) -> int:
+    """CRC-32 of all entries: one that changes a format but no shape would load as other weights."""
+    return zlib.crc32(json.dumps([modules, corrections], sort_keys=True).encode())
+
+
+def verify_entries(modules: Entries, corrections: Entries, expected: int) -> None:
+    """Refuse entries that are not those that were saved.
+
+    Raises:
+        ValueError: naming both checksums.
+    """
+    found = entries_checksum(modules, corrections)
+    if found != expected:
+        raise ValueError(
+            f"quantization_config: modules and corrections are not those that were saved (CRC-32 {found:08x}, "
+            f"expected {expected:08x}): the config.json was changed or damaged after the save, fetch it again"
+        )
+
+
+def check_modules(modules: Any) -> None:
+    """Refuse entries that :func:`module_entry` cannot have made.
+
+    Raises:
+        ValueError: naming the module, the field, its rule and its value.
+    """
+    if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
+        raise ValueError(f"quantization_config: modules must be {{name: entry}}, got {modules!r:.200}")
+    if not modules:
+        raise ValueError("quantization_config: modules is empty, so nothing is quantized: the config.json is damaged")
+    for name, entry in modules.items():
+        where = f"quantization_config: modules[{name!r}]"
+        wanted = {*_SCHEME, "shape", "tied_to"}
+        if set(entry) != wanted:
+            raise ValueError(
+                f"{where} must have {', '.join(sorted(wanted))}, got {', '.join(sorted(map(str, entry)))}"
+            )
+        try:
+            check_group_size(entry["group_size"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        shape, tied_to = entry["shape"], entry["tied_to"]
+        rules = (
+            ("weights", ", ".join(FORMATS), entry["weights"] in tuple(FORMATS)),
+            (
+                "activations",
+                f"null, {', '.join(ACTIVATION_FORMATS)}",
+                entry["activations"] in (None, *ACTIVATION_FORMATS),
+            ),
+            ("scale_dtype", "float16, float32", entry["scale_dtype"] in ("float16", "float32")),
+            ("shape", "two positive integers", isinstance(shape, list) and len(shape) == 2 and all(map(_size, shape))),
+            ("tied_to", "null, another of its modules", tied_to is None or (tied_to in modules and tied_to != name)),
+        )
+        for field, rule, holds in rules:
+            if not holds:
+                raise ValueError(f"{where}: {field} must be one of {rule}; got {entry[field]!r}")
+
+
+def check_corrections(entries: Any) -> None:
+    """Refuse stored corrections that cannot be.
+
+    Raises:
+        ValueError: naming the module and what is wrong.
+    """
+    if not isinstance(entries, dict):
+        raise ValueError(f"quantization_config: corrections must be {{name: entry}}, got {entries!r:.200}")
+    for name, entry in entries.items():
+        try:
+            empty_correction(entry, "meta")
+        except ValueError as error:
+            raise ValueError(f"quantization_config: corrections[{name!r}]: {error}") from error
+
+
+def check_checksums(checksums: Any, entries: Any) -> None:
+    """Refuse checksums that are no numbers: those of the tensors by name, and that of the entries.
+
+    Raises:
+        ValueError: saying what was found.
+    """
+    if not isinstance(checksums, dict) or not all(isinstance(value, int) for value in checksums.values()):
+        raise ValueError(f"quantization_config: checksums must be {{tensor: CRC-32}}, got {checksums!r:.200}")
+    if not isinstance(entries, int):
+        raise ValueError(f"quantization_config: entries_checksum must be a CRC-32, got {entries!r:.200}")
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
