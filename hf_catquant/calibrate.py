@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import samples, solvers
+from . import mixed, samples, solvers
 from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
-from .fitting import Pairs, correction_dim, placed, resolve_sites, tensor_of
+from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
 from .layers import layer_for
 from .log import logger
 from .model import Selection, Site, select, stacks
-from .reconstruction import Reconstruction, output_of
+from .reconstruction import Reconstruction
 from .swap import Outcome, Swap
 from .training import Progress
 from .walk import Leaf, Unit, Walk, leaf_outputs
@@ -50,7 +50,8 @@ def quantize_modules(model: nn.Module, config: CatQuantConfig) -> tuple[Selectio
         if config.dataset is None:
             return selection, _without_data(model, selection), None
         batches = _collect(model, config)
-        return selection, Calibration(model, config, selection, batches).run(), batches
+        notes = [] if config.average_bits is None else [mixed.choose(model, selection, config, batches)]
+        return selection, Calibration(model, config, selection, batches, notes).run(), batches
     finally:
         model.train(training)
 
@@ -87,11 +88,14 @@ def _check_ranges(sites: list[Site], obstacle: str) -> None:
 class Calibration:
     """The walk over one model with everything that happens at a unit."""
 
-    def __init__(self, model: nn.Module, config: CatQuantConfig, selection: Selection, data: samples.Batches) -> None:
+    def __init__(
+        self, model: nn.Module, config: CatQuantConfig, selection: Selection, data: samples.Batches, notes: list[str]
+    ) -> None:
         self.model = model
         self.config = config
         batches = [placed(batch, model) for batch in data.batches]
         self.swap = Swap(model, config.solver, selection)
+        self.swap.outcome.notes += notes
         self.blocks = [block for blocks in stacks(model).values() for block in blocks]
         norms = [name for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]

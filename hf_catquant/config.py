@@ -23,7 +23,7 @@ from .layers import Scheme
 
 QUANT_METHOD = "catquant"
 FORMAT_VERSION = 1
-OVERRIDABLE = ("weights", "group_size", "activations")
+OVERRIDABLE = ("weights", "group_size", "activations", "low_rank")
 _RUNTIME = ("dataset", "processor")
 
 
@@ -48,9 +48,13 @@ class CatQuantConfig(QuantizationConfigMixin):
         edge_weights: format of the layers outside the repeated blocks (embeddings, stem, pooler, head), which low bits
             hurt most; None: the same as ``weights``. Never fewer bits than ``weights``.
         modules_to_not_convert: names of modules to leave in float, matched as transformers does.
-        overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations; the regular expression is
+        overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations, low_rank; the expression is
             searched in the module's name, later entries win.
         strict: raise if any layer with a weight would be skipped.
+        low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
+            it costs 16 r (N + K) bits.
+        average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
+            included: layers that matter most get wider formats than ``weights``.
 
     Raises:
         ValueError, TypeError: a value breaks its rule, or a field is unknown.
@@ -73,6 +77,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         overrides: dict[str, dict[str, Any]] | None = None,
         strict: bool = False,
         solver_options: dict[str, Any] | None = None,
+        low_rank: int = 0,
+        average_bits: float | None = None,
         *,
         quant_method: str = QUANT_METHOD,
         bits: int | None = None,
@@ -95,6 +101,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.activations = activations
         self.edge_weights = edge_weights
+        self.low_rank = low_rank
+        self.average_bits = average_bits
         self.solver = solver
         self.solver_options = solver_options or {}
         self.correction = _correction(correction)
@@ -121,6 +129,8 @@ class CatQuantConfig(QuantizationConfigMixin):
     def scheme_for(self, name: str, edge: bool) -> Scheme:
         """Format, group size and activations of the layer called ``name``; ``edge``: it is outside the blocks."""
         fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}
+        if edge:
+            fields["low_rank"] = 0
         if edge and self.edge_weights is not None:
             fields["weights"] = _wider(self.weights, self.edge_weights)
             if self.activations is not None:
@@ -130,6 +140,11 @@ class CatQuantConfig(QuantizationConfigMixin):
                 fields.update(values)
         return Scheme(**fields)
 
+    def leaves_free(self, name: str, edge: bool) -> bool:
+        """Whether ``average_bits`` may choose the format of the layer called ``name``."""
+        set_by_hand = any("weights" in v and re.search(pattern, name) for pattern, v in self.overrides.items())
+        return not edge and not set_by_hand
+
     def needs_data(self) -> list[str]:
         """The settings that cannot work without a dataset, in words."""
         reasons = []
@@ -137,6 +152,8 @@ class CatQuantConfig(QuantizationConfigMixin):
             reasons.append(f'solver="{self.solver}"')
         if self.correction is not None:
             reasons.append("correction")
+        if self.average_bits is not None:
+            reasons.append("average_bits")
         return reasons
 
     def check_data(self) -> None:
@@ -220,6 +237,10 @@ class CatQuantConfig(QuantizationConfigMixin):
         _check_count("num_samples", self.num_samples, 2)
         _check_count("batch_size", self.batch_size, 1)
         _check_count("seed", self.seed, 0)
+        _check_count("low_rank", self.low_rank, 0)
+        bits = self.average_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 100):
+            raise ValueError(f"average_bits must be None or a positive number, got {bits!r}")
         _check_names(self.modules_to_not_convert)
         _check_overrides(self.overrides)
         if not isinstance(self.strict, bool):
@@ -288,6 +309,8 @@ def _check_overrides(overrides: Any) -> None:
                 _check_choice(f"overrides[{pattern!r}]: activations", value, ACTIVATION_FORMATS, "None or ")
             elif field == "group_size":
                 check_group_size(value)
+            elif field == "low_rank":
+                _check_count(f"overrides[{pattern!r}]: low_rank", value, 0)
 
 
 def _check_pattern(name: str, pattern: str) -> None:

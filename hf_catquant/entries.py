@@ -75,6 +75,7 @@ def check_modules(modules: Any) -> None:
                 entry["activations"] in (None, *ACTIVATION_FORMATS),
             ),
             ("scale_dtype", "float16, float32", entry["scale_dtype"] in ("float16", "float32")),
+            ("low_rank", "the integers from 0", entry["low_rank"] == 0 or _size(entry["low_rank"])),
             ("shape", "two positive integers", isinstance(shape, list) and len(shape) == 2 and all(map(_size, shape))),
             ("tied_to", "null, another of its modules", tied_to is None or (tied_to in modules and tied_to != name)),
         )

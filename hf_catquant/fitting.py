@@ -83,6 +83,20 @@ def tensor_of(output: Any) -> Tensor:
     return value
 
 
+def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
+    """What the module called ``name``, the model itself if that is "", returns last while the model runs on ``batch``.
+
+    Raises:
+        ValueError: the model does not run it.
+    """
+    caught: list[Any] = []
+    with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
+        run(model, batch)
+    if not caught:
+        raise ValueError(f"CatConfig(at={name!r}): the model does not run this module on the calibration data")
+    return caught[-1]
+
+
 def correction_dim(module: nn.Module, output: Tensor) -> int:
     """The dimension of features: 1 for images and for what convolutions return, else the last one."""
     convolutions = [m for m in module.modules() if hasattr(m, "out_channels") and hasattr(m, "kernel_size")]
@@ -229,17 +243,8 @@ def _fit_site(
 ) -> dict[str, Any]:
     pairs = Pairs(seed, len(data.batches))
     for batch in data.batches:
-        f, q = (tensor_of(_output_of(m, name, placed(batch, m))) for m in (teacher, model))
+        f, q = (tensor_of(output_of(m, name, placed(batch, m))) for m in (teacher, model))
         dim = correction_dim(teacher.get_submodule(name), f)
         mask = samples.padding_mask(batch, teacher, name, f) if dim == -1 and f.dim() == 3 else None
         pairs.add(f, q, dim, None if mask is None else mask.flatten().to(f.device))
     return pairs.fit_and_attach(model, name, config, "logits" if is_logits else "hidden")[1]
-
-
-def _output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
-    caught: list[Any] = []
-    with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
-        run(model, batch)
-    if not caught:
-        raise ValueError(f"CatConfig(at={name!r}): the model does not run this module on the calibration data")
-    return caught[-1]

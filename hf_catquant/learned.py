@@ -27,7 +27,7 @@ class LearnedLayer(nn.Module):
     """Stands in the place of ``layer`` while it is learned.
 
     Parameters, all float32: ``codes`` (N, K) real numbers, ``scale`` (N, G), ``offset`` (N, G) or None, ``bias`` (N,) or
-    None, ``input_scale`` () or None.
+    None, ``input_scale`` () or None, ``low_rank`` (N, r) and (r, K) or empty.
 
     Args:
         layer: the packed layer.
@@ -48,8 +48,11 @@ class LearnedLayer(nn.Module):
         self.first, self.step = self.format.levels[0], self.format.levels[1] - self.format.levels[0]
         self.scale = nn.Parameter(layer.weight_scale.float().clone())
         self.offset = None if layer.weight_offset is None else nn.Parameter(layer.weight_offset.float().clone())
+        low_rank = (layer.low_rank_out, layer.low_rank_in)
+        self.low_rank = nn.ParameterList([nn.Parameter(t.float().clone()) for t in low_rank if t is not None])
         self.start = unpack(layer.weight_packed, self.format, scheme.group_size, layer.columns)
-        self.codes = nn.Parameter(self._inside_cells(weight.float()))
+        product = self.low_rank[0].detach() @ self.low_rank[1].detach() if self.low_rank else 0
+        self.codes = nn.Parameter(self._inside_cells(weight.float() - product))
 
     def __getattr__(self, name: str) -> Any:
         """What is not learned is asked of the layer: models read ``weight.dtype`` or ``in_features``."""
@@ -94,13 +97,18 @@ class LearnedLayer(nn.Module):
         dtype = x.dtype if x.is_floating_point() else self.layer.dtype  # an embedding is given indices
         matrix = self.matrix().to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return self.layer.apply_matrix(self._quantized_input(x), matrix, bias)
+        out = self.layer.apply_matrix(self._quantized_input(x), matrix, bias)
+        if not self.low_rank:
+            return out
+        return out + self.layer.apply_matrix(x, (self.low_rank[0] @ self.low_rank[1]).to(dtype), None)
 
     @torch.no_grad()
     def write_back(self) -> QuantizedModule:
         """Pack what was learned into the layer, and return it."""
         layer, offset = self.layer, self.offset
         layer.fill(QuantizedWeight(self.rounded().to(torch.uint8), self.scale.clamp_min(0), offset))
+        if self.low_rank:
+            layer.fill_low_rank(*self.low_rank)
         if self.bias is not None and layer.bias is not None:
             layer.bias.copy_(self.bias)
         if self.input_scale is not None:

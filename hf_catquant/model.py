@@ -28,12 +28,14 @@ class Site:
         module: the float module.
         scheme: how it will be stored.
         tied_to: name of the site whose packed weight it shares, or None.
+        is_free: whether ``average_bits`` may choose its format.
     """
 
     name: str
     module: nn.Module
     scheme: Scheme
     tied_to: str | None = None
+    is_free: bool = False
 
 
 @dataclass
@@ -61,7 +63,9 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
         if reason is not None:
             selection.skipped[name] = reason
         elif name in candidates:
-            selection.sites.append(Site(name, module, config.scheme_for(name, edge=name in edges)))
+            edge = name in edges
+            free = config.leaves_free(name, edge)
+            selection.sites.append(Site(name, module, config.scheme_for(name, edge), is_free=free))
     _resolve_ties(model, selection)
     _skip_loose_parameters(model, selection)
     if not selection.sites:

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fitting import tensor_of
+from .fitting import output_of, tensor_of
 from .formats import get_format
 from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
 from .model import quantized_modules, replace_module
-from .replay import hooked, run
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
 from .walk import Call, run_unit
@@ -150,7 +149,7 @@ class Reconstruction:
         for layer in learned.values():
             mine |= {id(p) for p in layer.parameters()}
             groups.append({"params": [layer.codes], "lr": rate * options.code_rate})
-            for p in (layer.scale, layer.offset, layer.input_scale):
+            for p in (layer.scale, layer.offset, layer.input_scale, *layer.low_rank):
                 if p is not None:
                     groups.append({"params": [p], "lr": rate * options.scale_rate * float(p.detach().abs().mean())})
             if layer.bias is not None:
@@ -177,11 +176,3 @@ class Reconstruction:
 
 def _say(steps: int, step: int, loss: float) -> None:
     logger.info("whole model: step %d of %d, loss %.4f", step, steps, loss)
-
-
-def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
-    """What the module called ``name``, the model itself if that is "", returns last while the model runs on ``batch``."""
-    caught: list[Any] = []
-    with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
-        run(model, batch)
-    return caught[-1]

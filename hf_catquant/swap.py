@@ -14,6 +14,8 @@ from .formats import get_format
 from .layers import QuantizedModule, layer_for
 from .model import Selection, replace_module, share_weight
 from .solvers import Moments
+from .solvers._low_rank import solve_with_product
+from .weight import QuantizedWeight
 
 Range = tuple[Tensor, Tensor | None]  # scale and offset () of a calibrated activation range
 
@@ -71,13 +73,23 @@ class Swap:
         if not bool(torch.isfinite(matrix).all()):
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         solver = solvers.get(self.solver if moments is not None else "rtn")
+
+        def solve(target: Tensor) -> QuantizedWeight:
+            return solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
+
+        def stored(quantized: QuantizedWeight) -> Tensor:
+            new.fill(quantized)
+            return new.matrix(torch.float32)
+
         try:
-            new.fill(solver.solve(matrix, get_format(scheme.weights), scheme.group_size, moments))
+            if scheme.low_rank:
+                quantized, *product = solve_with_product(matrix, scheme.low_rank, moments, solve, stored)
+                new.fill_low_rank(*product)
+            else:
+                quantized = solve(matrix)
+            w_hat = stored(quantized)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        w_hat = torch.ops.catquant.dequantize(
-            *new._packed(), scheme.weights, scheme.group_size, new.columns, torch.float32
-        )
         self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
         if moments is not None and new.bias is not None:
             shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 20  # steps
-CHECKS = 8  # times that the held-out loss is looked at
-PATIENCE = 3  # checks in a row without a better one that end the training
+CHECKS = 8  # looks at the held-out loss
+PATIENCE = 4  # looks in a row without a better one that end the training
+RETREAT = 2  # such looks in a row that make it go back to the best state
+BACK_OFF = 0.4  # what the rates are multiplied by then
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ def train(
 ) -> Progress:
     """Minimise ``loss_of(batch, learning)`` over ``batches`` by Adam; leave the parameters at their best by ``held_out``.
 
-    Without held-out batches the batches themselves are looked at. The start counts: nothing gets worse than it was.
+    The held-out loss is looked at ``CHECKS`` times. After ``RETREAT`` looks without a better one training goes on from the
+    best state, more slowly. Without held-out batches the batches themselves are looked at. The start counts: nothing gets
+    worse than it was.
 
     Args:
         groups: parameters with their learning rates, which rise for ``WARM_UP`` steps and fall to 0 as a cosine.
@@ -74,11 +78,12 @@ def train(
     start, kept, state, misses = best, 0, _snapshot(parameters), 0
     order = _order(batches, steps, seed)
     every = max(1, steps // CHECKS)
+    factor = 1.0
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     rates = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(order, start=1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * _share(step, steps)
+            group["lr"] = rate * factor * _share(step, steps)
         optimizer.zero_grad()
         loss_of(batch, True).backward()
         optimizer.step()
@@ -86,11 +91,16 @@ def train(
             loss = mean_loss(judges)
             if after_check is not None:
                 after_check(step, loss)
-            misses = 0 if loss < best else misses + 1
             if loss < best:
-                best, kept, state = loss, step, _snapshot(parameters)
-            if misses >= PATIENCE and step > steps // 2:
+                best, kept, state, misses = loss, step, _snapshot(parameters), 0
+                continue
+            misses += 1
+            if misses >= PATIENCE:
                 break
+            if misses % RETREAT == 0:
+                _restore(parameters, state)
+                optimizer.state.clear()
+                factor *= BACK_OFF
     _restore(parameters, state)
     after = mean_loss(batches)
     return Progress(before, after, start if held_out else None, best if held_out else None, kept)

@@ -37,7 +37,7 @@ ROWS = [
     "probe swap",
     "samples walk",
     "fitting features gather",
-    "learned training",
+    "learned training mixed",
     "reconstruction",
     "calibrate",
     "report",

@@ -24,7 +24,9 @@ LAYERS = {
 FORMATS = ("binary", "ternary", "int2", "int3", "int4")
 
 
-def packed(name: str, weights: str, activations: str | None = None) -> tuple[QuantizedModule, Tensor, Tensor]:
+def packed(
+    name: str, weights: str, activations: str | None = None, low_rank: int = 0
+) -> tuple[QuantizedModule, Tensor, Tensor]:
     """(packed layer, its float weight (N, K), an input)."""
     make, shape = LAYERS[name]
     with torch.random.fork_rng():
@@ -32,9 +34,14 @@ def packed(name: str, weights: str, activations: str | None = None) -> tuple[Qua
         module = make()
         x = torch.randint(10, shape) if name == "embedding" else torch.randn(shape)
     kind = layer_for(module)
-    layer = kind(module, Scheme(weights, 8, activations))
+    layer = kind(module, Scheme(weights, 8, activations, low_rank=low_rank))
     matrix = kind.to_matrix(module.weight.detach())
     layer.fill(rtn.solve(matrix, get_format(weights), 8))
+    if low_rank:
+        generator = torch.Generator().manual_seed(1)
+        layer.fill_low_rank(
+            *(0.1 * torch.randn(size, generator=generator) for size in ((len(matrix), 2), (2, len(matrix.T))))
+        )
     if layer.input_scale is not None:
         layer.fill_input_range(*fit_static_range(x.flatten(), get_format(activations)))
     return layer, matrix, x
@@ -46,8 +53,9 @@ def learned(layer: QuantizedModule, matrix: Tensor) -> LearnedLayer:
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_starts_as_the_packed_layer(name, weights):
-    layer, matrix, x = packed(name, weights)
+@pytest.mark.parametrize("low_rank", [0, 2])
+def test_starts_as_the_packed_layer(name, weights, low_rank):
+    layer, matrix, x = packed(name, weights, low_rank=low_rank)
     stand_in = learned(layer, matrix)
     torch.testing.assert_close(stand_in(x), layer(x), rtol=1e-3, atol=1e-4)
     assert stand_in.changed() == 0
@@ -58,7 +66,7 @@ def test_starts_as_the_packed_layer(name, weights):
 @pytest.mark.parametrize("activations", ["int2", "int4"])
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "embedding"])
 def test_inputs_are_quantized_alike(name, activations):
-    layer, matrix, x = packed(name, "int4", activations)
+    layer, matrix, x = packed(name, "int4", activations, low_rank=2)
     torch.testing.assert_close(learned(layer, matrix)(x), layer(x), rtol=1e-3, atol=1e-3)
 
 

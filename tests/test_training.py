@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from helpers import global_rng_untouched
-from hf_catquant.training import PATIENCE, learning, train
+from hf_catquant.training import BACK_OFF, PATIENCE, WARM_UP, learning, train
 
 
 def regression(noise: float = 0.0, count: int = 8) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:
@@ -51,8 +53,27 @@ def test_a_start_that_is_best_is_kept():
     assert done.steps == 0
     assert done.held_out_after == done.held_out_before == 0
     assert done.after == done.before
-    assert 200 < sum(calls) < 400  # it gave up after half of the steps
-    assert PATIENCE * 50 < 400
+    assert sum(calls) == PATIENCE * 50 < 400  # a look every 50 steps
+
+
+def test_after_two_looks_without_a_better_one_it_starts_over_more_slowly():
+    weight, data = regression()
+    seen: list[Tensor] = []
+
+    def loss_of(batch: int, learns: bool) -> Tensor:
+        if learns:
+            seen.append(weight.detach().clone())
+        x, y = data[0]
+        return (x @ weight - y).square().mean() if batch == 0 else weight.square().sum()
+
+    with learning([weight]):
+        train([{"params": [weight], "lr": 0.1}], loss_of, [0], [1], 400, 0)
+    assert seen[99].abs().max() > 0.1
+    assert torch.equal(seen[100], torch.zeros(6))  # step 101, after the looks at 50 and 100
+    assert torch.equal(seen[1].abs().round(decimals=4), torch.full((6,), 0.1 / WARM_UP).round(decimals=4))
+    first = seen[101].abs()  # Adam, begun again, moves every weight by its rate
+    expected = 0.1 * BACK_OFF * 0.5 * (1 + math.cos(math.pi * 101 / 400))
+    torch.testing.assert_close(first, torch.full((6,), expected), rtol=1e-3, atol=1e-5)
 
 
 def test_without_held_out_batches_the_batches_decide():

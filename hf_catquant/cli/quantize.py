@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", choices=("none", *ACTIVATION_FORMATS), default="none", help="format of the inputs"
     )
+    parser.add_argument(
+        "--low-rank", type=int, default=0, help="rank of a float16 product that is added to the weights"
+    )
+    parser.add_argument(
+        "--average-bits", type=float, help="bits a weight may take on average: layers that matter most get more"
+    )
     parser.add_argument("--edge-weights", choices=("same", *FORMATS), default="int8", help="format outside the blocks")
     parser.add_argument("--solver", choices=names(), default="gptq", help="how codes are found; rtn needs no data")
     parser.add_argument(
@@ -76,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
         group_size=args.group_size,
         activations=None if args.activations == "none" else args.activations,
         edge_weights=None if args.edge_weights == "same" else args.edge_weights,
+        low_rank=args.low_rank,
+        average_bits=args.average_bits,
         solver=args.solver,
         solver_options=dict(_option(text) for text in args.solver_options),
         correction=None if args.correction == "none" else args.correction,

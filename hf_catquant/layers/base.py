@@ -36,19 +36,22 @@ class Scheme:
         group_size: columns that share a scale, -1 for whole rows.
         activations: format of the input, or None.
         scale_dtype: "float16" or "float32", the stored dtype of scale and offset.
+        low_rank: rank of the float16 product that is added to the weight, 0 for none.
     """
 
     weights: str
     group_size: int
     activations: str | None = None
     scale_dtype: str = "float16"
+    low_rank: int = 0
 
 
 class QuantizedModule(nn.Module):
     """A layer with a packed weight (N, K) in G groups a row.
 
     Buffers: ``weight_packed`` (N, bytes) uint8, ``weight_scale`` (N, G) and for affine formats ``weight_offset`` (N, G)
-    in the scheme's ``scale_dtype``; ``input_scale`` and ``input_offset`` () float32 where activations have a calibrated
+    in the scheme's ``scale_dtype``; ``low_rank_out`` (N, r) and ``low_rank_in`` (r, K) float16 where a product is added to
+    the weight; ``input_scale`` and ``input_offset`` () float32 where activations have a calibrated
     static range. ``bias`` (N,) is an ordinary parameter. ``weight`` answers with the dequantized float weight.
 
     Buffers keep their dtype under ``.to(dtype)`` and ``.half()``: only the compute dtype, and the bias, change.
@@ -63,6 +66,8 @@ class QuantizedModule(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_offset: Tensor | None
+    low_rank_out: Tensor | None
+    low_rank_in: Tensor | None
     input_scale: Tensor | None
     input_offset: Tensor | None
     bias: nn.Parameter | None
@@ -97,6 +102,9 @@ class QuantizedModule(nn.Module):
         self.register_buffer(
             "weight_offset", torch.zeros(shape, dtype=scale_dtype, device=device) if fmt.affine else None
         )
+        for name, size in (("out", (self.rows_, scheme.low_rank)), ("in", (scheme.low_rank, self.columns))):
+            product = torch.zeros(size, dtype=torch.float16, device=device) if scheme.low_rank else None
+            self.register_buffer(f"low_rank_{name}", product)
         zero = torch.zeros((), dtype=torch.float32, device=device)
         self.register_buffer("input_scale", zero if static else None)
         self.register_buffer("input_offset", zero.clone() if input_affine else None)
@@ -171,10 +179,16 @@ class QuantizedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The float weight this layer stands for, dequantized at every call, in the layer's compute dtype."""
-        matrix = torch.ops.catquant.dequantize(
-            *self._packed(), self.scheme.weights, self.scheme.group_size, self.columns, self.dtype
-        )
-        return self.from_matrix(matrix)
+        return self.from_matrix(self.matrix(self.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight as (N, K), the low-rank product included."""
+        exact = dtype if self.low_rank_out is None else torch.float32
+        scheme = self.scheme
+        matrix = torch.ops.catquant.dequantize(*self._packed(), scheme.weights, scheme.group_size, self.columns, exact)
+        if self.low_rank_out is None or self.low_rank_in is None:
+            return matrix
+        return (matrix + self.low_rank_out.float() @ self.low_rank_in.float()).to(dtype)
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedWeight) -> None:
@@ -189,9 +203,16 @@ class QuantizedModule(nn.Module):
         if quantized.offset is not None:
             self.weight_offset = quantized.offset.detach().contiguous().to(device, dtype, copy=True)
 
+    @torch.no_grad()
+    def fill_low_rank(self, out: Tensor, into: Tensor) -> None:
+        """Set the product (N, r) times (r, K) that is added to the weight, in place."""
+        device = self.weight_scale.device
+        self.low_rank_out = out.detach().contiguous().to(device, torch.float16, copy=True)
+        self.low_rank_in = into.detach().contiguous().to(device, torch.float16, copy=True)
+
     def share(self, owner: QuantizedModule) -> None:
         """Hold the very buffers of ``owner``, which alone are saved."""
-        for buffer in ("weight_packed", "weight_scale", "weight_offset"):
+        for buffer in ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in"):
             setattr(self, buffer, getattr(owner, buffer))
             self._non_persistent_buffers_set.add(buffer)
         self.scheme = owner.scheme
@@ -226,8 +247,9 @@ class QuantizedModule(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how to build a {self.wraps.__name__}")
 
     def packed_tensors(self) -> list[Tensor]:
-        """The tensors that hold the weight: codes, scale, and offset if there is one."""
-        return [tensor for tensor in self._packed() if tensor is not None]
+        """The tensors that hold the weight: codes, scale, and offset and low-rank product if there are any."""
+        held = (*self._packed(), self.low_rank_out, self.low_rank_in)
+        return [tensor for tensor in held if tensor is not None]
 
     def _packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.weight_packed, self.weight_scale, self.weight_offset
@@ -251,8 +273,10 @@ class QuantizedModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and scheme, as printed inside ``print(model)``."""
-        activations = "" if self.scheme.activations is None else f", activations={self.scheme.activations}"
-        return f"{self.rows_}x{self.columns}, {self.scheme.weights}, group_size={self.scheme.group_size}{activations}"
+        scheme = self.scheme
+        more = "" if scheme.activations is None else f", activations={scheme.activations}"
+        more += f", low_rank={scheme.low_rank}" if scheme.low_rank else ""
+        return f"{self.rows_}x{self.columns}, {scheme.weights}, group_size={scheme.group_size}{more}"
 
 
 def layer_for(module: nn.Module) -> type[QuantizedModule] | None:

@@ -28,6 +28,7 @@ class _QuantizedConv(QuantizedModule):
     )
     static_activations = True
     kernel_size: tuple[int, ...]
+    groups: int
 
     def __init__(self, original: nn.Module, scheme: Scheme) -> None:
         """As every layer; a weight norm (``torch.nn.utils.parametrizations``) is folded into the weight."""
@@ -57,13 +58,26 @@ class _QuantizedConv(QuantizedModule):
             self.dilation,
             self.groups,
         )
+        if self.low_rank_out is not None and self.low_rank_in is not None:
+            out = out + self._low_rank(x, padding, self.low_rank_out.to(x.dtype), self.low_rank_in.to(x.dtype))
         return out.squeeze(0) if unbatched else out
+
+    def _low_rank(self, x: Tensor, padding: tuple[int, ...], out: Tensor, into: Tensor) -> Tensor:
+        """What the product ``out`` (N, r) times ``into`` (r, K) adds: r channels a group, and all N from them."""
+        rank = len(into)
+        first = torch.cat([into.view(rank, -1, *self.kernel_size)] * int(self.groups))
+        inside = self._conv(x, first, None, self.stride, padding, self.dilation, self.groups)
+        second = out.view(*out.shape, *[1] * len(self.kernel_size))
+        return self._conv(inside, second, None, 1, 0, 1, self.groups)
+
+    @property
+    def _conv(self) -> Any:
+        return F.conv1d if len(self.kernel_size) == 1 else F.conv2d
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, C, *spatial) to (B, N, *spatial_out)."""
         x, padding = _padded(self, x)
-        conv: Any = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
-        return conv(x, self.from_matrix(matrix), bias, self.stride, padding, self.dilation, self.groups)
+        return self._conv(x, self.from_matrix(matrix), bias, self.stride, padding, self.dilation, self.groups)
 
     @staticmethod
     def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> Tensor:

@@ -38,11 +38,12 @@ class QuantizedEmbedding(QuantizedModule):
     def forward(self, indices: Tensor) -> Tensor:
         """indices (...) to (..., K) in the layer's compute dtype."""
         scheme = self.scheme
-        return self._scaled(
-            torch.ops.catquant.embedding(
-                indices, *self._packed(), scheme.weights, scheme.group_size, self.columns, self.dtype
-            )
+        rows = torch.ops.catquant.embedding(
+            indices, *self._packed(), scheme.weights, scheme.group_size, self.columns, self.dtype
         )
+        if self.low_rank_out is not None and self.low_rank_in is not None:
+            rows = rows + self.low_rank_out[indices].to(self.dtype) @ self.low_rank_in.to(self.dtype)
+        return self._scaled(rows)
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """Indices x (...) to (..., K)."""

@@ -22,9 +22,13 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         scheme = self.scheme
-        return torch.ops.catquant.linear(
+        out = torch.ops.catquant.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
+        if self.low_rank_out is None or self.low_rank_in is None:
+            return out
+        inside = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
+        return out + nn.functional.linear(inside, self.low_rank_out.to(x.dtype))
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) to (..., N)."""

@@ -46,7 +46,7 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
             rule, or the gram is so far from a second moment that damping cannot repair it.
     """
     check_weight(weight)
-    moments = _normalised(check_moments(moments, weight, "gptq"))
+    moments = normalised(check_moments(moments, weight, "gptq"))
     check_group_size(group_size)
     runs = weight.detach().float().view(len(moments.gram), -1, weight.shape[1])
     # Ascending: feed_back walks from the last column to the first, so the most important one comes first (act-order).
@@ -58,7 +58,7 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     return QuantizedWeight(codes, scale.flatten(0, 1), None if offset is None else offset.flatten(0, 1))
 
 
-def _normalised(moments: Moments) -> Moments:
+def normalised(moments: Moments) -> Moments:
     """Second moments with a mean diagonal of 1 in every run, which changes no solution; zeros where no input came."""
     size = moments.gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     size = torch.where(size < 0, torch.ones_like(size), size)  # no second moment: :func:`factorise` refuses it

@@ -1,0 +1,146 @@
+"""Mixed formats: which layers get more bits, so that all of them together take no more than was asked for.
+
+Every layer is rounded alone to every format, and the model's answers are compared with those of the float model. The losses
+are taken to add up; then the choice is a knapsack, and the convex hulls of its items are climbed by gain a bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .config import CatQuantConfig
+from .fitting import output_of, placed, tensor_of
+from .formats import FORMATS, get_format
+from .layers import QuantizedModule, layer_for
+from .log import logger
+from .logits import logits_site
+from .model import Selection, Site, replace_module
+from .samples import Batches, padding_mask
+from .solvers import rtn
+
+JUDGES = 32  # samples that every format of every layer is tried on
+
+
+@dataclass(frozen=True)
+class _Step:
+    """From one format of the layer called ``site`` to the next one worth having: the bits it takes, the loss it saves."""
+
+    site: str
+    weights: str
+    bits: int
+    gain: float
+
+
+@torch.no_grad()
+def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data: Batches) -> str:
+    """Set the formats of the sites that ``config`` leaves free, in ``selection``; returns in words what was chosen.
+
+    Raises:
+        ValueError: ``average_bits`` is less than ``config.weights`` takes everywhere, or no layer is free.
+    """
+    free = [site for site in selection.sites if site.is_free and site.tied_to is None]
+    names = [name for name, fmt in FORMATS.items() if fmt.storage_bits >= get_format(config.weights).storage_bits]
+    bits = {site.name: {name: _bits(site, name) for name in names} for site in free}
+    count = sum(layer.rows_ * layer.columns for layer in (_empty(site, config.weights) for site in free))
+    budget = _budget(config, sum(sizes[config.weights] for sizes in bits.values()), count)
+    losses = _Losses(model, data)
+    steps: list[_Step] = []
+    for number, site in enumerate(free, start=1):
+        steps += _hull(site.name, bits[site.name], {name: losses.alone(site, name) for name in names})
+        logger.info("[%d/%d] %s: tried in %s", number, len(free), site.name, ", ".join(names))
+    chosen, left = dict.fromkeys(bits, config.weights), budget
+    stopped: set[str] = set()
+    for step in sorted(steps, key=lambda step: -step.gain / step.bits):
+        if step.bits > left:
+            stopped.add(step.site)  # the steps after this one start from it
+        if step.site not in stopped:
+            chosen[step.site], left = step.weights, left - step.bits
+    selection.sites = [_in_format(site, chosen.get(site.tied_to or site.name)) for site in selection.sites]
+    counts = Counter(chosen.values())
+    words = ", ".join(f"{counts[name]} in {name}" for name in names if counts[name])
+    took = sum(bits[name][weights] for name, weights in chosen.items())
+    return f"mixed formats: {words}; {took / count:.3f} bits a weight"
+
+
+def _budget(config: CatQuantConfig, least: int, count: int) -> int:
+    """Bits to spend beyond the ``least``."""
+    assert config.average_bits is not None
+    if not count:
+        raise ValueError("average_bits: no layer inside the blocks is left to choose a format for; drop it")
+    if config.average_bits * count < least:
+        raise ValueError(
+            f"average_bits must be at least {least / count:.3f}, what weights={config.weights!r} and group_size="
+            f"{config.group_size} take, got {config.average_bits}: raise it, or choose fewer bits or larger groups"
+        )
+    return int(config.average_bits * count) - least
+
+
+class _Losses:
+    """How far the model's answers go from its own when one layer is rounded."""
+
+    def __init__(self, model: nn.Module, data: Batches) -> None:
+        self.model = model
+        count = 0
+        self.batches = []
+        for batch in data.batches:
+            if count < JUDGES:
+                self.batches.append(batch)
+                count += len(next(iter(batch.values())))
+        self.site = logits_site(model, placed(self.batches[0], model))
+        self.wanted = [self._answers(batch) for batch in self.batches]
+
+    def alone(self, site: Site, weights: str) -> float:
+        """Mean divergence of the logits (squared error of the output where there are none), over what is no padding."""
+        layer = _empty(site, weights)
+        weight: Tensor = site.module.weight  # type: ignore[assignment]
+        matrix = type(layer).to_matrix(weight.detach()).float()
+        layer.fill(rtn.solve(matrix, get_format(weights), site.scheme.group_size))
+        replace_module(self.model, site.name, layer)
+        try:
+            found = [self._answers(batch) for batch in self.batches]
+        finally:
+            replace_module(self.model, site.name, site.module)
+        return sum(map(self._loss, self.wanted, found)) / len(found)
+
+    def _answers(self, batch: dict[str, Tensor]) -> Tensor:
+        answers = tensor_of(output_of(self.model, self.site or "", placed(batch, self.model))).float()
+        mask = padding_mask(batch, self.model, self.site or "", answers) if answers.dim() == 3 else None
+        rows = answers.flatten(0, -2) if self.site is not None else answers.flatten(0, 1).flatten(1)
+        return rows if mask is None else rows[mask.flatten().to(rows.device)]
+
+    def _loss(self, wanted: Tensor, found: Tensor) -> float:
+        if self.site is None:
+            return float((found - wanted).square().mean() / wanted.var().clamp_min(1e-12))
+        expected = wanted.log_softmax(-1)
+        return float((expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean())
+
+
+def _hull(site: str, bits: dict[str, int], losses: dict[str, float]) -> list[_Step]:
+    """The steps along the lower convex hull of (bits, loss), from the fewest bits on; each gains less a bit."""
+    at = min(bits, key=lambda name: bits[name])
+    steps: list[_Step] = []
+    while True:
+        further = [name for name in bits if bits[name] > bits[at] and losses[name] < losses[at]]
+        if not further:
+            return steps
+        best = max(further, key=lambda name: (losses[at] - losses[name]) / (bits[name] - bits[at]))
+        steps.append(_Step(site, best, bits[best] - bits[at], losses[at] - losses[best]))
+        at = best
+
+
+def _empty(site: Site, weights: str) -> QuantizedModule:
+    layer = layer_for(site.module)
+    assert layer is not None
+    return layer(site.module, replace(site.scheme, weights=weights, activations=None))
+
+
+def _bits(site: Site, weights: str) -> int:
+    return 8 * sum(tensor.nbytes for tensor in _empty(site, weights).packed_tensors())
+
+
+def _in_format(site: Site, weights: str | None) -> Site:
+    return site if weights is None else replace(site, scheme=replace(site.scheme, weights=weights))

@@ -1,0 +1,144 @@
+"""The low-rank product: it takes the error that weighs most, layers add it as their weight says, and it is stored."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant.formats import get_format
+from hf_catquant.layers import Scheme, layer_for
+from hf_catquant.moments import MomentSums
+from hf_catquant.solvers import Moments, gptq, output_error, rtn
+from hf_catquant.solvers._low_rank import solve_with_product
+from hf_catquant.weight import QuantizedWeight, dequantize
+
+TERNARY = get_format("ternary")
+
+
+def case(rows: int, columns: int) -> tuple[Tensor, Moments]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(400, columns, generator=generator) * torch.logspace(0, -2, columns)
+    x = x @ torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+    sums = MomentSums()
+    sums.add(x.unsqueeze(0), x.unsqueeze(0))
+    moments = sums.result()
+    assert moments is not None
+    return weight, moments
+
+
+def values(quantized: QuantizedWeight) -> Tensor:
+    return dequantize(quantized, TERNARY, 16)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 48), (48, 24)])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_it_takes_the_error_that_weighs_most(rows, columns, calibrated):
+    weight, moments = case(rows, columns)
+    if not calibrated:
+        moments = None
+    solver = gptq if calibrated else rtn
+    solve = partial(solver.solve, fmt=TERNARY, group_size=16, moments=moments)
+    errors = [output_error(weight, values(solve(weight)), moments)]
+    for rank in (2, 6):
+        quantized, out, into = solve_with_product(weight, rank, moments, solve, values)
+        assert out.shape == (rows, rank)
+        assert into.shape == (rank, columns)
+        assert out.dtype == into.dtype == torch.float16
+        errors.append(output_error(weight, values(quantized) + out.float() @ into.float(), moments))
+    assert errors[1] < 0.85 * errors[0]
+    assert errors[2] < 0.7 * errors[1]
+
+
+def test_the_product_alone_is_best_under_the_inputs():
+    """Of all products of rank 2 that are added to given codes none does better: random moves from it do worse."""
+    weight, moments = case(24, 48)
+    solve = partial(gptq.solve, fmt=TERNARY, group_size=16, moments=moments._replace(cross=moments.gram))
+    exact = moments._replace(cross=moments.gram)
+    quantized, out, into = solve_with_product(weight, 2, exact, solve, values)
+    best = output_error(weight, values(quantized) + out.float() @ into.float(), exact)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        moved = out.float() + 0.05 * out.float().std() * torch.randn(out.shape, generator=generator)
+        assert output_error(weight, values(quantized) + moved @ into.float(), exact) > best
+
+
+def test_more_rank_than_there_is_room_for_is_zeros():
+    weight, moments = case(4, 24)
+    solve = partial(gptq.solve, fmt=TERNARY, group_size=16, moments=moments)
+    _, out, into = solve_with_product(weight, 9, moments, solve, values)
+    assert out.shape == (4, 9)
+    assert into.shape == (9, 24)
+    assert not out[:, 4:].any()
+    assert not into[4:].any()
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 10), (5, 24)),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 11)),
+    "conv2d": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3, bias=False), (2, 6, 7, 8)),
+    "dilated": (lambda: nn.Conv2d(6, 9, 3, padding="same", dilation=2), (2, 6, 7, 8)),
+    "embedding": (lambda: nn.Embedding(10, 24), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_layer_computes_with_the_weight_it_shows(name):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    module = make()
+    kind = layer_for(module)
+    matrix = kind.to_matrix(module.weight)
+    layer = kind(module, Scheme("ternary", 8, low_rank=3))
+    layer.fill(rtn.solve(matrix, TERNARY, 8))
+    plain = layer.matrix(torch.float32)
+    layer.fill_low_rank(torch.randn(len(matrix), 3), torch.randn(3, len(matrix.T)))
+    assert not torch.allclose(layer.matrix(torch.float32), plain)
+    x = torch.randint(10, shape) if name == "embedding" else torch.randn(shape)
+    torch.testing.assert_close(layer(x), layer.to_float()(x), rtol=1e-3, atol=1e-3)
+    assert layer(x).dtype == torch.float32
+    if name != "embedding":
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "reconstruct"])
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+@torch.no_grad()
+def test_stored_and_reported(name, solver, tmp_path):
+    errors = []
+    for rank in (0, 2):
+        model = tiny_models.build(name)
+        samples = tiny_models.samples(name, 12, seed=0)
+        options = {"block_steps": 2, "model_steps": 2} if solver == "reconstruct" else {}
+        config = CatQuantConfig(
+            weights="ternary",
+            group_size=16,
+            low_rank=rank,
+            solver=solver,
+            solver_options=options,
+            correction=None,
+            dataset=None if solver == "rtn" else samples,
+            batch_size=3,
+        )
+        quantize(model, config)
+        errors.append(sum(layer.error for layer in report(model).layers))
+    assert errors[1] < errors[0]
+    held = [m for m in model.modules() if getattr(m, "low_rank_out", None) is not None]
+    assert held
+    assert all(m.scheme.weights == "ternary" for m in held)
+    layer = next(layer for layer in report(model).layers if layer.weights == "ternary")
+    rows, columns = layer.shape
+    assert layer.bits > 16 * 2 * (rows + columns) / (rows * columns)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    inputs = tiny_models.batch(name)
+    expected = tiny_models.main_output(model(**inputs))
+    assert torch.equal(tiny_models.main_output(again(**inputs)), expected)
+    plain = again.dequantize()
+    torch.testing.assert_close(tiny_models.main_output(plain(**inputs)), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,121 @@
+"""Mixed formats: within the bits that were asked for, spent where they save most, and reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant.formats import get_format
+
+
+class Uneven(nn.Module):
+    """A stack of layers of which only the third says anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.layers = nn.ModuleList([Pair(1e-3), Pair(1.0), Pair(1e-3)])
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class Pair(nn.Module):
+    """A residual block whose output has the size ``size``."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 32)
+        self.b = nn.Linear(32, 16)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.size * self.b(self.a(x).relu())
+
+
+def uneven() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Uneven().eval(), [{"x": torch.randn(16)} for _ in range(40)]
+
+
+def request(**fields: Any) -> CatQuantConfig:
+    return CatQuantConfig(**{"group_size": 16, "correction": None, "batch_size": 8, **fields})
+
+
+@pytest.mark.parametrize("average_bits", [4.5, 5.0, 7.5])
+def test_bits_stay_within_the_budget_and_go_where_they_are_needed(average_bits):
+    model, samples = uneven()
+    quantize(model, request(dataset=samples, average_bits=average_bits))
+    inside = [layer for layer in report(model).layers if layer.name.startswith("layers")]
+    sizes = [layer.shape[0] * layer.shape[1] for layer in inside]
+    used = sum(layer.bits * size for layer, size in zip(inside, sizes, strict=True)) / sum(sizes)
+    assert average_bits - 1.5 < used <= average_bits
+    widths = {layer.name: get_format(layer.weights).storage_bits for layer in inside}
+    others = [width for name, width in widths.items() if not name.startswith("layers.1")]
+    assert min(widths["layers.1.a"], widths["layers.1.b"]) >= max(others)
+    assert min(widths["layers.1.a"], widths["layers.1.b"]) > min(others)
+    assert any(f"{used:.3f} bits a weight" in note for note in report(model).notes)
+
+
+def test_mixed_is_better_than_uniform_of_the_same_bits():
+    errors = []
+    for fields in ({"weights": "int2"}, {"weights": "binary", "average_bits": 4.0}):
+        model, samples = uneven()
+        x = torch.stack([sample["x"] for sample in samples])
+        expected = model(x)
+        quantize(model, request(dataset=samples, **fields))
+        errors.append(float((model(x) - expected).square().mean().detach()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_what_is_set_by_hand_stays(tmp_path):
+    model = tiny_models.build("bert")
+    samples = tiny_models.samples("bert", 16, seed=0)
+    config = request(dataset=samples, average_bits=6.0, overrides={r"layer\.0\.attention": {"weights": "int3"}})
+    quantize(model, config)
+    layers = {layer.name: layer.weights for layer in report(model).layers}
+    assert all(weights == "int3" for name, weights in layers.items() if "layer.0.attention" in name)
+    assert layers["classifier"] == "int8"
+    assert len(Counter(weights for name, weights in layers.items() if "encoder" in name)) > 1
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert {layer.name: layer.weights for layer in report(again).layers} == layers
+    inputs = tiny_models.batch("bert")
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"average_bits": 2.0},
+            r"average_bits must be at least 4\.\d+, what weights='ternary' and group_size=16 take, got 2",
+        ),
+        ({"average_bits": -1}, "average_bits must be None or a positive number, got -1"),
+        ({"average_bits": "2"}, "average_bits must be None or a positive number, got '2'"),
+        ({"average_bits": 5, "dataset": None, "solver": "rtn"}, "average_bits needs calibration data"),
+        ({"average_bits": 5, "overrides": {"": {"weights": "int4"}}}, "no layer inside the blocks is left"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, message):
+    model = tiny_models.build("bert")
+    with pytest.raises(ValueError, match=message):
+        quantize(model, request(**{"dataset": tiny_models.samples("bert", 16, seed=0), **fields}))
+    assert type(model.classifier) is nn.Linear
+
+
+def test_a_model_without_logits():
+    model = tiny_models.build("bert").bert
+    quantize(model, request(dataset=tiny_models.samples("bert", 16, seed=0), average_bits=5.0))
+    assert any(note.startswith("mixed formats") for note in report(model).notes)
