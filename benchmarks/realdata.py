@@ -1,7 +1,10 @@
 """Quantize the six real models of the data folder and evaluate them on rows never used for calibration.
 
-    python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--only resnet ...] [--solver reconstruct]
-                                  [--activations int4] [--generate 340] [--solver-options model_steps=800]
+    python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--group-size 128] [--only resnet ...]
+                                  [--solver reconstruct] [--solver-options model_steps=800] [--activations int4]
+                                  [--generate 340] [--low-rank 8] [--average-bits 2.5]
+
+Memory is the peak of the whole process, so it is that of a case only where one case is run.
 
 FOLDER holds ``models/`` and ``data/`` (CONTRIBUTING.md says what is in them). Each case goes through the command line that
 users have: ``catquant quantize`` and ``catquant eval``. Results are added to ``benchmarks/results/realdata.json`` case by
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -66,6 +70,7 @@ CASES = (
 HEAD = (
     "model",
     "weights",
+    "bits",
     "activations",
     "solver",
     "n",
@@ -81,6 +86,7 @@ HEAD = (
     "coverage %",
     "MB",
     "s",
+    "peak GB",
 )
 
 
@@ -97,15 +103,21 @@ def main() -> None:
         "--generate", type=int, default=0, help="texts that the language model adds to its calibration"
     )
     parser.add_argument("--solver-options", nargs="*", default=[])
+    parser.add_argument("--low-rank", default="0")
+    parser.add_argument("--average-bits")
     args = parser.parse_args()
     how = ["--group-size", args.group_size, "--solver", args.solver, "--activations", args.activations]
     how += ["--generate", str(args.generate)] if args.generate else []
     how += ["--solver-options", *args.solver_options] if args.solver_options else []
-    label = ", ".join([args.solver, *args.solver_options, *([f"{args.generate} own texts"] if args.generate else [])])
+    how += ["--low-rank", args.low_rank] if args.low_rank != "0" else []
+    how += ["--average-bits", args.average_bits] if args.average_bits else []
+    more = {"own texts": args.generate, "rank": int(args.low_rank), "bits on average": args.average_bits}
+    label = ", ".join([args.solver, *args.solver_options, *(f"{n} {name}" for name, n in more.items() if n)])
     for case in CASES:
         for weights in args.weights:
             if any(part in case.model for part in args.only):
-                add({"solver": label, "activations": args.activations, **run(case, weights, how, args.data)})
+                asked = {"solver": label, "activations": args.activations, "group_size": int(args.group_size)}
+                add({**asked, **run(case, weights, how, args.data)})
                 write_page()
 
 
@@ -123,6 +135,7 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         quantize += ["--batch-size", str(case.batch_size if learns else 16)]
         check(catquant([*quantize, *case.options]), quantize)
         seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         table = Path(folder) / "table.json"
         evaluate = [
             "eval",
@@ -147,11 +160,20 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         "samples": case.samples,
         "seed": 0,
         "seconds": round(seconds, 1),
+        "peak_bytes": peak,
+        "weight_bits": weight_bits(report["layers"]),
         "evaluation": result,
         "report": {name: report[name] for name in kept},
         "date": date.today().isoformat(),
         "machine": machine(),
     }
+
+
+def weight_bits(layers: list[dict]) -> float:
+    """Stored bits a weight, scales and offsets included, of the layers that are not int8 as those outside the blocks are."""
+    chosen = [layer for layer in layers if layer["weights"] != "int8"]
+    sizes = [layer["shape"][0] * layer["shape"][1] for layer in chosen]
+    return sum(layer["bits"] * size for layer, size in zip(chosen, sizes, strict=True)) / sum(sizes)
 
 
 def check(status: int, command: list[str]) -> None:
@@ -178,7 +200,7 @@ def add(result: dict) -> None:
 
 def key(result: dict) -> tuple[str, ...]:
     """What tells a case from another."""
-    return tuple(result[name] for name in ("model", "weights", "activations", "solver"))
+    return tuple(result[name] for name in ("model", "weights", "activations", "group_size", "solver"))
 
 
 def write_page() -> None:
@@ -189,7 +211,8 @@ def write_page() -> None:
         "# Results on real models and data",
         "",
         "Made by `python benchmarks/realdata.py --data FOLDER`; the numbers with everything else are in",
-        "`benchmarks/results/realdata.json`. Group size 64, seed 0; layers outside the repeated blocks are int8. Accuracy",
+        "`benchmarks/results/realdata.json`. Seed 0; layers outside the repeated blocks are int8, the bits are those of a weight",
+        "inside, with scales and offsets. Accuracy",
         "in percent, perplexity for stories260K, on n rows (documents); 95 % intervals. The gain of CAT is paired on the",
         "same test rows; lost / won are rows that float has right and the last model wrong, and the reverse. Seconds are",
         "those of the whole command on a machine that did other work beside it.",
@@ -221,7 +244,8 @@ def line(result: dict) -> str:
         discrimination = f"{rows[0]['discrimination']:.3f} / {plain['discrimination']:.3f}"
     cells = [
         result["model"],
-        result["weights"],
+        f"{result['weights']}, group {result['group_size']}",
+        f"{result['weight_bits']:.3f}",
         result["activations"],
         result["solver"],
         str(evaluation["n"]),
@@ -235,6 +259,7 @@ def line(result: dict) -> str:
         f"{report['coverage']:.1f}",
         f"{report['bytes_after'] / 1e6:.2f}",
         f"{result['seconds']:.0f}",
+        "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
