@@ -3,10 +3,10 @@
     pip install --no-deps optimum-quanto hqq
     python benchmarks/peers.py --data FOLDER [--only minilm ...]
 
-FOLDER as in ``realdata.py``. Every linear inside the repeated blocks (those that hf_catquant makes ternary by default) gets
-the weights that the peer would compute with; all other layers stay in float, which favours the peers. Neither peer looks at
-data. Convolutional networks are left out: HQQ knows linears only. Results go to ``benchmarks/results/peers.json`` and are
-drawn up beside hf_catquant's own in ``docs/peers.md``.
+FOLDER as in ``realdata.py``. Every linear and convolution inside the repeated blocks (those that hf_catquant makes ternary
+by default) gets the weights that the peer would compute with, a convolution's as rows of (N, K); all other layers stay in
+float, which favours the peers. Neither peer looks at data. Results go to ``benchmarks/results/peers.json`` and are drawn up
+beside hf_catquant's own in ``docs/peers.md``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 OURS = ROOT / "benchmarks" / "results" / "realdata.json"
 PAGE = ROOT / "docs" / "peers.md"
-TERNARY_BITS = 1.6 + 32 / 64
 
 
 def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
@@ -44,7 +43,8 @@ def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
     from hqq.core.quantize import Quantizer
 
     def requantize(weight: Tensor) -> Tensor:
-        options = {"nbits": bits, "group_size": group_size, "axis": 1, "optimize": True}
+        groups = group_size if weight.numel() % group_size == 0 else None  # a row each, where groups do not fit
+        options = {"nbits": bits, "group_size": groups, "axis": 1, "optimize": True}
         codes, meta = Quantizer.quantize(weight.clone(), **options, device="cpu", compute_dtype=torch.float32)
         return Quantizer.dequantize(codes, meta)
 
@@ -76,13 +76,13 @@ PEERS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], float]] = {
 
 
 def main() -> None:
-    """Run the peers on every model of linears."""
+    """Run the peers on every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
     args = parser.parse_args()
     for case in CASES:
-        if any(part in case.model for part in args.only) and not case.model.startswith(("resnet", "mobilenet")):
+        if any(part in case.model for part in args.only):
             for result in run(case, args.data):
                 add(result)
                 write_page()
@@ -102,7 +102,8 @@ def run(case: Case, data: Path) -> list[dict]:
         model, start = copy.deepcopy(teacher), time.perf_counter()
         count = replace_weights(model, make())
         seconds = time.perf_counter() - start
-        table = evaluation(teacher, model, batches, auto in LANGUAGE_MODELS, lambda: labels_of(rows, "label", teacher))
+        labels = None if auto in LANGUAGE_MODELS else labels_of(rows, "label", teacher)
+        table = evaluation(teacher, model, batches, labels, int(case.eval_options[1]) if case.eval_options else 0)
         row = asdict(table.rows[1])
         print(f"{case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
         versions = {package: version(package) for package in ("hqq", "optimum-quanto")}
@@ -123,22 +124,23 @@ def run(case: Case, data: Path) -> list[dict]:
 
 
 def evaluation(
-    teacher: nn.Module, model: nn.Module, batches: list[dict[str, Tensor]], is_text: bool, labels: Callable[[], Tensor]
+    teacher: nn.Module, model: nn.Module, batches: list[dict[str, Tensor]], labels: list[int] | None, offset: int
 ) -> Evaluation:
     """The package's own table, for a model of any kind."""
-    if is_text:
+    if labels is None:
         return evaluate_language_model(teacher, model, batches)
-    return evaluate_classifier(teacher, model, batches, labels(), 0)
+    return evaluate_classifier(teacher, model, batches, labels, offset)
 
 
 @torch.no_grad()
 def replace_weights(model: nn.Module, requantize: Callable[[Tensor], Tensor]) -> int:
-    """Give every linear inside the blocks the peer's weights; how many there were."""
+    """Give every linear and convolution inside the blocks the peer's weights; how many there were."""
     inside = block_members(model)
-    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name in inside]
-    for linear in linears:
-        linear.weight.copy_(requantize(linear.weight.detach()))
-    return len(linears)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    layers = [m for name, m in model.named_modules() if isinstance(m, kinds) and name in inside]
+    for layer in layers:
+        layer.weight.copy_(requantize(layer.weight.detach().flatten(1)).view(layer.weight.shape))
+    return len(layers)
 
 
 def add(result: dict) -> None:
@@ -155,7 +157,7 @@ def write_page() -> None:
         "",
         "Made by `python benchmarks/peers.py --data FOLDER`, with the rows of hf_catquant from `benchmarks/realdata.py`.",
         "In each row the same matrices are quantized, on the same test rows; outside them the peers stay in float and",
-        "hf_catquant is int8. Bits a weight count a float16 scale and offset for every group. Accuracy in percent,",
+        "hf_catquant is int8. Bits a weight count scales and offsets, in float16 for the peers. Accuracy in percent,",
         "perplexity for stories260K, 95 % intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is",
         "part of what is compared.",
     ]
@@ -170,7 +172,7 @@ def write_page() -> None:
         row = own[0]["evaluation"]["rows"][0]
         lines.append(f"| float | 32 | {row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | 0 |")
         table = [(r["bits"], r["peer"], r) for r in mine]
-        table += [(bits_of(r["weights"]), f"hf_catquant {r['weights']}, {r['solver']}", last(r)) for r in own]
+        table += [(r["weight_bits"], name_of(r), last(r)) for r in own]
         for bits, name, row in sorted(table, key=lambda entry: entry[0]):
             span = f"{row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
             lines.append(f"| {name} | {bits:.3g} | {span} | {row['kl']:.3f} |")
@@ -184,9 +186,9 @@ def last(result: dict) -> dict:
     return result["evaluation"]["rows"][-1]
 
 
-def bits_of(weights: str) -> float:
-    """Bits a weight of hf_catquant in groups of 64."""
-    return {"ternary": TERNARY_BITS, "int4": 4 + 32 / 64, "int2": 2 + 32 / 64, "int3": 3 + 32 / 64}[weights]
+def name_of(result: dict) -> str:
+    """One of hf_catquant's own results in words."""
+    return f"hf_catquant {result['weights']}, group {result['group_size']}, {result['solver']}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Every table and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
+
+    pip install --no-deps optimum-quanto hqq        # the peers
+    python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]
+
+FOLDER as in ``realdata.py``. Hours on two cores: every case is a process of its own, what is in the results already is not
+run again unless ``--again`` is given, and the pages and the plot are drawn after each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import peers
+import realdata
+
+PLOT = realdata.ROOT / "docs" / "accuracy.png"
+SHORT = ("--solver-options", "block_steps=100", "model_steps=200")
+OWN_TEXTS = ("--generate", "340", "--solver-options", "model_steps=1200", "model_rate=0.6")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to quantize, and the models (parts of their names) that it is run on."""
+
+    weights: str
+    solver: str
+    models: tuple[str, ...] = ("",)
+    group_size: int = 128
+    activations: str = "none"
+    more: tuple[str, ...] = ()
+
+    def label(self) -> str:
+        """What the results call the solver and its options."""
+        named = [word for word in self.more if "=" in word]
+        texts = self.more[self.more.index("--generate") + 1] if "--generate" in self.more else None
+        return ", ".join([self.solver, *named, *([f"{texts} own texts"] if texts else [])])
+
+
+PLAN = (
+    *(Setting(weights, "gptq", group_size=64) for weights in ("ternary", "int4")),
+    Setting("int3", "gptq"),
+    Setting("ternary", "reconstruct", ("kwt1", "deit", "minilm")),
+    Setting("ternary", "reconstruct", ("mobilenet", "resnet"), more=SHORT),
+    Setting("ternary", "reconstruct", ("stories",), more=OWN_TEXTS),
+    Setting(
+        "int2", "reconstruct", ("resnet",), 64, "int2", ("--solver-options", "block_steps=100", "model_steps=150")
+    ),
+    Setting("int4", "reconstruct", ("deit",), 128, "int4", ("--solver-options", "block_steps=60", "model_steps=100")),
+)
+
+
+def main() -> None:
+    """Run what is missing, and draw everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
+    parser.add_argument("--again", action="store_true", help="run also what is in the results already")
+    args = parser.parse_args()
+    for case in realdata.CASES:
+        if not any(part in case.model for part in args.only):
+            continue
+        for setting in PLAN:
+            if any(part in case.model for part in setting.models) and (
+                args.again or not is_there(case.model, setting)
+            ):
+                process("realdata.py", args.data, case.model, words(setting))
+                plot()
+        if args.again or not any(r["model"] == case.model for r in read(peers.RESULTS)):
+            process("peers.py", args.data, case.model, [])
+    realdata.write_page()
+    peers.write_page()
+    plot()
+
+
+def words(setting: Setting) -> list[str]:
+    """The options of ``realdata.py`` for a setting."""
+    how = ["--weights", setting.weights, "--solver", setting.solver, "--group-size", str(setting.group_size)]
+    return [*how, "--activations", setting.activations, *setting.more]
+
+
+def process(script: str, data: Path, model: str, options: list[str]) -> None:
+    """Run a benchmark of this folder on one model."""
+    folder = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, script, "--data", str(data.resolve()), "--only", model, *options], check=True, cwd=folder
+    )
+
+
+def is_there(model: str, setting: Setting) -> bool:
+    """Whether the results hold this case."""
+    wanted = (model, setting.weights, setting.activations, str(setting.group_size), setting.label())
+    return any(tuple(map(str, realdata.key(result))) == wanted for result in read(realdata.RESULTS))
+
+
+def read(path: Path) -> list[dict]:
+    """Results, none if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def plot() -> None:
+    """Task metric against stored bits of a weight, a panel a model."""
+    ours = [r for r in read(realdata.RESULTS) if r["activations"] == "none"]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
+    for axis, case in zip(axes.flat, realdata.CASES, strict=True):
+        mine = [r for r in ours if r["model"] == case.model]
+        if not mine:
+            continue
+        first = mine[0]["evaluation"]
+        axis.axhline(first["rows"][0]["metric"], color="0.5", linestyle="--", linewidth=1, label="float")
+        for solver, marker, colour in (("gptq", "o", "tab:blue"), ("reconstruct", "D", "tab:green")):
+            found = [r for r in mine if r["solver"].split(",")[0] == solver]
+            points = sorted((r["weight_bits"], peers.last(r)["metric"]) for r in found)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker + "-", color=colour, label=f"hf_catquant, {solver}")
+        for peer, marker, colour in (("HQQ", "s", "tab:orange"), ("optimum-quanto", "^", "tab:red")):
+            found = [r for r in read(peers.RESULTS) if r["model"] == case.model and r["peer"].startswith(peer)]
+            points = sorted((r["bits"], r["metric"]) for r in found)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker + ":", color=colour, label=peer)
+        is_text = first["metric"] == "perplexity"
+        if is_text:
+            axis.set_yscale("log")
+        axis.set(title=case.model, xlabel="stored bits a weight, in the blocks", ylabel=first["metric"])
+        axis.grid(alpha=0.3)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.savefig(PLOT, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
