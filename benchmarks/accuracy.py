@@ -132,8 +132,8 @@ def plot() -> None:
             axis.set_yscale("log")
         axis.set(title=case.model, xlabel="stored bits a weight, in the blocks", ylabel=first["metric"])
         axis.grid(alpha=0.3)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    named = {label: handle for a in axes.flat for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5)
     figure.savefig(PLOT, dpi=110)
     plt.close(figure)
 
