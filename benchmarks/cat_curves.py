@@ -127,8 +127,8 @@ def write_page() -> None:
     lines = [
         "# The correction against the number of images",
         "",
-        "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized by gptq in groups of 64 on 512 images, both",
-        "estimators fitted on the logits of the first n of them; paired change of top-1 on the test images with its 95 %",
+        "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized by gptq in groups of 64 on 512 images,",
+        "both estimators fitted on the logits of the first n of them; paired change of top-1 on the test images with its 95 %",
         "interval. As published: PCA 50, 64 clusters, least-squares gamma, alpha 0.4. Seed 0.",
         "",
         "![gain against images](cat.png)",
