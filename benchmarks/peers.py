@@ -44,7 +44,7 @@ def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
 
     def requantize(weight: Tensor) -> Tensor:
         groups = group_size if weight.numel() % group_size == 0 else None  # a row each, where groups do not fit
-        options = {"nbits": bits, "group_size": groups, "axis": 1, "optimize": True}
+        options = {"nbits": bits, "group_size": groups, "axis": 1, "optimize": True, "bitpack": False}
         codes, meta = Quantizer.quantize(weight.clone(), **options, device="cpu", compute_dtype=torch.float32)
         return Quantizer.dequantize(codes, meta)
 

@@ -47,7 +47,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         seed: of the choice of samples and of the fits.
         edge_weights: format of the layers outside the repeated blocks (embeddings, stem, pooler, head), which low bits
             hurt most; None: the same as ``weights``. Never fewer bits than ``weights``.
-        modules_to_not_convert: names of modules to leave in float, matched as transformers does.
+        modules_to_not_convert: names of modules to leave in float with all that they hold, matched as transformers does.
         overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations, low_rank; the expression is
             searched in the module's name, later entries win.
         strict: raise if any layer with a weight would be skipped.

@@ -179,7 +179,9 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
         if weight is not None and weight.dim() >= _SMALL:
             return f"{type(module).__name__} is not a layer type that can be quantized"
         return None
-    if not should_convert_module(name, config.modules_to_not_convert or []):
+    # Of a module that holds others all are meant, which transformers' own rule does not say of a bare name.
+    holders = [name[: match.start()] for match in re.finditer(r"\.", name)]
+    if not all(should_convert_module(part, config.modules_to_not_convert or []) for part in (*holders, name)):
         return "listed in modules_to_not_convert"
     if not isinstance(weight, Tensor) or not (
         {"weight", "parametrizations"} & {*module._parameters, *module._modules}

@@ -142,6 +142,15 @@ def test_skips_overrides_and_patterns(root):
         load("vit", root, quantization_config=CatQuantConfig(**DATA_FREE, strict=True))
 
 
+def test_a_module_that_is_skipped_is_skipped_with_all_it_holds(root):
+    model = load("llama_tied", root, quantization_config=CatQuantConfig(**DATA_FREE, modules_to_not_convert=["mlp"]))
+    skipped = report(model).skipped
+    inside = [name for name, module in model.named_modules() if ".mlp." in name and isinstance(module, nn.Linear)]
+    assert inside
+    assert {name: skipped[name] for name in inside} == dict.fromkeys(inside, "listed in modules_to_not_convert")
+    assert not any(".mlp." in layer.name for layer in report(model).layers)
+
+
 def test_dequantize_keeps_the_outputs(root):
     for name in ("bert", "gpt2", "resnet", "llama_tied"):
         model = load(name, root)
