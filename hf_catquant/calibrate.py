@@ -4,8 +4,8 @@ For every unit: the float copy runs on the float stream and the live unit on the
 one tensor are solved together and swapped, so that the next layers of the unit already see their error; batch norms
 after them are matched; a correction that sits inside the unit is fitted; both streams advance.
 
-Corrections are fitted on batches that the solvers did not see, if there are enough: on their own calibration data quantized
-layers look better than they are, and a correction would find too little to do.
+A solver that learns keeps batches back, which decide when it stops and which the corrections are fitted on; the others see
+all of the data, and corrections are fitted on the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .walk import Leaf, Unit, Walk, leaf_outputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_TARGETS = 1 << 28  # numbers, 1 GiB
-HELD_OUT = 4  # one batch of so many is kept for the corrections, if there are twice as many
+HELD_OUT = 4  # one batch of so many is kept from learning, if there are twice as many
 
 
 @torch.no_grad()
@@ -104,13 +104,13 @@ class Calibration:
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
         held_out = range(count - count // HELD_OUT if count >= 2 * HELD_OUT else count, count)
-        # So few samples cannot settle a correction; it then has to do with those that the solvers saw.
+        learns = options is not None
+        self.solve_batches = range(held_out.start if learns else count)
+        # A correction is chosen on rows that were not learned from, if they are enough. What solvers merely saw will do:
+        # a model that has all of the data is better than a correction that has some of it to itself.
         enough = sum(len(next(iter(data.batches[batch].values()))) for batch in held_out) >= LEAST_ROWS
-        # The paper fits on all it has; only what is to be chosen needs rows that the solvers did not see.
-        apart = config.correction is not None and config.correction.chooses and enough
-        wanted = options is not None or apart
-        self.solve_batches = range(held_out.start if wanted else count)
-        self.fit_batches = held_out if wanted and enough else range(count)
+        apart = learns and enough and config.correction is not None and config.correction.chooses
+        self.fit_batches = held_out if apart else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
         shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
         self.reconstruction = None

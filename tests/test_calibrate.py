@@ -301,25 +301,28 @@ def test_too_few_samples_for_a_correction_are_a_note():
         quantize(tiny_models.build("bert"), config)
 
 
-@pytest.mark.parametrize(("count", "size", "rows"), [(36, 4, 36), (48, 4, 12), (12, 4, 12)])
-def test_a_correction_is_fitted_on_batches_of_its_own_if_they_are_enough(count, size, rows):
+@pytest.mark.parametrize(
+    ("count", "correction", "solver", "rows"),
+    [
+        (36, "cat", "reconstruct", 36),  # eight rows held out would be too few
+        (48, "cat", "reconstruct", 12),
+        (48, CatConfig.paper(), "reconstruct", 48),
+        (48, "cat", "gptq", 48),
+        (48, CatConfig.paper(), "gptq", 48),
+        (12, "cat", "reconstruct", 12),
+    ],
+)
+def test_a_correction_is_fitted_on_rows_that_nothing_was_learned_from(count, correction, solver, rows):
+    """Where there are enough of them, and where there is something to choose; what is published takes all."""
+    options = {"block_steps": 1, "model_steps": 1} if solver == "reconstruct" else {}
     config = CatQuantConfig(
         weights="int4",
         group_size=16,
         dataset=tiny_models.samples("bert", count),
-        batch_size=size,
-        correction={"num_clusters": 1, "alpha": 0.5},
+        batch_size=4,
+        solver=solver,
+        solver_options=options,
+        correction=correction,
     )
     model = quantize(tiny_models.build("bert"), config)
     assert report(model).corrections["classifier"]["rows"] == rows
-
-
-@pytest.mark.parametrize(("correction", "rows"), [(CatConfig.paper(), 64), (CatConfig(), 16)])
-def test_what_is_published_fits_on_all_samples(correction, rows):
-    """Only what the data has to choose keeps a quarter of the batches from the solvers."""
-    model = tiny_models.build("bert")
-    rows_of = torch.randint(3, 96, (64, 10), generator=torch.Generator().manual_seed(0))
-    config = request(dataset=[{"input_ids": row} for row in rows_of], group_size=16, correction=correction)
-    quantize(model, config)
-    (fit,) = report(model).corrections.values()
-    assert fit["rows"] == rows

@@ -111,9 +111,8 @@ def test_what_was_learned_is_told_and_stored():
 
 def test_no_steps_is_gptq():
     none = {"block_steps": 0, "model_steps": 0}
-    same, start = quantized("bert", solver="reconstruct", solver_options=none), None
-    # The same batches: a solver that learns keeps some for itself, as corrections do.
-    start = quantized("bert", correction={"num_clusters": 1, "alpha": 0.1})
+    same = quantized("bert", count=64, solver="reconstruct", solver_options=none)
+    start = quantized("bert", count=48)  # the same batches: a solver that learns keeps a quarter to judge by
     for name, layer in quantized_modules(same).items():
         assert torch.equal(layer.weight_packed, quantized_modules(start)[name].weight_packed)
 
