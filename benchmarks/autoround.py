@@ -34,13 +34,13 @@ PAGE = ROOT / "docs" / "autoround.md"
 GROUP_SIZE = 32
 TOKENS = 128
 SKIPPED = ["mlp", "model.embed_tokens", "lm_head"]
-BITS = (2, 3, 4)
 
 
 def main() -> None:
     """Run both on stories260K at every number of bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of the weights")
     args = parser.parse_args()
     case = next(case for case in CASES if case.model == "stories260K")
     folder = str(args.data / "models" / case.model)
@@ -48,8 +48,7 @@ def main() -> None:
     texts, test = (read_rows(str(args.data / "data" / file))["text"] for file in (case.calibration, case.test))
     teacher = fresh(folder)
     batches = collect(list(test), teacher, processor=tokenizer, num_samples=len(test), batch_size=32).batches
-    results = []
-    for bits in BITS:
+    for bits in args.bits:
         runs = {f"AutoRound, {steps} steps": (autoround, steps) for steps in (200, 1000)}
         runs |= {f"hf_catquant, {solver}": (ours, solver) for solver in ("gptq", "reconstruct")}
         for name, (run, how) in runs.items():
@@ -57,11 +56,10 @@ def main() -> None:
             model = run(fresh(folder), tokenizer, list(texts), bits, how)
             seconds = time.perf_counter() - start
             row = evaluate_language_model(teacher, model.eval(), batches).rows[1]
-            results.append({"bits": bits, "what": name, "seconds": round(seconds, 1), **kept(row)})
+            made = {"date": date.today().isoformat(), "machine": machine(), "auto-round": version("auto-round")}
+            add({"bits": bits, "what": name, "seconds": round(seconds, 1), **kept(row), **made})
+            write_page()
             print(f"{bits} bits, {name}: {row.metric:.3f}", flush=True)
-    made = {"date": date.today().isoformat(), "machine": machine(), "auto-round": version("auto-round")}
-    RESULTS.write_text(json.dumps({"made": made, "results": results}, indent=1) + "\n", encoding="utf-8")
-    write_page()
 
 
 def fresh(folder: str) -> Any:
@@ -107,9 +105,16 @@ def kept(row: Row) -> dict[str, float]:
     return {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl}
 
 
+def add(result: dict[str, Any]) -> None:
+    """Put a result in the place of an older one."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    same = [r for r in old if (r["bits"], r["what"]) != (result["bits"], result["what"])]
+    RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
+
+
 def write_page() -> None:
     """Draw up ``docs/autoround.md``."""
-    stored = json.loads(RESULTS.read_text())
+    stored = sorted(json.loads(RESULTS.read_text()), key=lambda r: (r["bits"], r["what"]))
     lines = [
         "# Beside AutoRound",
         "",
@@ -121,11 +126,11 @@ def write_page() -> None:
         "| bits | what | perplexity | KL | s |",
         "|---|---|---|---|---|",
     ]
-    for r in stored["results"]:
+    for r in stored:
         span = f"{r['metric']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
         lines.append(f"| {r['bits']} | {r['what']} | {span} | {r['kl']:.4f} | {r['seconds']:.0f} |")
-    made = stored["made"]
-    lines += ["", f"{made['date']}: {made['machine']}, auto-round {made['auto-round']}."]
+    for made in sorted({(r["date"], r["machine"], r["auto-round"]) for r in stored}):
+        lines += ["", f"{made[0]}: {made[1]}, auto-round {made[2]}."]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
