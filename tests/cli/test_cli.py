@@ -228,6 +228,16 @@ def test_rows_of_token_ids_need_no_tokenizer(folder, tmp_path):
     assert main([*words, "--dataset", str(tmp_path / "ids.parquet")]) == 0
 
 
+def test_more_bits_where_they_pay(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--low-rank", "2", "--average-bits", "9")) == 0
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    inside = [entry for name, entry in config["modules"].items() if ".layer." in name]
+    assert {entry["low_rank"] for entry in inside} == {2}
+    assert len({entry["weights"] for entry in inside}) > 1
+    assert any("mixed formats" in note for note in json.loads((out / "report.json").read_text())["notes"])
+
+
 def test_two_columns_of_text_are_not_guessed_at(folder, tmp_path, capsys):
     rows = pd.read_parquet(folder / "rows.parquet").rename(columns={"text": "review"})
     rows.assign(category="w1").to_parquet(tmp_path / "two.parquet")
