@@ -1,7 +1,7 @@
 """GPTQ as the start, then block reconstruction: the layers of a block learn together, and at the end the whole model.
 
 A matrix is solved as :mod:`.gptq` solves it; what happens to blocks and to the model is in ``reconstruction.py``. Minutes to
-an hour on a CPU; by far the best below three bits, and with low-bit activations.
+an hour on a CPU; by far the best for transformers below three bits, and with low-bit activations.
 """
 
 from __future__ import annotations
