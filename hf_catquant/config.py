@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -18,12 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import solvers
 from .correction import CatConfig
 from .entries import check_checksums, check_corrections, check_modules
-from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size, get_format
+from .formats import FORMATS, get_format
 from .layers import Scheme
+from .request_checks import OVERRIDABLE, check_average_bits, check_choice, check_count, check_names, check_overrides
 
 QUANT_METHOD = "catquant"
 FORMAT_VERSION = 1
-OVERRIDABLE = ("weights", "group_size", "activations", "low_rank")
 _RUNTIME = ("dataset", "processor")
 
 
@@ -219,14 +219,12 @@ class CatQuantConfig(QuantizationConfigMixin):
 
     def _check(self) -> None:
         check_format_version(self.format_version)
-        _check_choice("weights", self.weights, FORMATS)
-        check_group_size(self.group_size)
-        if self.activations is not None:
-            _check_choice("activations", self.activations, ACTIVATION_FORMATS, "None or ")
+        for name, check in OVERRIDABLE.items():
+            check(name, getattr(self, name))
         if self.edge_weights is not None:
-            _check_choice("edge_weights", self.edge_weights, FORMATS, "None or ")
+            check_choice("edge_weights", self.edge_weights, FORMATS, "None or ")
         if self.modules is None:  # a stored config only remembers its solver, it does not need it
-            _check_choice("solver", self.solver, solvers.names())
+            check_choice("solver", self.solver, solvers.names())
             if not isinstance(self.solver_options, dict):
                 raise TypeError(f"solver_options must be {{option: value}}, got {self.solver_options!r}")
             solvers.options(self.solver, self.solver_options)
@@ -234,15 +232,12 @@ class CatQuantConfig(QuantizationConfigMixin):
             check_modules(self.modules)
         check_corrections(self.corrections)
         check_checksums(self.checksums, self.entries_checksum)
-        _check_count("num_samples", self.num_samples, 2)
-        _check_count("batch_size", self.batch_size, 1)
-        _check_count("seed", self.seed, 0)
-        _check_count("low_rank", self.low_rank, 0)
-        bits = self.average_bits
-        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 100):
-            raise ValueError(f"average_bits must be None or a positive number, got {bits!r}")
-        _check_names(self.modules_to_not_convert)
-        _check_overrides(self.overrides)
+        check_count("num_samples", self.num_samples, 2)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed)
+        check_average_bits(self.average_bits)
+        check_names(self.modules_to_not_convert)
+        check_overrides(self.overrides)
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict must be True or False, got {self.strict!r}")
 
@@ -272,49 +267,3 @@ def _correction(value: Any) -> CatConfig | None:
 
 def _wider(first: str, second: str) -> str:
     return max(first, second, key=lambda name: get_format(name).storage_bits)
-
-
-def _check_choice(name: str, value: Any, choices: Iterable[str], extra: str = "") -> None:
-    if value not in tuple(choices):
-        raise ValueError(f"{name} must be {extra}one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_names(names: Any) -> None:
-    if names is None:
-        return
-    if not isinstance(names, list | tuple | set) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"modules_to_not_convert must be None or a list of names, got {names!r}")
-    for name in names:  # transformers searches them as regular expressions
-        _check_pattern("modules_to_not_convert", name)
-
-
-def _check_overrides(overrides: Any) -> None:
-    if not isinstance(overrides, dict):
-        raise TypeError(f"overrides must be {{regex: {{field: value}}}}, got {overrides!r}")
-    for pattern, fields in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(fields, dict):
-            raise TypeError(f"overrides must be {{regex: {{field: value}}}}, got {pattern!r}: {fields!r}")
-        _check_pattern("overrides", pattern)
-        for field, value in fields.items():
-            if field not in OVERRIDABLE:
-                raise ValueError(f"overrides[{pattern!r}] must set {', '.join(OVERRIDABLE)}, got {field!r}")
-            if field == "weights":
-                _check_choice(f"overrides[{pattern!r}]: weights", value, FORMATS)
-            elif field == "activations" and value is not None:
-                _check_choice(f"overrides[{pattern!r}]: activations", value, ACTIVATION_FORMATS, "None or ")
-            elif field == "group_size":
-                check_group_size(value)
-            elif field == "low_rank":
-                _check_count(f"overrides[{pattern!r}]: low_rank", value, 0)
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from error

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "formats discrimination version log integrity generate evaluation_table",
-    "packing",
+    "packing request_checks",
     "weight",
     "op_checks",
     "ops",
