@@ -19,7 +19,7 @@ from .correction import attach, corrections, detach
 from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
 from .fitting import placed
-from .logits import logits_site
+from .logits import divergences, logits_site
 from .model import parameter_count
 from .replay import hooked, run
 from .report import parameter_bytes, stored_bytes
@@ -129,7 +129,6 @@ def _class_row(name: str, out: _Classified, truth: _Classified, wanted: Tensor, 
     choice, first = out.logits.argmax(1), truth.logits.argmax(1)
     right, right_before = choice == wanted, first == wanted
     low, high = _wilson(int(right.sum()), len(wanted))
-    log_p, log_q = truth.logits.log_softmax(1), out.logits.log_softmax(1)
     return Row(
         name,
         100 * float(right.double().mean()),
@@ -138,7 +137,7 @@ def _class_row(name: str, out: _Classified, truth: _Classified, wanted: Tensor, 
         100 * float((choice == first).double().mean()),
         int((right_before & ~right).sum()),
         int((~right_before & right).sum()),
-        float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+        float(divergences(truth.logits, out.logits).mean()),
         _discrimination(out.features, wanted),
         *size,
     )

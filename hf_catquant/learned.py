@@ -48,8 +48,8 @@ class LearnedLayer(nn.Module):
         self.first, self.step = self.format.levels[0], self.format.levels[1] - self.format.levels[0]
         self.scale = nn.Parameter(layer.weight_scale.float().clone())
         self.offset = None if layer.weight_offset is None else nn.Parameter(layer.weight_offset.float().clone())
-        low_rank = (layer.low_rank_out, layer.low_rank_in)
-        self.low_rank = nn.ParameterList([nn.Parameter(t.float().clone()) for t in low_rank if t is not None])
+        factors = layer.product(torch.float32) or ()
+        self.low_rank = nn.ParameterList([nn.Parameter(factor.clone()) for factor in factors])
         self.start = unpack(layer.weight_packed, self.format, scheme.group_size, layer.columns)
         product = self.low_rank[0].detach() @ self.low_rank[1].detach() if self.low_rank else 0
         self.codes = nn.Parameter(self._inside_cells(weight.float() - product))

@@ -24,6 +24,12 @@ def logits_site(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
             handle.remove()
 
 
+def divergences(wanted: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (...) in nats from the answers ``wanted`` to ``found``, logits (..., C) both."""
+    expected = wanted.float().log_softmax(-1)
+    return (expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1)
+
+
 def note_into(returned: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
     """A forward hook that appends what the module called ``name`` returns, if it is a tensor."""
 

@@ -17,7 +17,7 @@ from .fitting import output_of, placed, tensor_of
 from .formats import FORMATS, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
-from .logits import logits_site
+from .logits import divergences, logits_site
 from .model import Selection, Site, replace_module
 from .samples import Batches, padding_mask
 from .solvers import rtn
@@ -115,8 +115,7 @@ class _Losses:
     def _loss(self, wanted: Tensor, found: Tensor) -> float:
         if self.site is None:
             return float((found - wanted).square().mean() / wanted.var().clamp_min(1e-12))
-        expected = wanted.log_softmax(-1)
-        return float((expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean())
+        return float(divergences(wanted, found).mean())
 
 
 def _hull(site: str, bits: dict[str, int], losses: dict[str, float]) -> list[_Step]:

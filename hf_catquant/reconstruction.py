@@ -25,6 +25,7 @@ from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
+from .logits import divergences
 from .model import quantized_modules, replace_module
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
@@ -164,8 +165,7 @@ class Reconstruction:
         return difference.mean() if mask is None else difference.flatten(0, 1)[mask].mean()
 
     def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor) -> Tensor:
-        expected = target.float().log_softmax(-1)
-        rows = (expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).flatten()
+        rows = divergences(target, found).flatten()
         mask = self.gather.mask(batch, site, target) if target.dim() == 3 else None
         return rows.mean() if mask is None else rows[mask].mean()
 

@@ -14,7 +14,6 @@ from .formats import get_format
 from .layers import QuantizedModule, layer_for
 from .model import Selection, replace_module, share_weight
 from .solvers import Moments
-from .solvers._low_rank import solve_with_product
 from .weight import QuantizedWeight
 
 Range = tuple[Tensor, Tensor | None]  # scale and offset () of a calibrated activation range
@@ -83,7 +82,7 @@ class Swap:
 
         try:
             if scheme.low_rank:
-                quantized, *product = solve_with_product(matrix, scheme.low_rank, moments, solve, stored)
+                quantized, *product = solvers.solve_with_product(matrix, scheme.low_rank, moments, solve, stored)
                 new.fill_low_rank(*product)
             else:
                 quantized = solve(matrix)

@@ -74,8 +74,8 @@ def train(
         with torch.no_grad():
             return sum(float(loss_of(batch, False)) for batch in indices) / len(indices)
 
-    before, best = mean_loss(batches), mean_loss(judges)
-    start, kept, state, misses = best, 0, _snapshot(parameters), 0
+    before, start = mean_loss(batches), mean_loss(judges)
+    best = _Best(parameters, start)
     order = _order(batches, steps, seed)
     every = max(1, steps // CHECKS)
     factor = 1.0
@@ -91,19 +91,44 @@ def train(
             loss = mean_loss(judges)
             if after_check is not None:
                 after_check(step, loss)
-            if loss < best:
-                best, kept, state, misses = loss, step, _snapshot(parameters), 0
-                continue
-            misses += 1
-            if misses >= PATIENCE:
+            best.look(loss, step)
+            if best.misses >= PATIENCE:
                 break
-            if misses % RETREAT == 0:
-                _restore(parameters, state)
+            if best.misses and best.misses % RETREAT == 0:
+                best.restore()
                 optimizer.state.clear()
                 factor *= BACK_OFF
-    _restore(parameters, state)
+    best.restore()
     after = mean_loss(batches)
-    return Progress(before, after, start if held_out else None, best if held_out else None, kept)
+    return Progress(before, after, start if held_out else None, best.loss if held_out else None, best.step)
+
+
+class _Best:
+    """The best state of ``parameters`` so far, and how many looks in a row have not found a better one."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: float) -> None:
+        self.parameters = parameters
+        self.misses = 0
+        self.keep(loss, 0)
+
+    def look(self, loss: float, step: int) -> None:
+        """Keep the state as it is now if its ``loss`` is the least."""
+        if loss < self.loss:
+            self.keep(loss, step)
+            self.misses = 0
+        else:
+            self.misses += 1
+
+    def keep(self, loss: float, step: int) -> None:
+        """Keep the state as it is now."""
+        self.loss, self.step = loss, step
+        self._state = [parameter.detach().clone() for parameter in self.parameters]
+
+    def restore(self) -> None:
+        """Put the best state back."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self._state, strict=True):
+                parameter.copy_(value)
 
 
 @contextmanager
@@ -131,13 +156,3 @@ def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:
     while len(order) < steps:
         order += [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     return order[:steps]
-
-
-def _snapshot(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-def _restore(parameters: Sequence[Tensor], state: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, state, strict=True):
-            parameter.copy_(value)

@@ -183,12 +183,17 @@ class QuantizedModule(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight as (N, K), the low-rank product included."""
-        exact = dtype if self.low_rank_out is None else torch.float32
+        product = self.product(torch.float32)
+        exact = dtype if product is None else torch.float32
         scheme = self.scheme
         matrix = torch.ops.catquant.dequantize(*self._packed(), scheme.weights, scheme.group_size, self.columns, exact)
+        return matrix if product is None else (matrix + product[0] @ product[1]).to(dtype)
+
+    def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The factors (N, r) and (r, K) of what is added to the weight, in ``dtype``; None where there are none."""
         if self.low_rank_out is None or self.low_rank_in is None:
-            return matrix
-        return (matrix + self.low_rank_out.float() @ self.low_rank_in.float()).to(dtype)
+            return None
+        return self.low_rank_out.to(dtype), self.low_rank_in.to(dtype)
 
     @torch.no_grad()
     def fill(self, quantized: QuantizedWeight) -> None:

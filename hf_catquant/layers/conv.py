@@ -58,8 +58,9 @@ class _QuantizedConv(QuantizedModule):
             self.dilation,
             self.groups,
         )
-        if self.low_rank_out is not None and self.low_rank_in is not None:
-            out = out + self._low_rank(x, padding, self.low_rank_out.to(x.dtype), self.low_rank_in.to(x.dtype))
+        product = self.product(x.dtype)
+        if product is not None:
+            out = out + self._low_rank(x, padding, *product)
         return out.squeeze(0) if unbatched else out
 
     def _low_rank(self, x: Tensor, padding: tuple[int, ...], out: Tensor, into: Tensor) -> Tensor:

@@ -41,8 +41,9 @@ class QuantizedEmbedding(QuantizedModule):
         rows = torch.ops.catquant.embedding(
             indices, *self._packed(), scheme.weights, scheme.group_size, self.columns, self.dtype
         )
-        if self.low_rank_out is not None and self.low_rank_in is not None:
-            rows = rows + self.low_rank_out[indices].to(self.dtype) @ self.low_rank_in.to(self.dtype)
+        product = self.product(self.dtype)
+        if product is not None:
+            rows = rows + product[0][indices] @ product[1]
         return self._scaled(rows)
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,10 +25,10 @@ class QuantizedLinear(QuantizedModule):
         out = torch.ops.catquant.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
-        if self.low_rank_out is None or self.low_rank_in is None:
+        product = self.product(x.dtype)
+        if product is None:
             return out
-        inside = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
-        return out + nn.functional.linear(inside, self.low_rank_out.to(x.dtype))
+        return out + nn.functional.linear(nn.functional.linear(x, product[1]), product[0])
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) to (..., N)."""

@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any
 
 from ._common import Moments, output_error
+from ._low_rank import solve_with_product
 
-__all__ = ["Moments", "get", "names", "options", "output_error"]
+__all__ = ["Moments", "get", "names", "options", "output_error", "solve_with_product"]
 
 
 def names() -> list[str]:

@@ -13,8 +13,7 @@ from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
 from hf_catquant.layers import Scheme, layer_for
 from hf_catquant.moments import MomentSums
-from hf_catquant.solvers import Moments, gptq, output_error, rtn
-from hf_catquant.solvers._low_rank import solve_with_product
+from hf_catquant.solvers import Moments, gptq, output_error, rtn, solve_with_product
 from hf_catquant.weight import QuantizedWeight, dequantize
 
 TERNARY = get_format("ternary")
