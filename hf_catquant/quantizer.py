@@ -77,7 +77,8 @@ class CatQuantizer(HfQuantizer):
             verify_files(checkpoint_files, config.checksums)
         names = resolve_names(model, stored)
         config.modules = renamed(stored, names)
-        config.corrections = renamed(config.corrections, resolve_corrections(model, config.corrections))
+        sites = resolve_corrections(model, config.corrections, stored.keys() - names.keys())
+        config.corrections = renamed(config.corrections, sites)
         prepare(model, config.modules)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))

@@ -66,8 +66,13 @@ def resolve_names(model: PreTrainedModel, modules: Entries) -> dict[str, str]:
     return {stored: name for stored, name in names.items() if stored not in resized}
 
 
-def resolve_corrections(model: PreTrainedModel, corrections: Entries) -> dict[str, str]:
+def resolve_corrections(model: PreTrainedModel, corrections: Entries, fresh: Collection[str]) -> dict[str, str]:
     """Where each stored correction goes in this model; those of parts that it does not have are left out.
+
+    Args:
+        model: the model being loaded.
+        corrections: the stored ones.
+        fresh: stored names of the modules that are not filled from the checkpoint: what they return is not corrected.
 
     Raises:
         ValueError: a module is not there although the model is of the very class that was saved.
@@ -79,7 +84,11 @@ def resolve_corrections(model: PreTrainedModel, corrections: Entries) -> dict[st
             f"the checkpoint corrects {', '.join(missing)}, which {type(model).__name__} does not have: "
             "the config.json was changed after the save"
         )
-    return names
+    of_fresh = {stored for stored in names if any(f"{name}.".startswith(f"{stored}.") for name in fresh)}
+    of_fresh |= {stored for stored, name in names.items() if _is_resized(model, name, corrections[stored]["width"])}
+    for stored in of_fresh:
+        logger.warning("%s: its correction is left out, it belongs to the head that was stored", stored)
+    return {stored: name for stored, name in names.items() if stored not in of_fresh}
 
 
 def renamed(entries: Entries, names: Mapping[str, str]) -> Entries:
@@ -119,10 +128,16 @@ def _is_resized_head(model: PreTrainedModel, name: str, entry: dict[str, Any]) -
 
     Without ``ignore_mismatched_sizes=True`` the one-byte tensor under the weight's name makes transformers raise.
     """
-    inside = name.startswith(f"{model.base_model_prefix}.") or model.base_model is model
     module = model.get_submodule(name)
     layer = layer_for(module)
-    if inside or layer is None or entry["tied_to"] is not None:
+    same_input = layer is not None and layer.matrix_shape(module)[1] == entry["shape"][1]
+    return same_input and entry["tied_to"] is None and _is_resized(model, name, entry["shape"][0])
+
+
+def _is_resized(model: PreTrainedModel, name: str, width: int) -> bool:
+    """Whether the layer called ``name`` belongs to a head and returns another number of features than ``width``."""
+    if name.startswith(f"{model.base_model_prefix}.") or model.base_model is model:
         return False
-    rows, columns = layer.matrix_shape(module)
-    return columns == entry["shape"][1] and rows != entry["shape"][0]
+    module = model.get_submodule(name)
+    layer = layer_for(module)
+    return layer is not None and layer.matrix_shape(module)[0] != width

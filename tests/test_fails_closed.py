@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import tiny_models
 from hf_catquant import CatQuantConfig
+from hf_catquant.correction import corrections
 
 WITHOUT_IMPORT = """
 import sys, transformers
@@ -242,3 +243,23 @@ def test_a_head_of_another_size_is_fresh_only_on_demand(folder):
     assert model.classifier.weight.std() < 1  # of the initialisation, not memory as it was
     trunk, same = model.bert.state_dict(), load(folder).bert.state_dict()
     assert all(torch.equal(trunk[name], same[name]) for name in same)
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "classifier"), ("bert", None), ("vit", "classifier")])
+def test_the_correction_of_a_resized_head_is_left_out(name, head, root, tmp_path, caplog):
+    cls = type(tiny_models.build(name))
+    config = CatQuantConfig(
+        group_size=16,
+        correction={"num_clusters": 2, "alpha": 0.5},
+        dataset=tiny_models.samples(name),
+        batch_size=4,
+        modules_to_not_convert=None if head is None else [head],
+    )
+    model = cls.from_pretrained(tiny_models.folder_of(name, str(root / "float")), quantization_config=config)
+    assert list(corrections(model)) == ["classifier"]
+    model.save_pretrained(tmp_path / "saved")
+    caplog.set_level("WARNING", logger="hf_catquant")
+    resized = cls.from_pretrained(tmp_path / "saved", num_labels=7, ignore_mismatched_sizes=True)
+    assert not corrections(resized)
+    assert "classifier: its correction is left out" in caplog.text
+    assert tiny_models.main_output(resized(**tiny_models.batch(name))).shape[-1] == 7
