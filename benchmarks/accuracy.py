@@ -10,7 +10,6 @@ run again unless ``--again`` is given, and the pages and the plot are drawn afte
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import peers
 import realdata
+from common import CASES, ROOT, chosen, read
 
-PLOT = realdata.ROOT / "docs" / "accuracy.png"
+PLOT = ROOT / "docs" / "accuracy.png"
 SHORT = ("--solver-options", "block_steps=100", "model_steps=200")
 OWN_TEXTS = ("--generate", "340", "--solver-options", "model_steps=1200", "model_rate=0.6")
 
@@ -66,9 +66,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
     parser.add_argument("--again", action="store_true", help="run also what is in the results already")
     args = parser.parse_args()
-    for case in realdata.CASES:
-        if not any(part in case.model for part in args.only):
-            continue
+    for case in chosen(args.only):
         for setting in PLAN:
             if any(part in case.model for part in setting.models) and (
                 args.again or not is_there(case.model, setting)
@@ -99,19 +97,14 @@ def process(script: str, data: Path, model: str, options: list[str]) -> None:
 def is_there(model: str, setting: Setting) -> bool:
     """Whether the results hold this case."""
     wanted = (model, setting.weights, setting.activations, str(setting.group_size), setting.label())
-    return any(tuple(map(str, realdata.key(result))) == wanted for result in read(realdata.RESULTS))
-
-
-def read(path: Path) -> list[dict]:
-    """Results, none if there is no file."""
-    return json.loads(path.read_text()) if path.exists() else []
+    return any(tuple(str(r[name]) for name in realdata.KEY) == wanted for r in read(realdata.RESULTS))
 
 
 def plot() -> None:
     """Task metric against stored bits of a weight, a panel a model."""
     ours = [r for r in read(realdata.RESULTS) if r["activations"] == "none"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
-    for axis, case in zip(axes.flat, realdata.CASES, strict=True):
+    for axis, case in zip(axes.flat, CASES, strict=True):
         mine = [r for r in ours if r["model"] == case.model]
         if not mine:
             continue

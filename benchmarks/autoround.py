@@ -12,16 +12,14 @@ on their first 128 tokens (it drops shorter rows). Results go to ``benchmarks/re
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from realdata import CASES, ROOT, machine
+from common import CASES, ROOT, made, put, read, span, table, write
 
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.evaluation import evaluate_language_model
@@ -56,8 +54,8 @@ def main() -> None:
             model = run(fresh(folder), tokenizer, list(texts), bits, how)
             seconds = time.perf_counter() - start
             row = evaluate_language_model(teacher, model.eval(), batches).rows[1]
-            made = {"date": date.today().isoformat(), "machine": machine(), "auto-round": version("auto-round")}
-            add({"bits": bits, "what": name, "seconds": round(seconds, 1), **kept(row), **made})
+            result = {"bits": bits, "what": name, "seconds": round(seconds, 1), **kept(row), **made()}
+            put(RESULTS, [{**result, "auto-round": version("auto-round")}], "bits", "what")
             write_page()
             print(f"{bits} bits, {name}: {row.metric:.3f}", flush=True)
 
@@ -105,16 +103,10 @@ def kept(row: Row) -> dict[str, float]:
     return {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl}
 
 
-def add(result: dict[str, Any]) -> None:
-    """Put a result in the place of an older one."""
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = [r for r in old if (r["bits"], r["what"]) != (result["bits"], result["what"])]
-    RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
-
-
 def write_page() -> None:
     """Draw up ``docs/autoround.md``."""
-    stored = sorted(json.loads(RESULTS.read_text()), key=lambda r: (r["bits"], r["what"]))
+    stored = sorted(read(RESULTS), key=lambda r: (r["bits"], r["what"]))
+    rows = [[r["bits"], r["what"], span(r), f"{r['kl']:.4f}", f"{r['seconds']:.0f}"] for r in stored]
     lines = [
         "# Beside AutoRound",
         "",
@@ -122,15 +114,11 @@ def write_page() -> None:
         f"MLPs out), groups of {GROUP_SIZE}, asymmetric, everything else in float; perplexity on the test texts with its",
         "95 % interval, float 4.70. Both calibrate on the same 60 texts; hf_catquant without a correction.",
         "",
-        "| bits | what | perplexity | KL | s |",
-        "|---|---|---|---|---|",
+        *table(("bits", "what", "perplexity", "KL", "s"), rows),
     ]
-    for r in stored:
-        span = f"{r['metric']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-        lines.append(f"| {r['bits']} | {r['what']} | {span} | {r['kl']:.4f} | {r['seconds']:.0f} |")
-    for made in sorted({(r["date"], r["machine"], r["auto-round"]) for r in stored}):
-        lines += ["", f"{made[0]}: {made[1]}, auto-round {made[2]}."]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for day, machine, used in sorted({(r["date"], r["machine"], r["auto-round"]) for r in stored}):
+        lines += ["", f"{day}: {machine}, auto-round {used}."]
+    write(PAGE, lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
-from realdata import CASES, run
+from common import CASES
+from realdata import run
 
 RESULTS = Path(__file__).resolve().parent / "results" / "batch_norm.json"
 

@@ -10,8 +10,6 @@ logits of the first 128, 256 and 512 of them, and judged by the paired change of
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -19,14 +17,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import transformers
-from realdata import CASES, IMAGES, ROOT, Case, machine
+from common import IMAGES, ROOT, Bench, Case, chosen, made, put, read, sources, table, write
 from torch import Tensor, nn
 
 from hf_catquant import CatConfig, CatQuantConfig, quantize
 from hf_catquant.cluster_fit import fit
-from hf_catquant.samples import collect
-from hf_catquant.tasks import as_samples, labels_of, load_processor, read_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "cat_curves.json"
 PAGE, PLOT = ROOT / "docs" / "cat.md", ROOT / "docs" / "cat.png"
@@ -41,72 +36,46 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
     parser.add_argument("--weights", default="ternary")
     args = parser.parse_args()
-    for case in CASES:
-        if case.calibration == IMAGES[0] and any(part in case.model for part in args.only):
-            add(run(case, args.weights, args.data))
+    for case in chosen(args.only):
+        if case.calibration == IMAGES[0]:
+            put(RESULTS, run(case, args.weights, args.data), "model", "weights", "estimator", "images")
             write_page()
 
 
 @torch.no_grad()
 def run(case: Case, weights: str, data: Path) -> list[dict]:
     """Gains of both estimators at all sizes, for one model."""
-    folder = str(data / "models" / case.model)
-    teacher = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = load_processor(folder)
-    calibration, test = (read_rows(str(data / "data" / file), case.column) for file in (case.calibration, case.test))
-    fitting, judging = (
-        collect(
-            as_samples(rows, processor, case.column),
-            teacher,
-            processor=processor,
-            num_samples=len(rows),
-            batch_size=32,
-        ).batches
-        for rows in (calibration, test)
-    )
-    wanted = torch.tensor(labels_of(test, "label", teacher))
-    offset = int(case.eval_options[1]) if case.eval_options else 0
-    f_fit = logits(teacher, fitting)
-    model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    quantize(
-        model,
-        CatQuantConfig(
-            weights=weights,
-            group_size=64,
-            correction=None,
-            dataset=as_samples(calibration, processor, case.column),
-            processor=processor,
-            num_samples=len(calibration),
-        ),
-    )
-    q_fit, q_test = logits(model, fitting), logits(model, judging)
-    before = q_test[:, offset:].argmax(1) == wanted
+    bench = Bench(case, data)
+    fitting = bench.collected(bench.calibration)
+    count = len(bench.calibration)
+    how = {"weights": weights, "group_size": 64, "correction": None, "num_samples": count}
+    model = quantize(bench.load(), CatQuantConfig(dataset=bench.calibration, processor=bench.processor, **how))
+    f_fit, q_fit = logits(bench.teacher, fitting), logits(model, fitting)
+    q_test, wanted = logits(model, bench.batches), torch.tensor(bench.labels)
+    before = q_test[:, case.label_offset :].argmax(1) == wanted
     found = []
     for estimator, config in ESTIMATORS.items():
         for size in SIZES:
             result = fit(q_fit[:size], f_fit[:size], config, "logits")
             corrected = q_test if result.correction is None else result.correction(q_test)
-            after = corrected[:, offset:].argmax(1) == wanted
-            gains = 100 * (after.double() - before.double())
-            half = 1.96 * float(gains.std()) / len(gains) ** 0.5
-            found.append(
-                {
-                    "model": case.model,
-                    "weights": weights,
-                    "estimator": estimator,
-                    "images": size,
-                    "clusters": result.clusters,
-                    "before": 100 * float(before.double().mean()),
-                    "gain": float(gains.mean()),
-                    "low": float(gains.mean()) - half,
-                    "high": float(gains.mean()) + half,
-                    "n": len(wanted),
-                    "date": date.today().isoformat(),
-                    "machine": machine(),
-                }
-            )
+            after = corrected[:, case.label_offset :].argmax(1) == wanted
+            what = {"model": case.model, "weights": weights, "estimator": estimator, "images": size}
+            found.append({**what, "clusters": result.clusters, **gain(before, after), **made()})
             print(f"{case.model}: {estimator}, {size} images: {found[-1]['gain']:+.2f}", flush=True)
     return found
+
+
+def gain(before: Tensor, after: Tensor) -> dict[str, float]:
+    """The paired change of top-1 in points with its 95 % interval, from what was right (n,) bool."""
+    gains = 100 * (after.double() - before.double())
+    mean, half = float(gains.mean()), 1.96 * float(gains.std()) / len(gains) ** 0.5
+    return {
+        "before": 100 * float(before.double().mean()),
+        "gain": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "n": len(gains),
+    }
 
 
 def logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -114,16 +83,15 @@ def logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat([model(**batch).logits.float() for batch in batches])
 
 
-def add(found: list[dict]) -> None:
-    """Put the results of one model in the place of older ones."""
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    kept = [r for r in old if (r["model"], r["weights"]) != (found[0]["model"], found[0]["weights"])]
-    RESULTS.write_text(json.dumps([*kept, *found], indent=1) + "\n", encoding="utf-8")
-
-
 def write_page() -> None:
     """Draw up the page and the plot."""
-    results = json.loads(RESULTS.read_text())
+    results = read(RESULTS)
+    rows = []
+    for r in results:
+        change = f"{r['gain']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
+        rows.append(
+            [r["model"], r["weights"], f"{r['before']:.2f}", r["estimator"], r["images"], r["clusters"], change]
+        )
     lines = [
         "# The correction against the number of images",
         "",
@@ -133,19 +101,12 @@ def write_page() -> None:
         "",
         "![gain against images](cat.png)",
         "",
-        "| model | weights | top-1 before | estimator | images | clusters | gain |",
-        "|---|---|---|---|---|---|---|",
+        *table(("model", "weights", "top-1 before", "estimator", "images", "clusters", "gain"), rows),
     ]
-    for r in results:
-        span = f"{r['gain']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
-        cells = (r["model"], r["weights"], f"{r['before']:.2f}", r["estimator"], r["images"], r["clusters"], span)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
     for estimator in ESTIMATORS:
         gains = [r["gain"] for r in results if r["estimator"] == estimator]
         lines += ["", f"Mean gain, {estimator}: {sum(gains) / len(gains):+.2f} points over {len(gains)} rows."]
-    for made in sorted({(r["date"], r["machine"]) for r in results}):
-        lines += ["", f"{made[0]}: {made[1]}."]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(PAGE, [*lines, *sources(results)])
     draw(results)
 
 

@@ -17,24 +17,17 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import transformers
-from realdata import CASES, Case, machine
+from common import CASES, ROOT, Bench, Case, chosen, made, put, read, span, table, write
+from realdata import RESULTS as OURS
 from torch import Tensor, nn
 
-from hf_catquant.evaluation import evaluate_classifier, evaluate_language_model
-from hf_catquant.evaluation_table import Evaluation
 from hf_catquant.model import block_members
-from hf_catquant.samples import collect
-from hf_catquant.tasks import LANGUAGE_MODELS, as_samples, auto_class, labels_of, load_processor, read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
-OURS = ROOT / "benchmarks" / "results" / "realdata.json"
 PAGE = ROOT / "docs" / "peers.md"
 
 
@@ -81,55 +74,26 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
     args = parser.parse_args()
-    for case in CASES:
-        if any(part in case.model for part in args.only):
-            for result in run(case, args.data):
-                add(result)
-                write_page()
+    for case in chosen(args.only):
+        put(RESULTS, run(case, args.data), "model", "peer")
+        write_page()
 
 
 def run(case: Case, data: Path) -> list[dict]:
     """All peers on one model."""
-    folder, trust = str(data / "models" / case.model), bool(case.options)
-    auto = auto_class(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust))
-    teacher = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust).eval()
-    processor = load_processor(folder, trust)
-    rows = read_rows(str(data / "data" / case.test), case.column)
-    samples = as_samples(rows, processor, case.column)
-    batches = collect(samples, teacher, processor=processor, num_samples=len(rows), batch_size=32).batches
+    bench = Bench(case, data)
+    versions = {package: version(package) for package in ("hqq", "optimum-quanto")}
     results = []
     for name, (make, bits) in PEERS.items():
-        model, start = copy.deepcopy(teacher), time.perf_counter()
+        model, start = copy.deepcopy(bench.teacher), time.perf_counter()
         count = replace_weights(model, make())
-        seconds = time.perf_counter() - start
-        labels = None if auto in LANGUAGE_MODELS else labels_of(rows, "label", teacher)
-        table = evaluation(teacher, model, batches, labels, int(case.eval_options[1]) if case.eval_options else 0)
-        row = asdict(table.rows[1])
+        seconds = round(time.perf_counter() - start, 1)
+        row = asdict(bench.evaluate(model).rows[1])
         print(f"{case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
-        versions = {package: version(package) for package in ("hqq", "optimum-quanto")}
-        made = {"date": date.today().isoformat(), "machine": machine(), "versions": versions}
         kept = {key: row[key] for key in ("metric", "low", "high", "agreement", "kl")}
-        results.append(
-            {
-                "model": case.model,
-                "peer": name,
-                "bits": bits,
-                "layers": count,
-                "seconds": round(seconds, 1),
-                **kept,
-                **made,
-            }
-        )
+        what = {"model": case.model, "peer": name, "bits": bits, "layers": count, "seconds": seconds}
+        results.append({**what, **kept, **made(), "versions": versions})
     return results
-
-
-def evaluation(
-    teacher: nn.Module, model: nn.Module, batches: list[dict[str, Tensor]], labels: list[int] | None, offset: int
-) -> Evaluation:
-    """The package's own table, for a model of any kind."""
-    if labels is None:
-        return evaluate_language_model(teacher, model, batches)
-    return evaluate_classifier(teacher, model, batches, labels, offset)
 
 
 @torch.no_grad()
@@ -143,13 +107,6 @@ def replace_weights(model: nn.Module, requantize: Callable[[Tensor], Tensor]) ->
     return len(layers)
 
 
-def add(result: dict) -> None:
-    """Put a result into the file, in the place of an older one."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = [r for r in results if (r["model"], r["peer"]) != (result["model"], result["peer"])]
-    RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
-
-
 def write_page() -> None:
     """Draw up ``docs/peers.md``: peers and, from ``realdata.json``, hf_catquant on the same rows."""
     lines = [
@@ -161,24 +118,21 @@ def write_page() -> None:
         "perplexity for stories260K, 95 % intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is",
         "part of what is compared.",
     ]
-    peers = json.loads(RESULTS.read_text())
-    ours = [r for r in json.loads(OURS.read_text()) if r["activations"] == "none"]
+    peers = read(RESULTS)
+    ours = [r for r in read(OURS) if r["activations"] == "none"]
     for case in CASES:
         mine = [r for r in peers if r["model"] == case.model]
         if not mine:
             continue
-        lines += ["", f"## {case.model}", "", "| what | bits a weight | result | KL |", "|---|---|---|---|"]
         own = [r for r in ours if r["model"] == case.model]
-        row = own[0]["evaluation"]["rows"][0]
-        lines.append(f"| float | 32 | {row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | 0 |")
-        table = [(r["bits"], r["peer"], r) for r in mine]
-        table += [(r["weight_bits"], name_of(r), last(r)) for r in own]
-        for bits, name, row in sorted(table, key=lambda entry: entry[0]):
-            span = f"{row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-            lines.append(f"| {name} | {bits:.3g} | {span} | {row['kl']:.3f} |")
-    for made in sorted({(r["date"], r["machine"], json.dumps(r["versions"])) for r in peers}):
-        lines += ["", f"Peers: {made[0]}: {made[1]}, {made[2].strip('{}')}."]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        entries = [(r["bits"], r["peer"], r) for r in mine]
+        entries += [(r["weight_bits"], name_of(r), last(r)) for r in own]
+        rows = [["float", 32, span(own[0]["evaluation"]["rows"][0]), 0]]
+        rows += [[n, f"{b:.3g}", span(r), f"{r['kl']:.3f}"] for b, n, r in sorted(entries, key=lambda entry: entry[0])]
+        lines += ["", f"## {case.model}", "", *table(("what", "bits a weight", "result", "KL"), rows)]
+    for day, machine, used in sorted({(r["date"], r["machine"], json.dumps(r["versions"])) for r in peers}):
+        lines += ["", f"Peers: {day}: {machine}, {used.strip('{}')}."]
+    write(PAGE, lines)
 
 
 def last(result: dict) -> dict:

@@ -15,58 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
+from common import CASES, ROOT, Case, chosen, made, put, read, sources, span, table, write
 
-from hf_catquant import __version__
 from hf_catquant.cli import main as catquant
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "realdata.json"
 PAGE = ROOT / "docs" / "results.md"
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its calibration and test files, and what they need on the command line."""
-
-    model: str
-    calibration: str
-    test: str
-    samples: int
-    column: str | None = None
-    options: tuple[str, ...] = ()
-    eval_options: tuple[str, ...] = ()
-    batch_size: int = 16
-
-
-IMAGES = ("imagenet/calibration_train.parquet", "imagenet/val_acuity.parquet")
-CASES = (
-    Case("minilm-l6-sst2", "sst2/calibration_train.parquet", "sst2/validation.parquet", 512, "sentence"),
-    Case("resnet-18-pq", *IMAGES, 512, "image"),
-    Case("mobilenet_v2_1.0_224", *IMAGES, 512, "image", eval_options=("--label-offset", "1")),
-    Case("deit-tiny-patch16-224", *IMAGES, 512, "image"),
-    Case(
-        "kwt1-speech-commands-12",
-        "speech_commands/calibration.parquet",
-        "speech_commands/test.parquet",
-        44,
-        "audio",
-        options=("--trust-remote-code",),
-        batch_size=4,
-    ),
-    Case("stories260K", "tinystories/calibration.parquet", "tinystories/test.parquet", 60, "text", batch_size=4),
-)
-
-
+# What tells a case from another.
+KEY = ("model", "weights", "activations", "group_size", "solver")
 HEAD = (
     "model",
     "weights",
@@ -113,12 +75,11 @@ def main() -> None:
     how += ["--average-bits", args.average_bits] if args.average_bits else []
     more = {"own texts": args.generate, "rank": int(args.low_rank), "bits on average": args.average_bits}
     label = ", ".join([args.solver, *args.solver_options, *(f"{n} {name}" for name, n in more.items() if n)])
-    for case in CASES:
+    for case in chosen(args.only):
         for weights in args.weights:
-            if any(part in case.model for part in args.only):
-                asked = {"solver": label, "activations": args.activations, "group_size": int(args.group_size)}
-                add({**asked, **run(case, weights, how, args.data)})
-                write_page()
+            asked = {"solver": label, "activations": args.activations, "group_size": int(args.group_size)}
+            put(RESULTS, [{**asked, **run(case, weights, how, args.data)}], *KEY)
+            write_page()
 
 
 def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
@@ -164,8 +125,7 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         "weight_bits": weight_bits(report["layers"]),
         "evaluation": result,
         "report": {name: report[name] for name in kept},
-        "date": date.today().isoformat(),
-        "machine": machine(),
+        **made(),
     }
 
 
@@ -182,31 +142,10 @@ def check(status: int, command: list[str]) -> None:
         raise SystemExit(f"failed: catquant {' '.join(command)}")
 
 
-def machine() -> str:
-    """What the numbers were made on."""
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, hf-catquant {__version__}"
-    )
-
-
-def add(result: dict) -> None:
-    """Put a case into the results, in the place of an older one."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = [r for r in results if key(r) != key(result)]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps([*same, result], indent=1) + "\n", encoding="utf-8")
-
-
-def key(result: dict) -> tuple[str, ...]:
-    """What tells a case from another."""
-    return tuple(result[name] for name in ("model", "weights", "activations", "group_size", "solver"))
-
-
 def write_page() -> None:
     """Draw up ``docs/results.md``."""
     order = {case.model: i for i, case in enumerate(CASES)}
-    results = sorted(json.loads(RESULTS.read_text()), key=lambda r: (order[r["model"]], *key(r)[1:]))
+    results = sorted(read(RESULTS), key=lambda r: (order[r["model"]], *(r[name] for name in KEY[1:])))
     lines = [
         "# Results on real models and data",
         "",
@@ -217,21 +156,18 @@ def write_page() -> None:
         "same test rows; lost / won are rows that float has right and the last model wrong, and the reverse. Seconds are",
         "those of the whole command on a machine that did other work beside it.",
         "",
-        f"| {' | '.join(HEAD)} |",
-        "|---" * len(HEAD) + "|",
+        *table(HEAD, map(cells, results)),
+        *sources(results),
     ]
-    lines += [line(result) for result in results]
-    for made in sorted({(r["date"], r["machine"]) for r in results}):
-        lines += ["", f"{made[0]}: {made[1]}."]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(PAGE, lines)
 
 
-def line(result: dict) -> str:
+def cells(result: dict) -> list[str]:
     """One row of the page."""
     evaluation, report = result["evaluation"], result["report"]
     rows = evaluation["rows"]
     plain, last = rows[1], rows[-1]
-    spans = [f"{row['metric']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in rows]
+    spans = [span(row) for row in rows]
     if len(rows) == 2:
         spans.append("off")
     gain = (
@@ -242,7 +178,7 @@ def line(result: dict) -> str:
     discrimination = "-"
     if plain["discrimination"] is not None:
         discrimination = f"{rows[0]['discrimination']:.3f} / {plain['discrimination']:.3f}"
-    cells = [
+    return [
         result["model"],
         f"{result['weights']}, group {result['group_size']}",
         f"{result['weight_bits']:.3f}",
@@ -261,7 +197,6 @@ def line(result: dict) -> str:
         f"{result['seconds']:.0f}",
         "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e9:.1f}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
