@@ -48,11 +48,13 @@ class CatQuantConfig(QuantizationConfigMixin):
         edge_weights: format of the layers outside the repeated blocks (embeddings, stem, pooler, head), which low bits
             hurt most; None: the same as ``weights``. Never fewer bits than ``weights``.
         modules_to_not_convert: names of modules to leave in float with all that they hold, matched as transformers does.
-        overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations, low_rank; the expression is
-            searched in the module's name, later entries win.
+        overrides: ``{regex: {field: value}}`` with fields weights, group_size, activations, low_rank, rotation; the
+            expression is searched in the module's name, later entries win.
         strict: raise if any layer with a weight would be skipped.
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
             it costs 16 r (N + K) bits.
+        rotation: None, or "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over
+            many weights and activations.
         average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
             included: layers that matter most get wider formats than ``weights``.
 
@@ -78,6 +80,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         strict: bool = False,
         solver_options: dict[str, Any] | None = None,
         low_rank: int = 0,
+        rotation: str | None = None,
         average_bits: float | None = None,
         *,
         quant_method: str = QUANT_METHOD,
@@ -102,6 +105,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.activations = activations
         self.edge_weights = edge_weights
         self.low_rank = low_rank
+        self.rotation = rotation
         self.average_bits = average_bits
         self.solver = solver
         self.solver_options = solver_options or {}
@@ -130,7 +134,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         """Format, group size and activations of the layer called ``name``; ``edge``: it is outside the blocks."""
         fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}
         if edge:
-            fields["low_rank"] = 0
+            fields.update(low_rank=0, rotation=None)
         if edge and self.edge_weights is not None:
             fields["weights"] = _wider(self.weights, self.edge_weights)
             if self.activations is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from .correction_file import empty_correction
 from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size
 from .layers import Scheme
+from .rotation import ROTATIONS
 
 Entries = dict[str, dict[str, Any]]
 
@@ -76,6 +77,7 @@ def check_modules(modules: Any) -> None:
             ),
             ("scale_dtype", "float16, float32", entry["scale_dtype"] in ("float16", "float32")),
             ("low_rank", "the integers from 0", entry["low_rank"] == 0 or _size(entry["low_rank"])),
+            ("rotation", f"null, {', '.join(ROTATIONS)}", entry["rotation"] in (None, *ROTATIONS)),
             ("shape", "two positive integers", isinstance(shape, list) and len(shape) == 2 and all(map(_size, shape))),
             ("tied_to", "null, another of its modules", tied_to is None or (tied_to in modules and tied_to != name)),
         )

@@ -70,6 +70,8 @@ class Gather:
         quota = self._quota(layer.matrix_shape(module)[1])
         for batch in self.batches:
             for x, y in streams.inputs(leaf, batch):
+                if scheme.rotation is not None:
+                    x, y = (torch.ops.catquant.rotate(t, False) for t in (x, y))
                 if scheme.activations is not None and y.is_floating_point():
                     y = quantize_activation(y, get_format(scheme.activations), *(input_range or (None, None)))
                 window = layer.window(module, x, quota, generator)

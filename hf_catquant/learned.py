@@ -31,7 +31,7 @@ class LearnedLayer(nn.Module):
 
     Args:
         layer: the packed layer.
-        weight: the float weight (N, K).
+        weight: the float weight (N, K), in the basis it is stored in.
         generator: of the random dropping of input quantization.
     """
 
@@ -94,6 +94,7 @@ class LearnedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the packed layer will return for ``x``."""
+        x = self.layer.rotated(x)
         dtype = x.dtype if x.is_floating_point() else self.layer.dtype  # an embedding is given indices
         matrix = self.matrix().to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -97,8 +97,7 @@ class _Losses:
         """Mean divergence of the logits (squared error of the output where there are none), over what is no padding."""
         layer = _empty(site, weights)
         weight: Tensor = site.module.weight  # type: ignore[assignment]
-        matrix = type(layer).to_matrix(weight.detach()).float()
-        layer.fill(rtn.solve(matrix, get_format(weights), site.scheme.group_size))
+        layer.fill(rtn.solve(layer.target(weight), get_format(weights), site.scheme.group_size))
         replace_module(self.model, site.name, layer)
         try:
             found = [self._answers(batch) for batch in self.batches]

@@ -56,7 +56,8 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
     _check_patterns(model, config)
     selection = Selection()
     inside = block_members(model)
-    candidates = {name: module for name, module in model.named_modules() if layer_for(module) is not None}
+    layers = ((name, layer_for(module)) for name, module in model.named_modules())
+    candidates = {name: layer for name, layer in layers if layer is not None}
     edges = _edges(candidates, inside)
     for name, module in model.named_modules():
         reason = _refusal(name, module, config)
@@ -64,8 +65,10 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
             selection.skipped[name] = reason
         elif name in candidates:
             edge = name in edges
-            free = config.leaves_free(name, edge)
-            selection.sites.append(Site(name, module, config.scheme_for(name, edge), is_free=free))
+            scheme = config.scheme_for(name, edge)
+            if not candidates[name].rotates:
+                scheme = replace(scheme, rotation=None)
+            selection.sites.append(Site(name, module, scheme, is_free=config.leaves_free(name, edge)))
     _resolve_ties(model, selection)
     _skip_loose_parameters(model, selection)
     if not selection.sites:
@@ -211,7 +214,11 @@ def _resolve_ties(model: nn.Module, selection: Selection) -> None:
             selection.skipped[site.name] = f"tied to {kept[key]}, which stays in float"
         else:
             sites.append(site if owner == site.name else replace(site, tied_to=owner))
-    selection.sites = sites
+    shared = {name for site in sites if site.tied_to for name in (site.name, site.tied_to)}
+    # One stored matrix for all of them, and an embedding has no input to rotate.
+    selection.sites = [
+        replace(site, scheme=replace(site.scheme, rotation=None)) if site.name in shared else site for site in sites
+    ]
 
 
 def _skip_loose_parameters(model: nn.Module, selection: Selection) -> None:

@@ -143,3 +143,15 @@ def check_indices(indices: Tensor) -> None:
     torch._check(
         indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
     )
+
+
+def check_rotate(x: Tensor) -> None:
+    """Refuse what has no rows of floating-point numbers.
+
+    Raises:
+        RuntimeError: naming the rule and the value.
+    """
+    torch._check(
+        x.dim() > 0 and x.is_floating_point() and x.shape[-1] > 0,
+        lambda: f"x must be (..., K) floating point with K > 0, got {tuple(x.shape)} {x.dtype}",
+    )

@@ -8,6 +8,7 @@ Letters: N out features, K in features, M rows of x, G groups a row, C clusters,
     catquant::dequantize      packed rows               -> w_hat (N, K)
     catquant::unpack          packed rows               -> codes (N, K) uint8
     catquant::cluster_affine  y (..., D)                -> (..., D)
+    catquant::rotate          x (..., K)                -> R x or R^T x, (..., K)
 
 x may be float32, float16 or bfloat16; the result has the dtype of x. Gradients flow to x and bias; packed weights are
 constants, and activation quantization passes gradients straight through.
@@ -17,7 +18,15 @@ from __future__ import annotations
 
 import torch
 
-from .op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
+from .op_checks import (
+    check_cluster_affine,
+    check_conv,
+    check_indices,
+    check_input,
+    check_packed,
+    check_rotate,
+    check_weight,
+)
 
 _WEIGHT = "Tensor weight_packed, Tensor weight_scale, Tensor? weight_offset"
 _INPUT = "Tensor? input_scale, Tensor? input_offset"
@@ -31,6 +40,7 @@ SCHEMAS = {
     "dequantize": f"({_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",
     "unpack": "(Tensor weight_packed, str weights, int group_size, int columns) -> Tensor",
     "cluster_affine": "(Tensor y, Tensor? basis, Tensor centroids, Tensor gamma, Tensor beta) -> Tensor",
+    "rotate": "(Tensor x, bool inverse) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"catquant::{_name}", _schema)
@@ -93,6 +103,12 @@ def _cluster_affine(y, basis, centroids, gamma, beta):
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("catquant::rotate")
+def _rotate(x, inverse):
+    check_rotate(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _save_linear(ctx, inputs, output):
     x, packed, scale, offset, _, _, bias, ctx.weights, ctx.group_size, _ = inputs
     ctx.columns, ctx.has_bias = x.shape[-1], bias is not None
@@ -148,8 +164,17 @@ def _cluster_affine_backward(ctx, grad):
     return grad * slope, None, None, None, None
 
 
+def _save_rotate(ctx, inputs, output):
+    _, ctx.inverse = inputs
+
+
+def _rotate_backward(ctx, grad):
+    return torch.ops.catquant.rotate(grad, not ctx.inverse), None
+
+
 torch.library.register_autograd("catquant::linear", _linear_backward, setup_context=_save_linear)
 torch.library.register_autograd("catquant::conv", _conv_backward, setup_context=_save_conv)
 torch.library.register_autograd(
     "catquant::cluster_affine", _cluster_affine_backward, setup_context=_save_cluster_affine
 )
+torch.library.register_autograd("catquant::rotate", _rotate_backward, setup_context=_save_rotate)

@@ -70,7 +70,7 @@ class Reconstruction:
         """
         for inner, layer in quantized_modules(live).items():
             weight: Tensor = float_unit.get_submodule(inner).weight  # type: ignore[assignment]
-            self.weights[f"{name}.{inner}" if inner else name] = type(layer).to_matrix(weight.detach())
+            self.weights[f"{name}.{inner}" if inner else name] = layer.target(weight)
         if isinstance(live, QuantizedModule) or not self.options.block_steps:
             return None
         targets = [[tensor_of(output) for output in row] for row in outputs]

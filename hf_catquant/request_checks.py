@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size
+from .rotation import ROTATIONS
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], extra: str = "") -> None:
@@ -48,6 +49,16 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_rotation(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a rotation.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is not None:
+        check_choice(name, value, ROTATIONS, "None or ")
+
+
 def check_average_bits(bits: Any) -> None:
     """Refuse what is neither None nor a positive number.
 
@@ -79,6 +90,7 @@ OVERRIDABLE: dict[str, Callable[[str, Any], Any]] = {
     "group_size": lambda name, value: check_group_size(value),
     "activations": check_activations,
     "low_rank": check_count,
+    "rotation": check_rotation,
 }
 
 

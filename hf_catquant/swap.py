@@ -68,7 +68,7 @@ class Swap:
     def _solve(self, name: str, module: nn.Module, new: QuantizedModule, moments: Moments | None) -> None:
         scheme = new.scheme
         weight: Tensor = module.weight  # type: ignore[assignment]
-        matrix = type(new).to_matrix(weight.detach()).float().contiguous()
+        matrix = new.target(weight)
         if not bool(torch.isfinite(matrix).all()):
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         solver = solvers.get(self.solver if moments is not None else "rtn")
@@ -78,7 +78,7 @@ class Swap:
 
         def stored(quantized: QuantizedWeight) -> Tensor:
             new.fill(quantized)
-            return new.matrix(torch.float32)
+            return new.stored_matrix(torch.float32)
 
         try:
             if scheme.low_rank:

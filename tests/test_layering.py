@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "formats discrimination version log integrity generate evaluation_table",
+    "rotation",
     "packing request_checks",
     "weight",
     "op_checks",

@@ -16,6 +16,7 @@ from ..config import CatQuantConfig
 from ..formats import ACTIVATION_FORMATS, FORMATS
 from ..generate import generate_samples
 from ..report import report
+from ..rotation import ROTATIONS
 from ..solvers import names
 from ..tasks import as_samples, auto_class, load_config, load_processor, read_rows
 from .arguments import count, seed
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--low-rank", type=int, default=0, help="rank of a float16 product that is added to the weights"
+    )
+    parser.add_argument(
+        "--rotation",
+        choices=("none", *ROTATIONS),
+        default="none",
+        help="rotate the inputs of the linears in the blocks",
     )
     parser.add_argument(
         "--average-bits", type=float, help="bits a weight may take on average: layers that matter most get more"
@@ -83,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         activations=None if args.activations == "none" else args.activations,
         edge_weights=None if args.edge_weights == "same" else args.edge_weights,
         low_rank=args.low_rank,
+        rotation=None if args.rotation == "none" else args.rotation,
         average_bits=args.average_bits,
         solver=args.solver,
         solver_options=dict(_option(text) for text in args.solver_options),

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  defines what is registered here
 from ..formats import get_format
-from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_packed, check_weight
+from ..op_checks import (
+    check_cluster_affine,
+    check_conv,
+    check_indices,
+    check_input,
+    check_packed,
+    check_rotate,
+    check_weight,
+)
 from ..packing import unpack as unpack_codes
+from ..rotation import rotate as rotate_rows
 from ..weight import dequantize_packed, quantize_activation
 
 
@@ -131,5 +140,11 @@ def nearest_centroid(rows: Tensor, basis: Tensor | None, centroids: Tensor) -> T
     return distance.argmin(-1)
 
 
-for _kernel in (linear, conv, embedding, dequantize, unpack, cluster_affine):
+def rotate(x: Tensor, inverse: bool) -> Tensor:
+    """R x of the rows of x (..., K), or R^T x: see ``rotation.py``."""
+    check_rotate(x)
+    return rotate_rows(x, inverse).contiguous()
+
+
+for _kernel in (linear, conv, embedding, dequantize, unpack, cluster_affine, rotate):
     torch.library.register_kernel(f"catquant::{_kernel.__name__}", None, _kernel)

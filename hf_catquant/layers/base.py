@@ -37,6 +37,7 @@ class Scheme:
         activations: format of the input, or None.
         scale_dtype: "float16" or "float32", the stored dtype of scale and offset.
         low_rank: rank of the float16 product that is added to the weight, 0 for none.
+        rotation: "hadamard" where the weight is stored for a rotated input (``rotation.py``), or None.
     """
 
     weights: str
@@ -44,6 +45,7 @@ class Scheme:
     activations: str | None = None
     scale_dtype: str = "float16"
     low_rank: int = 0
+    rotation: str | None = None
 
 
 class QuantizedModule(nn.Module):
@@ -60,6 +62,7 @@ class QuantizedModule(nn.Module):
     wraps: ClassVar[type[nn.Module]]
     keeps: ClassVar[tuple[str, ...]] = ()  # attributes of the original that models read
     static_activations: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False  # whether the layer can rotate its input
     # What a file holds under the name of a float parameter, so that a load without this package fails.
     sentinel: str = "weight"
 
@@ -82,6 +85,8 @@ class QuantizedModule(nn.Module):
     def __init__(self, original: nn.Module, scheme: Scheme) -> None:
         """Make the empty layer that replaces ``original``, on its device and with its attributes."""
         super().__init__()
+        if scheme.rotation is not None and not self.rotates:
+            raise ValueError(f"rotation must be None for a {type(original).__name__}, got {scheme.rotation!r}")
         fmt = get_format(scheme.weights)
         weight: Tensor = original.weight  # type: ignore[assignment]
         for name in self.keeps:
@@ -183,6 +188,20 @@ class QuantizedModule(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight as (N, K), the low-rank product included."""
+        if self.scheme.rotation is None:
+            return self.stored_matrix(dtype)
+        return torch.ops.catquant.rotate(self.stored_matrix(torch.float32), True).to(dtype)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """The input x (..., K), or rows of a weight (N, K), in the basis of the stored matrix."""
+        return x if self.scheme.rotation is None else torch.ops.catquant.rotate(x, False)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What the stored matrix stands for: the float weight, in the module's own shape, as (N, K) float32."""
+        return self.rotated(self.to_matrix(weight.detach()).float()).contiguous()
+
+    def stored_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight as (N, K) in the basis it is stored in, the low-rank product included."""
         product = self.product(torch.float32)
         exact = dtype if product is None else torch.float32
         scheme = self.scheme
@@ -281,6 +300,7 @@ class QuantizedModule(nn.Module):
         scheme = self.scheme
         more = "" if scheme.activations is None else f", activations={scheme.activations}"
         more += f", low_rank={scheme.low_rank}" if scheme.low_rank else ""
+        more += f", rotation={scheme.rotation}" if scheme.rotation else ""
         return f"{self.rows_}x{self.columns}, {scheme.weights}, group_size={scheme.group_size}{more}"
 
 

@@ -16,12 +16,14 @@ class QuantizedLinear(QuantizedModule):
 
     wraps: ClassVar[type[nn.Module]] = nn.Linear
     keeps = ("in_features", "out_features")
+    rotates = True
     in_features: int
     out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         scheme = self.scheme
+        x = self.rotated(x)
         out = torch.ops.catquant.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )

@@ -49,8 +49,7 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     moments = normalised(check_moments(moments, weight, "gptq"))
     check_group_size(group_size)
     runs = weight.detach().float().view(len(moments.gram), -1, weight.shape[1])
-    # Ascending: feed_back walks from the last column to the first, so the most important one comes first (act-order).
-    order = moments.gram.diagonal(dim1=1, dim2=2).sort(dim=-1, stable=True).indices
+    order = act_order(moments.gram)
     gram, lower = factorise(moments.gram, order)
     target = aim(runs, moments, gram, *trust(moments.count, weight.shape[1]))
     levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
@@ -64,6 +63,11 @@ def normalised(moments: Moments) -> Moments:
     size = torch.where(size < 0, torch.ones_like(size), size)  # no second moment: :func:`factorise` refuses it
     factor = torch.where(size > _SILENT, 1 / size, torch.zeros_like(size))
     return moments._replace(gram=moments.gram * factor, cross=moments.cross * factor)
+
+
+def act_order(gram: Tensor) -> Tensor:
+    """Columns (B, K) int64 by ascending second moment: feed_back starts from the last, so the largest come first."""
+    return gram.diagonal(dim1=1, dim2=2).sort(dim=-1, stable=True).indices
 
 
 def trust(count: int, columns: int) -> tuple[float, float]:

@@ -1,0 +1,153 @@
+"""What each step of the gptq solver buys: one step after the other, and the whole engine without each of them.
+
+    python benchmarks/ablation.py --data FOLDER [--only minilm ...] [--weights ternary] [--group-size 64]
+
+FOLDER as in ``realdata.py``. The steps are switched off inside ``hf_catquant.solvers.gptq``; nothing else changes. The text
+encoder is judged by the cosine between the mean-pooled embeddings of the float and the quantized model, too. No correction.
+Results go to ``benchmarks/results/ablation.json`` and ``docs/ablation.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import ROOT, Bench, Case, chosen, made, put, read, sources, span, table, write
+from torch import Tensor, nn
+
+from hf_catquant import CatQuantConfig, quantize
+from hf_catquant.formats import Format
+from hf_catquant.solvers import gptq
+from hf_catquant.solvers._descent import ColumnGrid
+
+RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
+PAGE = ROOT / "docs" / "ablation.md"
+SAMPLES = 256
+KEY = ("model", "weights", "group_size", "what")
+
+
+def natural_order(gram: Tensor) -> Tensor:
+    """Columns from the last to the first one, so that feedback runs from the first to the last."""
+    return torch.arange(gram.shape[-1] - 1, -1, -1, device=gram.device).expand(gram.shape[:2])
+
+
+def no_feedback(target: Tensor, lower: Tensor, grid: ColumnGrid, fmt: Format) -> Tensor:
+    """The nearest levels (B, K, n), whatever the errors of other columns."""
+    return torch.stack([grid.nearest(k, target[:, k], fmt) for k in range(target.shape[1])], 1)
+
+
+def no_refit(aim: Tensor, gram: Tensor, levels: Tensor, scale: Tensor, offset: Tensor | None, width: int) -> Any:
+    """The grid as it was."""
+    return scale, offset
+
+
+def plain_grid(fit_grid: Callable) -> Callable:
+    """A fit of the grid to which all columns count the same."""
+    return lambda weight, fmt, group_size, column_weight: fit_grid(weight, fmt, group_size)
+
+
+# What a step is called: what takes its place in the solver where it is off.
+STEPS: dict[str, dict[str, Any]] = {
+    "grid weighted by the inputs": {"fit_grid": plain_grid(gptq.fit_grid)},
+    "error feedback": {"feed_back": no_feedback},
+    "important columns first": {"act_order": natural_order},
+    "joint re-fit of scales and offsets": {"refit": no_refit},
+    "coordinate descent": {"_SWEEPS": 0},
+    "re-targeting to the float stream": {"trust": lambda count, columns: (0.0, 1.0)},
+}
+BEYOND: dict[str, dict[str, Any]] = {
+    "all steps, low rank 8": {"low_rank": 8},
+    "all steps, then reconstruct": {"solver": "reconstruct"},
+}
+
+
+def main() -> None:
+    """Run the models that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--only", nargs="+", default=["minilm", "stories", "deit"], help="parts of model names")
+    parser.add_argument("--weights", default="ternary", help="format")
+    parser.add_argument("--group-size", default=64, type=int)
+    args = parser.parse_args()
+    for case in chosen(args.only):
+        bench = Bench(case, args.data)
+        for name, off, more in plan():
+            put(RESULTS, [run(bench, case, name, off, args.weights, args.group_size, more)], *KEY)
+            write_page()
+
+
+def plan() -> Iterable[tuple[str, list[str], dict[str, Any]]]:
+    """Every row: its name, the steps that are off, and other fields of the configuration."""
+    names = list(STEPS)
+    yield "rounding to nearest, least-squares grid", [], {"solver": "rtn"}
+    for done in range(1, len(names) + 1):
+        yield f"+ {names[done - 1]}", names[done:], {}
+    for name in names:
+        yield f"all but {name}", [name], {}
+    for name, more in BEYOND.items():
+        yield name, [], more
+
+
+def run(
+    bench: Bench, case: Case, name: str, off: list[str], weights: str, group_size: int, more: dict[str, Any]
+) -> dict[str, Any]:
+    """One row of the table."""
+    samples = bench.calibration[:SAMPLES]
+    how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
+    config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        for step in off:
+            stack.enter_context(patch.multiple(gptq, **STEPS[step]))
+        model = quantize(bench.load(), config)
+    seconds = round(time.perf_counter() - start, 1)
+    row = bench.evaluate(model).rows[1]
+    cosine = embedding_cosine(bench, model) if case.column == "sentence" else None
+    print(f"{case.model}: {name}: {row.metric:.2f}, KL {row.kl:.3f}, cosine {cosine}", flush=True)
+    what = {"model": case.model, "weights": weights, "group_size": group_size, "what": name, "off": off}
+    judged = {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl, "agreement": row.agreement}
+    return {**what, **judged, "cosine": cosine, "samples": len(samples), "seed": 0, "seconds": seconds, **made()}
+
+
+@torch.no_grad()
+def embedding_cosine(bench: Bench, model: nn.Module) -> float:
+    """Mean cosine between the embeddings that the two models give the test sentences: the mean over the mask."""
+    found = []
+    for batch in bench.batches:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        inputs = {name: batch[name] for name in batch if name != "labels"}
+        pooled = [(m.base_model(**inputs).last_hidden_state * mask).sum(1) for m in (bench.teacher, model)]
+        found.append(nn.functional.cosine_similarity(*pooled))
+    return float(torch.cat(found).mean())
+
+
+def write_page() -> None:
+    """Draw up the page."""
+    lines = [
+        "# What each step of the solver buys",
+        "",
+        f"Made by `python benchmarks/ablation.py --data FOLDER`: {SAMPLES} calibration samples (60 texts for stories260K,",
+        "which has no more), seed 0, no correction, layers outside the blocks int8. First the steps of gptq one after the",
+        "other, then the whole engine without each of them, then what can follow it. Accuracy in percent on the test rows,",
+        "perplexity for stories260K, 95 % intervals; KL from the float model; cosine of mean-pooled sentence embeddings.",
+    ]
+    results = read(RESULTS)
+    order = [name for name, *_ in plan()]
+    for key in dict.fromkeys((r["model"], r["weights"], r["group_size"]) for r in results):
+        mine = [r for r in results if (r["model"], r["weights"], r["group_size"]) == key]
+        rows = [
+            [r["what"], span(r), f"{r['kl']:.3f}", "-" if r["cosine"] is None else f"{r['cosine']:.3f}", r["seconds"]]
+            for r in sorted(mine, key=lambda r: order.index(r["what"]))
+        ]
+        lines += ["", "## {}, {}, group {}".format(*key), "", *table(("what", "result", "KL", "cosine", "s"), rows)]
+    write(PAGE, [*lines, *sources(results)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The rotation is orthogonal, its own inverse transposed, spreads an outlier, and changes nothing but the rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant.formats import get_format
+from hf_catquant.layers import QuantizedModule, Scheme, layer_for
+from hf_catquant.rotation import block_size, rotate
+from hf_catquant.solvers import rtn
+
+WIDTHS = (1, 2, 7, 8, 12, 48, 64, 96, 384)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_orthogonal(columns):
+    matrix = rotate(torch.eye(columns), False)  # row i is R e_i
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(columns), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotate(torch.eye(columns), True), matrix.T, atol=1e-6, rtol=0)
+
+
+def test_blocks_are_as_large_as_they_can_be():
+    assert [block_size(columns) for columns in WIDTHS] == [1, 2, 1, 8, 4, 16, 64, 32, 128]
+
+
+def test_the_stored_format_never_changes():
+    # A checkpoint is only right with the very same matrix: signs and entries of K = 12, twice the block of 4.
+    wanted = rotate(torch.eye(12), False) * 2
+    signs = "".join("+" if value > 0 else "-" for value in wanted[:, [0, 4, 8]].sum(1))
+    assert signs == SIGNS
+    assert torch.equal(wanted.abs().sum(1), torch.full((12,), 4.0))
+
+
+SIGNS = "+--+---++-+-"
+
+
+def test_an_outlier_and_a_constant_are_spread():
+    for x in (torch.eye(256)[3], torch.full((256,), 1 / 16)):
+        assert rotate(x, False).abs().max() < 0.3  # norm 1: all the same would be 1 / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_and_gradient(dtype):
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    y = torch.ops.catquant.rotate(x, False)
+    assert y.dtype == dtype
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (y * weight).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ops.catquant.rotate(weight, True))
+
+
+def test_op_is_well_formed():
+    x = torch.randn(2, 24, requires_grad=True)
+    torch.library.opcheck(torch.ops.catquant.rotate.default, (x, False))
+    torch.library.opcheck(torch.ops.catquant.rotate.default, (x, True))
+    with pytest.raises(RuntimeError, match=r"x must be \(..., K\) floating point with K > 0, got \(2,\) torch.int64"):
+        torch.ops.catquant.rotate(torch.arange(2), False)
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@torch.no_grad()
+def test_a_layer_is_right_in_its_own_basis(activations):
+    torch.manual_seed(0)
+    module = nn.Linear(48, 10)
+    layer = layer_for(module)(module, Scheme("int8", 16, activations, rotation="hadamard"))
+    layer.fill(rtn.solve(layer.target(module.weight), get_format("int8"), 16))
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(layer.weight, module.weight, atol=0.02, rtol=0)
+    torch.testing.assert_close(layer(x), module(x), atol=0.05, rtol=0)
+    torch.testing.assert_close(layer.to_float()(x), module(x), atol=0.05, rtol=0)
+
+
+def test_layers_that_cannot_rotate_refuse():
+    conv = nn.Conv2d(4, 4, 3)
+    with pytest.raises(ValueError, match="rotation must be None for a Conv2d, got 'hadamard'"):
+        layer_for(conv)(conv, Scheme("int8", 16, rotation="hadamard"))
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "reconstruct"])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama_tied", "gpt2"])
+@torch.no_grad()
+def test_quantized_saved_and_reloaded(name, solver, tmp_path):
+    samples = tiny_models.samples(name, 12, seed=0)
+    config = CatQuantConfig(
+        weights="int4",
+        activations="int8" if name == "vit" and solver != "rtn" else None,
+        group_size=16,
+        rotation="hadamard",
+        edge_weights=None,  # the tied head and its embedding are asked, too
+        solver=solver,
+        solver_options={"block_steps": 4, "model_steps": 2} if solver == "reconstruct" else {},
+        correction=None,
+        dataset=None if solver == "rtn" else samples,
+        batch_size=3,
+    )
+    model, before = tiny_models.build(name), tiny_models.build(name)
+    quantize(model, config)
+    rotated = [m for m in model.modules() if isinstance(m, QuantizedModule) and m.scheme.rotation]
+    assert rotated
+    assert all(isinstance(m, layer_for(nn.Linear(2, 2))) for m in rotated)
+    assert max(layer.error or 0 for layer in report(model).layers) < 0.05
+    inputs = tiny_models.batch(name)
+    out, wanted = tiny_models.main_output(model(**inputs)), tiny_models.main_output(before(**inputs))
+    assert (out - wanted).norm() < 0.5 * wanted.norm()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny_models.main_output(again(**inputs)), out)
+
+
+@pytest.mark.parametrize("value", ["Hadamard", 1, True])
+def test_bad_values(value):
+    with pytest.raises(ValueError, match="rotation must be None or one of hadamard, got"):
+        CatQuantConfig(rotation=value)
