@@ -48,6 +48,10 @@ def samples(name: str, device: torch.device | str) -> dict[str, list[tuple]]:
             (randn(5, 3, device=device).T, None, centroids, gamma, gamma),
             (rows[..., :5].bfloat16(), None, centroids, gamma, gamma),
         ],
+        "rotate": [
+            (randn(3, 24, device=device).requires_grad_(), False),
+            (strided.bfloat16(), True),
+        ],
     }
 
 
@@ -62,6 +66,7 @@ def bad_calls() -> dict[str, tuple[str, str, dict[int, object]]]:
     """Message: (op, what argument replaces which)."""
     packed, scale = torch.zeros(4, 5, dtype=torch.uint8), torch.ones(4, 3)
     return {
+        r"x must be \(..., K\) floating point with K > 0, got \(2,\) torch.int64": ("rotate", {0: torch.arange(2)}),
         r"weight_packed must be uint8, got torch.int32": ("linear", {1: packed.int()}),
         r"weight_packed must be \(N, 5\) for 21 ternary columns in groups of 8, got \(4, 4\)": (
             "linear",

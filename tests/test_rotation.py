@@ -53,14 +53,6 @@ def test_dtype_and_gradient(dtype):
     torch.testing.assert_close(x.grad, torch.ops.catquant.rotate(weight, True))
 
 
-def test_op_is_well_formed():
-    x = torch.randn(2, 24, requires_grad=True)
-    torch.library.opcheck(torch.ops.catquant.rotate.default, (x, False))
-    torch.library.opcheck(torch.ops.catquant.rotate.default, (x, True))
-    with pytest.raises(RuntimeError, match=r"x must be \(..., K\) floating point with K > 0, got \(2,\) torch.int64"):
-        torch.ops.catquant.rotate(torch.arange(2), False)
-
-
 @pytest.mark.parametrize("activations", [None, "int8"])
 @torch.no_grad()
 def test_a_layer_is_right_in_its_own_basis(activations):

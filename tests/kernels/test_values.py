@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from helpers import ALL_FORMATS, SHAPES, assert_product, random_case
 from hf_catquant import kernels  # noqa: F401  registers what the ops compute
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
+from hf_catquant.rotation import rotate
 from hf_catquant.weight import expand_groups, fit_static_range, quantize_activation
 
 ops = torch.ops.catquant
@@ -180,3 +181,15 @@ def test_embedding_refuses_rows_that_are_not_there(index):
     case = random_case("int4", 9, 21, 8)
     with pytest.raises(IndexError):
         ops.embedding(torch.tensor([0, index]), *case.stored, "int4", 8, 21, torch.float32)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 24, 96, 384])
+@DTYPE
+def test_rotate(dtype, columns, device):
+    x = randn(2, 3, columns, device=device, dtype=dtype)
+    matrix = rotate(torch.eye(columns, device=device), False).double()  # row i is R e_i
+    for inverse in (False, True):
+        out = ops.rotate(x, inverse)
+        assert out.dtype == dtype
+        wanted = x.double() @ (matrix.T if inverse else matrix)
+        assert_product(out, wanted, x.double().abs() @ matrix.abs())

@@ -1,0 +1,170 @@
+"""The correction on models that other libraries quantized: gains, and where there are none.
+
+    pip install bitsandbytes torchao optimum-quanto hqq
+    python benchmarks/plugin.py --data FOLDER [--only deit ...] [--peers hqq ...]
+
+FOLDER as in ``realdata.py``. Each library quantizes the model in its own way, with its own defaults: bitsandbytes through
+transformers, optimum-quanto and torchao on their own modules, HQQ every linear and convolution inside the blocks. Then
+``hf_catquant.fit_correction`` is fitted on the calibration samples and judged on the test rows. Results go to
+``benchmarks/results/plugin.json`` and ``docs/plugin.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import CASES, ROOT, Bench, chosen, made, put, read, sources, span, table, write
+from peers import hqq, replace_weights
+from torch import nn
+
+from hf_catquant import fit_correction
+
+RESULTS = ROOT / "benchmarks" / "results" / "plugin.json"
+PAGE = ROOT / "docs" / "plugin.md"
+
+
+def bitsandbytes(**options: Any) -> Callable[[Bench], nn.Module]:
+    """As ``from_pretrained`` makes it."""
+
+    def make(bench: Bench) -> nn.Module:
+        return bench.load(quantization_config=transformers.BitsAndBytesConfig(**options), device_map="cpu")
+
+    return make
+
+
+def quanto(name: str) -> Callable[[Bench], nn.Module]:
+    """optimum-quanto on every module that it takes."""
+
+    def make(bench: Bench) -> nn.Module:
+        from optimum import quanto as library
+
+        model = bench.load()
+        library.quantize(model, weights=getattr(library, name))
+        library.freeze(model)
+        return model
+
+    return make
+
+
+def torchao(bits: int) -> Callable[[Bench], nn.Module]:
+    """torchao's weight-only integers, in groups of 32 for four bits."""
+
+    def make(bench: Bench) -> nn.Module:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+
+        model = bench.load()
+        four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        quantize_(model, Int8WeightOnlyConfig() if bits == 8 else four)
+        return model
+
+    return make
+
+
+def hqq_bits(bits: int) -> Callable[[Bench], nn.Module]:
+    """HQQ's weights in groups of 64."""
+
+    def make(bench: Bench) -> nn.Module:
+        model = bench.load()
+        replace_weights(model, hqq(bits, 64))
+        return model
+
+    return make
+
+
+PEERS: dict[str, tuple[str, Callable[[Bench], nn.Module]]] = {
+    "bitsandbytes int8": ("bitsandbytes", bitsandbytes(load_in_8bit=True)),
+    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "optimum-quanto qint4": ("optimum-quanto", quanto("qint4")),
+    "optimum-quanto qint2": ("optimum-quanto", quanto("qint2")),
+    "torchao int8": ("torchao", torchao(8)),
+    "torchao int4": ("torchao", torchao(4)),
+    "HQQ 4 bits": ("hqq", hqq_bits(4)),
+    "HQQ 3 bits": ("hqq", hqq_bits(3)),
+    "HQQ 2 bits": ("hqq", hqq_bits(2)),
+}
+
+
+def main() -> None:
+    """Run the models and libraries that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
+    parser.add_argument("--peers", nargs="+", default=[""], help="parts of the names of libraries and formats")
+    args = parser.parse_args()
+    for case in chosen(args.only):
+        bench = Bench(case, args.data)
+        for name in [name for name in PEERS if any(part in name for part in args.peers)]:
+            put(RESULTS, [run(bench, name)], "model", "peer")
+            write_page()
+
+
+def run(bench: Bench, name: str) -> dict[str, Any]:
+    """One library on one model; where it fails, how."""
+    package, make = PEERS[name]
+    what = {"model": bench.case.model, "peer": name, "version": version(package), "seed": 0, **made()}
+    try:
+        model = make(bench)
+        start = time.perf_counter()
+        fits = fit_correction(
+            model,
+            bench.teacher,
+            bench.calibration,
+            processor=bench.processor,
+            num_samples=len(bench.calibration),
+            batch_size=bench.case.batch_size,
+        )
+        seconds = round(time.perf_counter() - start, 1)
+        judged = bench.evaluate(model)
+    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        print(f"{bench.case.model}: {name}: {error}", flush=True)
+        return {**what, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    rows = [
+        {key: getattr(row, key) for key in ("metric", "low", "high", "kl", "agreement")} for row in judged.rows[1:]
+    ]
+    gain = {"gain": judged.gain, "gain_low": judged.gain_low, "gain_high": judged.gain_high}
+    print(f"{bench.case.model}: {name}: {rows[0]['metric']:.2f}, gain {judged.gain}", flush=True)
+    clusters = [fit.get("clusters") for fit in fits.values()]
+    return {**what, "n": judged.n, "rows": rows, **gain, "clusters": clusters, "seconds": seconds}
+
+
+def write_page() -> None:
+    """Draw up the page."""
+    results = read(RESULTS)
+    lines = [
+        "# The correction on models of other libraries",
+        "",
+        "Made by `python benchmarks/plugin.py --data FOLDER`: `fit_correction(model, teacher, samples)` with its",
+        "defaults on the calibration samples, judged on the test rows. Accuracy in percent, perplexity for stories260K; gains",
+        "are paired, with 95 % intervals; off: cross-validation found nothing to gain. Seed 0.",
+    ]
+    for case in CASES:
+        mine = {r["peer"]: r for r in results if r["model"] == case.model}
+        rows = [cells(mine[name]) for name in PEERS if name in mine]
+        if rows:
+            head = ("quantized by", "quantized", "KL", "with the correction", "KL", "gain")
+            lines += ["", f"## {case.model}", "", *table(head, rows)]
+    versions = sorted({f"{PEERS[r['peer']][0]} {r['version']}" for r in results})
+    write(PAGE, [*lines, *sources(results), "", f"{', '.join(versions)}."])
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """One row of the page."""
+    if "error" in result:
+        return [result["peer"], result["error"].replace("|", "/")[:120], "-", "-", "-", "-"]
+    first, last = result["rows"][0], result["rows"][-1]
+    if result["gain"] is None:
+        return [result["peer"], span(first), f"{first['kl']:.4f}", "off", "-", "0"]
+    gain = f"{result['gain']:+.2f} [{result['gain_low']:+.2f}, {result['gain_high']:+.2f}]"
+    return [result["peer"], span(first), f"{first['kl']:.4f}", span(last), f"{last['kl']:.4f}", gain]
+
+
+if __name__ == "__main__":
+    main()
