@@ -54,15 +54,18 @@ def quanto(name: str) -> Callable[[Bench], nn.Module]:
 
 
 def torchao(bits: int) -> Callable[[Bench], nn.Module]:
-    """torchao's weight-only integers, in groups of 32 for four bits."""
+    """torchao's weight-only integers; of four bits in groups of 32, on linears that these divide."""
 
     def make(bench: Bench) -> nn.Module:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerGroup
 
         model = bench.load()
-        four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-        quantize_(model, Int8WeightOnlyConfig() if bits == 8 else four)
+        if bits == 8:
+            quantize_(model, Int8WeightOnlyConfig())
+        else:
+            four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+            quantize_(model, four, lambda m, name: isinstance(m, nn.Linear) and m.in_features % 32 == 0)
         return model
 
     return make
@@ -123,7 +126,7 @@ def run(bench: Bench, name: str) -> dict[str, Any]:
         )
         seconds = round(time.perf_counter() - start, 1)
         judged = bench.evaluate(model)
-    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         print(f"{bench.case.model}: {name}: {error}", flush=True)
         return {**what, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
     rows = [
@@ -142,8 +145,8 @@ def write_page() -> None:
         "# The correction on models of other libraries",
         "",
         "Made by `python benchmarks/plugin.py --data FOLDER`: `fit_correction(model, teacher, samples)` with its",
-        "defaults on the calibration samples, judged on the test rows. Accuracy in percent, perplexity for stories260K; gains",
-        "are paired, with 95 % intervals; off: cross-validation found nothing to gain. Seed 0.",
+        "defaults on the calibration samples, judged on the test rows. Accuracy in percent, perplexity for stories260K;",
+        "gains are paired, with 95 % intervals; off: cross-validation found nothing to gain. Seed 0.",
     ]
     for case in CASES:
         mine = {r["peer"]: r for r in results if r["model"] == case.model}

@@ -2,7 +2,7 @@
 
     python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--group-size 128] [--only resnet ...]
                                   [--solver reconstruct] [--solver-options model_steps=800] [--activations int4]
-                                  [--generate 340] [--low-rank 8] [--average-bits 2.5] [--rotation hadamard]
+                                  [--generate 340] [--low-rank 8] [--average-bits 2.5] [--rotation none]
 
 Memory is the peak of the whole process, so it is that of a case only where one case is run.
 
@@ -67,16 +67,16 @@ def main() -> None:
     parser.add_argument("--solver-options", nargs="*", default=[])
     parser.add_argument("--low-rank", default="0")
     parser.add_argument("--average-bits")
-    parser.add_argument("--rotation", default="none")
+    parser.add_argument("--rotation", default="auto")
     args = parser.parse_args()
     how = ["--group-size", args.group_size, "--solver", args.solver, "--activations", args.activations]
     how += ["--generate", str(args.generate)] if args.generate else []
     how += ["--solver-options", *args.solver_options] if args.solver_options else []
     how += ["--low-rank", args.low_rank] if args.low_rank != "0" else []
     how += ["--average-bits", args.average_bits] if args.average_bits else []
-    how += ["--rotation", args.rotation] if args.rotation != "none" else []
+    how += ["--rotation", args.rotation] if args.rotation != "auto" else []
     more = {"own texts": args.generate, "rank": int(args.low_rank), "bits on average": args.average_bits}
-    rotation = [args.rotation] if args.rotation != "none" else []
+    rotation = [f"rotation {args.rotation}"] if args.rotation != "auto" else []
     texts = [f"{n} {name}" for name, n in more.items() if n]
     label = ", ".join([args.solver, *rotation, *args.solver_options, *texts])
     for case in chosen(args.only):

@@ -25,6 +25,7 @@ from .request_checks import OVERRIDABLE, check_average_bits, check_choice, check
 QUANT_METHOD = "catquant"
 FORMAT_VERSION = 1
 _RUNTIME = ("dataset", "processor")
+_COARSE_WEIGHTS, _COARSE_INPUTS = 8, 16  # levels
 
 
 class CatQuantConfig(QuantizationConfigMixin):
@@ -53,8 +54,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         strict: raise if any layer with a weight would be skipped.
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
             it costs 16 r (N + K) bits.
-        rotation: None, or "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over
-            many weights and activations.
+        rotation: "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over many weights
+            and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16.
         average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
             included: layers that matter most get wider formats than ``weights``.
 
@@ -80,7 +81,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         strict: bool = False,
         solver_options: dict[str, Any] | None = None,
         low_rank: int = 0,
-        rotation: str | None = None,
+        rotation: str | None = "auto",
         average_bits: float | None = None,
         *,
         quant_method: str = QUANT_METHOD,
@@ -142,6 +143,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         for pattern, values in self.overrides.items():
             if re.search(pattern, name):
                 fields.update(values)
+        if fields["rotation"] == "auto":
+            fields["rotation"] = "hadamard" if _is_coarse(fields["weights"], fields["activations"]) else None
         return Scheme(**fields)
 
     def leaves_free(self, name: str, edge: bool) -> bool:
@@ -267,6 +270,13 @@ def _correction(value: Any) -> CatConfig | None:
     if isinstance(value, dict):
         return CatConfig.from_dict(value)
     raise ValueError(f'correction must be None, "cat" or a CatConfig, got {value!r}')
+
+
+def _is_coarse(weights: str, activations: str | None) -> bool:
+    """Whether so few levels are left that outliers decide how well they fit: what was measured to gain from a rotation."""
+    return get_format(weights).radix <= _COARSE_WEIGHTS or (
+        activations is not None and get_format(activations).radix <= _COARSE_INPUTS
+    )
 
 
 def _wider(first: str, second: str) -> str:

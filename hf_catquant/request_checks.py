@@ -50,13 +50,13 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
 
 
 def check_rotation(name: str, value: Any) -> None:
-    """Refuse what is neither None nor a rotation.
+    """Refuse what is neither None, "auto" nor a rotation.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
     if value is not None:
-        check_choice(name, value, ROTATIONS, "None or ")
+        check_choice(name, value, ("auto", *ROTATIONS), "None or ")
 
 
 def check_average_bits(bits: Any) -> None:

@@ -105,5 +105,26 @@ def test_quantized_saved_and_reloaded(name, solver, tmp_path):
 
 @pytest.mark.parametrize("value", ["Hadamard", 1, True])
 def test_bad_values(value):
-    with pytest.raises(ValueError, match="rotation must be None or one of hadamard, got"):
+    with pytest.raises(ValueError, match="rotation must be None or one of auto, hadamard, got"):
         CatQuantConfig(rotation=value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "rotation", "found"),
+    [
+        ("binary", None, "auto", "hadamard"),
+        ("int3", None, "auto", "hadamard"),
+        ("int4", None, "auto", None),
+        ("int4", "int8", "auto", None),
+        ("int8", "int4", "auto", "hadamard"),
+        ("ternary", None, None, None),
+        ("int8", None, "hadamard", "hadamard"),
+    ],
+)
+def test_where_auto_rotates(weights, activations, rotation, found):
+    overrides = {"b": {"weights": "int4"}}
+    config = CatQuantConfig(weights=weights, activations=activations, rotation=rotation, overrides=overrides)
+    assert config.scheme_for("a", edge=False).rotation == found
+    assert config.scheme_for("a", edge=True).rotation is None
+    if activations is None and rotation == "auto":
+        assert config.scheme_for("b", edge=False).rotation is None

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rotation",
-        choices=("none", *ROTATIONS),
-        default="none",
-        help="rotate the inputs of the linears in the blocks",
+        choices=("auto", "none", *ROTATIONS),
+        default="auto",
+        help="rotate the inputs of the linears in the blocks; auto: where few levels are left",
     )
     parser.add_argument(
         "--average-bits", type=float, help="bits a weight may take on average: layers that matter most get more"
