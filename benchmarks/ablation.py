@@ -52,7 +52,8 @@ def plain_grid(fit_grid: Callable) -> Callable:
     return lambda weight, fmt, group_size, column_weight: fit_grid(weight, fmt, group_size)
 
 
-# What a step is called: what takes its place in the solver where it is off.
+# What a step is called: what takes its place in the solver, or in the configuration (ROTATION), where it is off.
+ROTATION = "rotation of the inputs"
 STEPS: dict[str, dict[str, Any]] = {
     "grid weighted by the inputs": {"fit_grid": plain_grid(gptq.fit_grid)},
     "error feedback": {"feed_back": no_feedback},
@@ -60,6 +61,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "joint re-fit of scales and offsets": {"refit": no_refit},
     "coordinate descent": {"_SWEEPS": 0},
     "re-targeting to the float stream": {"trust": lambda count, columns: (0.0, 1.0)},
+    ROTATION: {},
 }
 BEYOND: dict[str, dict[str, Any]] = {
     "all steps, low rank 8": {"low_rank": 8},
@@ -85,7 +87,7 @@ def main() -> None:
 def plan() -> Iterable[tuple[str, list[str], dict[str, Any]]]:
     """Every row: its name, the steps that are off, and other fields of the configuration."""
     names = list(STEPS)
-    yield "rounding to nearest, least-squares grid", [], {"solver": "rtn"}
+    yield "rounding to nearest, least-squares grid", names, {"solver": "rtn"}
     for done in range(1, len(names) + 1):
         yield f"+ {names[done - 1]}", names[done:], {}
     for name in names:
@@ -100,6 +102,7 @@ def run(
     """One row of the table."""
     samples = bench.calibration[:SAMPLES]
     how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
+    how["rotation"] = None if ROTATION in off else "hadamard"
     config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
     start = time.perf_counter()
     with ExitStack() as stack:

@@ -9,6 +9,8 @@ sqrt(p). (QuIP#, arXiv 2402.04396; QuaRot, arXiv 2404.00456.)
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,12 +39,16 @@ def _walsh(x: Tensor) -> Tensor:
     return (_walsh_signs(first, x.device) @ (blocks @ _walsh_signs(second, x.device))).reshape(x.shape) * size**-0.5
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made in inference mode could not be used outside it
 def _walsh_signs(size: int, device: torch.device) -> Tensor:
     """sqrt(size) H: entry (i, j) is (-1)^popcount(i & j)."""
     index = torch.arange(size, device=device)
     return 1.0 - 2.0 * _parity(index[:, None] & index)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _signs(columns: int, device: torch.device) -> Tensor:
     """s (K,): the same ones forever, part of the stored format; a multiplicative hash, so like no row of H."""
     hashed = (torch.arange(1, columns + 1, device=device) * 2654435761) & 0xFFFFFFFF

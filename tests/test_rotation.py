@@ -43,6 +43,14 @@ def test_an_outlier_and_a_constant_are_spread():
         assert rotate(x, False).abs().max() < 0.3  # norm 1: all the same would be 1 / 16
 
 
+def test_inference_mode_leaves_nothing_behind():
+    with torch.inference_mode():
+        rotate(torch.ones(2, 40), False)
+    x = torch.ones(2, 40, requires_grad=True)
+    rotate(x, False).sum().backward()
+    torch.testing.assert_close(x.grad, rotate(torch.ones(2, 40), True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_and_gradient(dtype):
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
