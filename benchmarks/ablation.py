@@ -106,8 +106,8 @@ def run(
     config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
     start = time.perf_counter()
     with ExitStack() as stack:
-        for step in off:
-            stack.enter_context(patch.multiple(gptq, **STEPS[step]))
+        for part, instead in [pair for step in off for pair in STEPS[step].items()]:
+            stack.enter_context(patch.object(gptq, part, instead))
         model = quantize(bench.load(), config)
     seconds = round(time.perf_counter() - start, 1)
     row = bench.evaluate(model).rows[1]
