@@ -1,6 +1,6 @@
 """Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
 
-The estimator of each map is in ``cluster_sums.py``. Clusters and alpha are chosen by 5-fold
+The estimator of each map is in ``cluster_sums.py``. Clusters, alpha and gamma are chosen by 5-fold
 cross-validation, with "off" among the choices: the published fixed ones do harm on few rows.
 """
 
@@ -22,12 +22,14 @@ FOLDS = 5
 LEAST_ROWS = 2 * FOLDS
 CLUSTERS = (1, 4, 8, 16, 32, 64)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+GAMMAS = ("std", "ls")
 ROWS_PER_CLUSTER = 64
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
 AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer
 CHUNK = 1 << 24  # floats of rows that are scored at once
 
 Kind = Literal["logits", "hidden"]
+Choice = tuple[int, float, int]  # clusters, alpha and the number of gamma in GAMMAS: smaller ones are simpler
 
 
 @dataclass
@@ -36,19 +38,20 @@ class CorrectionFit:
 
     Attributes:
         correction: the correction, or None: "off" was best.
-        clusters, alpha: what was chosen; 0 and 0.0 for "off".
+        clusters, alpha, gamma: what was chosen; 0, 0.0 and "" for "off".
         gain: loss without minus loss with correction, mean over rows that the fit had not seen; None if it was not
-            measured (a fixed number of clusters and a fixed alpha).
+            measured (clusters, alpha and gamma are fixed).
         gain_low, gain_high: paired 95 % interval of the gain.
         loss_before, loss_after: mean loss over the same rows.
         metric: "kl" (Kullback-Leibler divergence to the teacher, nats) or "mse".
         rows: rows that were fitted on.
-        candidates: mean held-out loss by "clusters/alpha".
+        candidates: mean held-out loss by "clusters/alpha/gamma".
     """
 
     correction: ClusterAffine | None
     clusters: int
     alpha: float
+    gamma: str
     rows: int
     metric: str
     gain: float | None = None
@@ -73,7 +76,7 @@ class CorrectionFit:
                 f"gain {self.gain:.5f} [{self.gain_low:.5f}, {self.gain_high:.5f}]"
             )
         )
-        chosen = f"{self.clusters} clusters, alpha {self.alpha:g}" if self.clusters else "off"
+        chosen = f"{self.clusters} clusters, alpha {self.alpha:g}, gamma {self.gamma}" if self.clusters else "off"
         return f"{chosen}{gain} ({self.rows} rows)"
 
 
@@ -92,27 +95,25 @@ def fit(
     # With more channels than rows each channel's own map is mostly noise: the prior counts for as much more.
     config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
     notes: list[str] = []
-    fixed = config.num_clusters != "auto" and config.alpha != "auto"
     space = ClusterSpace(q, config, notes)
     if config.num_clusters != "auto" and config.num_clusters > len(q):
         notes.append(f"num_clusters {config.num_clusters} lowered to {len(q)}, the number of rows")
-    if fixed:
-        clusters = min(int(config.num_clusters), len(q))
-        assert not isinstance(config.alpha, str)
-        correction = _fit_all(q, f, space, clusters, float(config.alpha), config)
-        return CorrectionFit(correction, clusters, float(config.alpha), len(q), _metric(kind), notes=notes)
+    if "auto" not in (config.num_clusters, config.alpha, config.gamma):
+        clusters, alpha = min(int(config.num_clusters), len(q)), float(config.alpha)
+        correction = _fit_all(q, f, space, clusters, alpha, config.gamma, config.shrinkage)
+        return CorrectionFit(correction, clusters, alpha, config.gamma, len(q), _metric(kind), notes=notes)
     choices = _cluster_choices(q, space, config, max_bytes)
     return _choose(q, f, space, config, kind, choices, notes)
 
 
 def _fit_all(
-    q: Tensor, f: Tensor, space: ClusterSpace, clusters: int, alpha: float, config: CatConfig
+    q: Tensor, f: Tensor, space: ClusterSpace, clusters: int, alpha: float, kind: str, shrinkage: float
 ) -> ClusterAffine:
     centroids = space.centroids(clusters)
     sums = _sums(
         q, f, nearest_centroid(q, space.basis, centroids), torch.zeros(len(q), dtype=torch.int64), clusters, 1
     )
-    gamma, beta = solve(*sums.without(None), config.gamma, config.shrinkage)
+    gamma, beta = solve(*sums.without(None), kind, shrinkage)
     # One cluster needs no projection at all.
     basis = space.basis if clusters > 1 else torch.zeros(q.shape[1], 1)
     centroids = centroids if clusters > 1 else torch.zeros(1, 1)
@@ -125,22 +126,27 @@ def _choose(
     folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
     before = _losses(q, f, kind)
     agreed = _agreement(q, f, kind)
-    gains: dict[tuple[int, float], Tensor] = {}
+    gains: dict[Choice, Tensor] = {}
     candidates: dict[str, float] = {}
     for clusters in choices:
         cluster = nearest_centroid(q, space.basis, space.centroids(clusters))
         sums = _sums(q, f, cluster, folds, clusters, FOLDS)
-        maps = [solve(*sums.without(fold), config.gamma, config.shrinkage) for fold in range(FOLDS)]
-        for alpha in ALPHAS if config.alpha == "auto" else (float(config.alpha),):
-            corrected = _held_out(q, cluster, folds, maps, alpha)
-            candidates[f"{clusters}/{alpha:g}"] = float(_losses(corrected, f, kind).mean())
-            # A gain in divergence can be a mere change of confidence that costs right answers: those are not for sale.
-            if float((_agreement(corrected, f, kind) - agreed).mean()) >= -AGREEMENT_LOSS:
-                gains[clusters, alpha] = before - _losses(corrected, f, kind)
+        for number, gamma in enumerate(GAMMAS):
+            if config.gamma not in ("auto", gamma):
+                continue
+            maps = [solve(*sums.without(fold), gamma, config.shrinkage) for fold in range(FOLDS)]
+            for alpha in ALPHAS if config.alpha == "auto" else (float(config.alpha),):
+                corrected = _held_out(q, cluster, folds, maps, alpha)
+                losses = _losses(corrected, f, kind)
+                candidates[f"{clusters}/{alpha:g}/{gamma}"] = float(losses.mean())
+                # A gain in divergence can be a mere change of confidence that costs right answers: not for sale.
+                if float((_agreement(corrected, f, kind) - agreed).mean()) >= -AGREEMENT_LOSS:
+                    gains[clusters, alpha, number] = before - losses
     result = CorrectionFit(
         None,
         0,
         0.0,
+        "",
         len(q),
         _metric(kind),
         0.0,
@@ -157,10 +163,10 @@ def _choose(
     chosen = _simplest(gains, best)
     gain, half = _interval(gains[chosen])
     if gain - half > 0:
-        result.clusters, result.alpha = chosen
+        result.clusters, result.alpha, result.gamma = *chosen[:2], GAMMAS[chosen[2]]
         result.gain, result.gain_low, result.gain_high = gain, gain - half, gain + half
         result.loss_after = float(before.mean()) - gain
-        result.correction = _fit_all(q, f, space, *chosen, config)
+        result.correction = _fit_all(q, f, space, *chosen[:2], result.gamma, config.shrinkage)
     return result
 
 
@@ -182,7 +188,7 @@ def _cluster_choices(q: Tensor, space: ClusterSpace, config: CatConfig, max_byte
     ]
 
 
-def _simplest(gains: dict[tuple[int, float], Tensor], best: tuple[int, float]) -> tuple[int, float]:
+def _simplest(gains: dict[Choice, Tensor], best: Choice) -> Choice:
     """Fewest clusters, then smallest alpha, that is within one standard error of the best, row by row."""
     for key in sorted(gains):
         difference = gains[best] - gains[key]

@@ -29,7 +29,8 @@ class CatConfig:
         num_clusters: clusters, or "auto": chosen by cross-validation among off, 1, 4, 8, 16, 32 and 64.
         projection: principal components that clusters are found in, or None for all dimensions.
         alpha: blending factor in (0, 1], or "auto": chosen by cross-validation.
-        gamma: "std", the ratio of standard deviations, or "ls", least squares, which attenuates.
+        gamma: "std", the ratio of standard deviations, "ls", least squares, which attenuates, or "auto": chosen by
+            cross-validation.
         shrinkage: rows that the prior counts for (times D / M where there are fewer rows M than channels D): clusters
             shrink to the affine map of all rows, that to one slope for all channels, that to the identity.
         at: "logits", "blocks", the name of a module, or several of these.
@@ -42,7 +43,7 @@ class CatConfig:
     num_clusters: int | Literal["auto"] = "auto"
     projection: int | None = 50
     alpha: float | Literal["auto"] = "auto"
-    gamma: Literal["std", "ls"] = "std"
+    gamma: Literal["std", "ls", "auto"] = "std"
     shrinkage: float = 32.0
     at: str | tuple[str, ...] = "logits"
     seed: int = 0
@@ -60,7 +61,7 @@ class CatConfig:
             ),
             ("projection", "None or an integer of at least 1", self.projection is None or is_count(self.projection)),
             ("alpha", '"auto" or a number above 0 and up to 1', self.alpha == "auto" or _number(self.alpha, 1) > 0),
-            ("gamma", '"std" or "ls"', self.gamma in ("std", "ls")),
+            ("gamma", '"std", "ls" or "auto"', self.gamma in ("std", "ls", "auto")),
             ("shrinkage", "a finite number of at least 0", 0 <= _number(self.shrinkage) < float("inf")),
             ("at", '"logits", "blocks" or names of modules', bool(places) and all(isinstance(p, str) for p in places)),
             (
@@ -81,7 +82,7 @@ class CatConfig:
     @property
     def chooses(self) -> bool:
         """Whether anything is left to the data: the number of clusters, alpha, or how far clusters shrink."""
-        return "auto" in (self.num_clusters, self.alpha) or self.shrinkage > 0
+        return "auto" in (self.num_clusters, self.alpha, self.gamma) or self.shrinkage > 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-clean fields."""

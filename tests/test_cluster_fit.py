@@ -191,10 +191,23 @@ def test_a_vocabulary_gets_one_cluster_where_more_would_outweigh_the_model():
     config = CatConfig(alpha=1.0, projection=4)
     size = 4 * (4 * 20_000 + 4 * (20_000 + 20_000 + 4))  # basis, then gamma, beta and centroid of four clusters
     just, bounded = (fit(0.5 * q, f, config, "logits", max_bytes=limit) for limit in (size, size - 1))
-    assert list(just.candidates) == ["1/1", "4/1"]  # not 8: fewer than 64 rows a cluster
-    assert list(bounded.candidates) == ["1/1"]
+    assert list(just.candidates) == ["1/1/std", "4/1/std"]  # not 8: fewer than 64 rows a cluster
+    assert list(bounded.candidates) == ["1/1/std"]
     assert bounded.clusters == 1
     assert bounded.gain_low > 0
+
+
+def test_auto_takes_the_gamma_that_fits():
+    q, f = rows(600, 6, 0.0)
+    assert fit(0.5 * q, f, CatConfig(gamma="auto"), "logits").gamma == "std"  # both are exact: the first
+    # A channel of mere noise: its spread says nothing, least squares switches it off.
+    noise = 6 * torch.randn(600, generator=torch.Generator().manual_seed(2))
+    q, f = (torch.cat((channel[:, None], t), 1) for channel, t in ((noise, q), (noise.roll(1) / 4, f)))
+    found = {gamma: fit(q, f, CatConfig(gamma=gamma), "logits") for gamma in ("std", "ls", "auto")}
+    assert found["auto"].gamma == "ls"
+    assert found["auto"].gain == found["ls"].gain
+    assert found["auto"].gain > found["std"].gain
+    assert set(found["auto"].candidates) == set(found["std"].candidates) | set(found["ls"].candidates)
 
 
 def test_more_clusters_than_rows_are_lowered_and_said():
