@@ -92,6 +92,16 @@ class LearnedLayer(nn.Module):
         """Share of the codes that are no longer what the solver chose."""
         return float((self.rounded() != self.start).float().mean())
 
+    def drift(self) -> Tensor:
+        """Mean squared change of scales and offsets since the solver, relative to their mean sizes, ()."""
+        pairs = ((self.scale, self.layer.weight_scale), (self.offset, self.layer.weight_offset))
+        moves = [
+            ((now - start.float()) / start.float().abs().mean().clamp_min(1e-12)).square().mean()
+            for now, start in pairs
+            if now is not None
+        ]
+        return torch.stack(moves).sum()
+
     def forward(self, x: Tensor) -> Tensor:
         """What the packed layer will return for ``x``."""
         x = self.layer.rotated(x)

@@ -113,11 +113,15 @@ class Reconstruction:
         with torch.enable_grad(), self._learning(name, root) as learned:
             if not learned:
                 return None
+            pull = 0.0 if name else self.options.scale_pull
 
             def loss_with_drop(batch: int, learning: bool) -> Tensor:
                 for layer in learned.values():
                     layer.drop = drop if learning else 0.0
-                return loss_of(batch, learning)
+                loss = loss_of(batch, learning)
+                if not (learning and pull):
+                    return loss
+                return loss + pull * torch.stack([layer.drift() for layer in learned.values()]).mean()
 
             groups = self._groups(root, learned, rate)
             with learning([p for group in groups for p in group["params"]]):
@@ -165,7 +169,8 @@ class Reconstruction:
         return difference.mean() if mask is None else difference.flatten(0, 1)[mask].mean()
 
     def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor) -> Tensor:
-        rows = divergences(target, found).flatten()
+        heat = self.options.temperature
+        rows = divergences(target / heat, found / heat).flatten() * heat**2
         mask = self.gather.mask(batch, site, target) if target.dim() == 3 else None
         return rows.mean() if mask is None else rows[mask].mean()
 

@@ -16,6 +16,7 @@ from hf_catquant.fitting import Pairs
 from hf_catquant.learned import LearnedLayer
 from hf_catquant.model import quantized_modules
 from hf_catquant.reconstruction import Reconstruction
+from hf_catquant.solvers.reconstruct import Options
 
 FEW = {"block_steps": 60, "model_steps": 40}
 
@@ -177,12 +178,38 @@ def test_a_model_without_logits_learns_its_output():
         ("reconstruct", {"block_steps": -1}, "block_steps must be an integer of at least 0, got -1"),
         ("reconstruct", {"block_steps": 2.5}, "block_steps must be an integer of at least 0, got 2.5"),
         ("reconstruct", {"code_rate": float("nan")}, "code_rate must be a number of at least 0, got nan"),
+        ("reconstruct", {"temperature": 0}, "temperature must be a number above 0, got 0"),
         ("reconstruct", {"code_rate": True}, "code_rate must be a number of at least 0, got True"),
     ],
 )
 def test_bad_options(solver, options, message):
     with pytest.raises(ValueError, match=message):
         CatQuantConfig(solver=solver, solver_options=options)
+
+
+def test_scales_alone_by_the_divergence_are_stage_one_of_cat():
+    alone = {"block_steps": 0, "code_rate": 0, "float_rate": 0, "model_steps": 40, "model_rate": 1.0}
+    none = {"block_steps": 0, "model_steps": 0}
+    start = dict(quantized("llama", solver="reconstruct", solver_options=none).named_buffers())
+    moves = []
+    for pull in (0.0, 1e4):
+        options = {**alone, "scale_pull": pull}
+        buffers = dict(quantized("llama", solver="reconstruct", solver_options=options).named_buffers())
+        same = {name for name in buffers if torch.equal(buffers[name], start[name])}
+        assert {name for name in buffers if name.endswith("weight_packed")} <= same
+        scales = [name for name in buffers if name.endswith("weight_scale") and "layer" in name]
+        moves.append(sum(float((buffers[name] - start[name]).abs().sum()) for name in scales))
+    assert moves[0] > 3 * moves[1]
+    assert moves[0] > 0
+
+
+@pytest.mark.parametrize("heat", [1.0, 4.0])
+def test_the_divergence_has_a_temperature(heat, generator):
+    found, target = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    learner = Reconstruction(Options(temperature=heat), None, [], [], 0, set())
+    expected, other = ((t / heat).softmax(-1) for t in (target, found))
+    wanted = heat**2 * (expected * (expected / other).log()).sum(-1).mean()
+    torch.testing.assert_close(learner._divergence(0, "head", found, target), wanted)
 
 
 def test_options_are_a_dict():

@@ -26,6 +26,10 @@ class Options:
         scale_rate: that of scales and offsets, relative to their mean size.
         float_rate: that of biases, norms and what else is float in a block.
         model_rate: what these rates are multiplied by at the end.
+        temperature: T of the divergence at the end, between softmax(logits / T), times T^2 (PD-Quant, arXiv 2212.07048).
+        scale_pull: weight of the mean squared change of scales and offsets, relative to their mean size, that is added to
+            the divergence. With code_rate=0, float_rate=0 and block_steps=0 that is the first stage of CAT
+            (arXiv 2509.26277).
 
     Raises:
         ValueError: a value breaks its rule.
@@ -37,6 +41,8 @@ class Options:
     scale_rate: float = 0.01
     float_rate: float = 0.001
     model_rate: float = 0.1
+    temperature: float = 1.0
+    scale_pull: float = 0.0
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -45,3 +51,5 @@ class Options:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 <= value < 1e9:
                 rule = "an integer of at least 0" if whole else "a number of at least 0"
                 raise ValueError(f"solver_options: {entry.name} must be {rule}, got {value!r}")
+        if self.temperature == 0:
+            raise ValueError("solver_options: temperature must be a number above 0, got 0")
