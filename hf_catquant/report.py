@@ -24,7 +24,7 @@ class LayerReport:
     Attributes:
         name: of the module.
         shape: logical (N, K).
-        weights, group_size, activations: its scheme.
+        weights, group_size, activations, rotation: its scheme.
         bits: stored bits a weight, scales and offsets included; 0 where the weight is another layer's.
         error: relative squared error of its output on the calibration data, or of its weight without data; None if it
             shares another layer's weight.
@@ -36,6 +36,7 @@ class LayerReport:
     weights: str
     group_size: int
     activations: str | None
+    rotation: str | None
     bits: float
     error: float | None
     tied_to: str | None
@@ -81,7 +82,8 @@ class Report:
         lines = [f"{'layer':<{width}}  {'shape':>13}  {'weights':>8}  {'group':>5}  {'bits':>6}  error"]
         for layer in self.layers:
             error = f"tied to {layer.tied_to}" if layer.error is None else f"{layer.error:.5f}"
-            inputs = "" if layer.activations is None else f"  inputs {layer.activations}"
+            inputs = " ".join(filter(None, (layer.rotation and "rotated", layer.activations)))
+            inputs = f"  inputs {inputs}" if inputs else ""
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             lines.append(
                 f"{layer.name:<{width}}  {shape:>13}  {layer.weights:>8}  {layer.group_size:>5}  {layer.bits:>6.3f}  "
@@ -208,6 +210,7 @@ def _layer(name: str, module: QuantizedModule, error: float | None, tied_to: str
         scheme.weights,
         scheme.group_size,
         scheme.activations,
+        scheme.rotation,
         bits,
         error,
         tied_to,

@@ -102,6 +102,10 @@ def test_quantized_saved_and_reloaded(name, solver, tmp_path):
     rotated = [m for m in model.modules() if isinstance(m, QuantizedModule) and m.scheme.rotation]
     assert rotated
     assert all(isinstance(m, layer_for(nn.Linear(2, 2))) for m in rotated)
+    assert {layer.name for layer in report(model).layers if layer.rotation} == {
+        layer for layer, module in model.named_modules() if module in rotated
+    }
+    assert " inputs rotated" in str(report(model))
     assert max(layer.error or 0 for layer in report(model).layers) < 0.05
     inputs = tiny_models.batch(name)
     out, wanted = tiny_models.main_output(model(**inputs)), tiny_models.main_output(before(**inputs))
