@@ -24,8 +24,10 @@ import realdata
 from common import CASES, ROOT, chosen, read
 
 PLOT = ROOT / "docs" / "accuracy.png"
-SHORT = ("--solver-options", "block_steps=100", "model_steps=200")
-OWN_TEXTS = ("--generate", "340", "--solver-options", "model_steps=1200", "model_rate=0.6")
+CURVE = ROOT / "docs" / "w2a2.png"
+STEPS = "--solver-options"
+SHORT = (STEPS, "block_steps=100", "model_steps=200")
+OWN_TEXTS = ("--generate", "340", STEPS, "model_steps=1200", "model_rate=0.6")
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,24 @@ class Setting:
         return ", ".join([self.solver, *named, *([f"{texts} own texts"] if texts else [])])
 
 
+# Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
+W2A2 = ((25, 40), (50, 75), (100, 150))
 PLAN = (
     *(Setting(weights, "gptq", group_size=64) for weights in ("ternary", "int4")),
     Setting("int3", "gptq"),
-    Setting("ternary", "reconstruct", ("kwt1", "deit", "minilm")),
+    Setting("ternary", "reconstruct", ("kwt1", "minilm")),
+    Setting("ternary", "reconstruct", ("minilm", "deit"), 192),  # divides their widths: 1.79 bits
+    Setting("ternary", "gptq", ("resnet",), 192),
     Setting("ternary", "reconstruct", ("mobilenet", "resnet"), more=SHORT),
     Setting("ternary", "reconstruct", ("stories",), more=OWN_TEXTS),
-    Setting(
-        "int2", "reconstruct", ("resnet",), 64, "int2", ("--solver-options", "block_steps=100", "model_steps=150")
+    Setting("int3", "reconstruct", ("stories",), more=OWN_TEXTS),
+    Setting("int2", "gptq", ("resnet",), 64, "int2"),
+    *(
+        Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
+        for b, m in W2A2
     ),
-    Setting("int4", "reconstruct", ("deit",), 128, "int4", ("--solver-options", "block_steps=60", "model_steps=100")),
+    Setting("int4", "gptq", ("deit",), 128, "int4"),
+    Setting("int4", "reconstruct", ("deit",), 128, "int4", (STEPS, "block_steps=60", "model_steps=100")),
 )
 
 
@@ -128,6 +138,27 @@ def plot() -> None:
     named = {label: handle for a in axes.flat for handle, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5)
     figure.savefig(PLOT, dpi=110)
+    plt.close(figure)
+    plot_curve()
+
+
+def plot_curve() -> None:
+    """Top-1 of ResNet-18 with 2-bit weights and inputs against the seconds it took."""
+    found = [r for r in read(realdata.RESULTS) if r["model"].startswith("resnet") and r["activations"] == "int2"]
+    if not found:
+        return
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for result in sorted(found, key=lambda r: r["seconds"]):
+        row = peers.last(result)
+        half = [[row["metric"] - row["low"]], [row["high"] - row["metric"]]]
+        axis.errorbar(result["seconds"], row["metric"], yerr=half, marker="o", capsize=3, label=result["solver"])
+    first = found[0]["evaluation"]["rows"][0]["metric"]
+    axis.axhline(first, color="0.5", linestyle="--", linewidth=1, label="float")
+    axis.axhline(0.75 * first, color="0.7", linestyle=":", linewidth=1, label="75 % of float")
+    axis.set(xlabel="seconds", ylabel="top-1, 95 % interval", ylim=(0, 80), title="ResNet-18, int2 weights and inputs")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(CURVE, dpi=110)
     plt.close(figure)
 
 
