@@ -1,6 +1,7 @@
 """What each step of the gptq solver buys: one step after the other, and the whole engine without each of them.
 
     python benchmarks/ablation.py --data FOLDER [--only minilm ...] [--weights ternary] [--group-size 64]
+                                  [--rows "all steps" ...]
 
 FOLDER as in ``realdata.py``. The steps are switched off inside ``hf_catquant.solvers.gptq``; nothing else changes. The text
 encoder is judged by the cosine between the mean-pooled embeddings of the float and the quantized model, too. No correction.
@@ -64,7 +65,9 @@ STEPS: dict[str, dict[str, Any]] = {
     ROTATION: {},
 }
 BEYOND: dict[str, dict[str, Any]] = {
+    "all steps, low rank 2": {"low_rank": 2},
     "all steps, low rank 8": {"low_rank": 8},
+    "all steps, average_bits=2.3": {"average_bits": 2.3},
     "all steps, then reconstruct": {"solver": "reconstruct"},
 }
 
@@ -76,10 +79,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["minilm", "stories", "deit"], help="parts of model names")
     parser.add_argument("--weights", default="ternary", help="format")
     parser.add_argument("--group-size", default=64, type=int)
+    parser.add_argument("--rows", nargs="+", default=[""], help="parts of the names of rows")
     args = parser.parse_args()
     for case in chosen(args.only):
         bench = Bench(case, args.data)
-        for name, off, more in plan():
+        for name, off, more in (row for row in plan() if any(part in row[0] for part in args.rows)):
             put(RESULTS, [run(bench, case, name, off, args.weights, args.group_size, more)], *KEY)
             write_page()
 
