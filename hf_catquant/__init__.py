@@ -6,7 +6,7 @@ Importing the package registers ``quant_method="catquant"`` with transformers.
 from .config import CatQuantConfig
 from .correction import CatConfig
 from .correction_file import load_correction, save_correction
-from .discrimination import FEATURE_DISCRIMINATION, feature_discrimination
+from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_discrimination, stream_discrimination
 from .fitting import fit_correction
 from .generate import generate_samples
 from .quantizer import quantize, register
@@ -19,6 +19,7 @@ __all__ = [
     "FEATURE_DISCRIMINATION",
     "CatConfig",
     "CatQuantConfig",
+    "FeatureStatistics",
     "__version__",
     "feature_discrimination",
     "fit_correction",
@@ -27,4 +28,5 @@ __all__ = [
     "quantize",
     "report",
     "save_correction",
+    "stream_discrimination",
 ]
