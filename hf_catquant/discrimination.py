@@ -30,6 +30,7 @@ __all__ = [
     "binary_discrimination",
     "discrimination",
     "feature_discrimination",
+    "normal_distribution",
     "stream_discrimination",
     "ternary_discrimination",
 ]
@@ -73,9 +74,9 @@ def binary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> ND
     """
     mu, sigma = _model(mu, sigma)
     tau = _finite(tau, "tau")
-    a, b = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
+    a, b = normal_distribution((mu - tau) / sigma), normal_distribution((-mu - tau) / sigma)
     # 1 - a as a tail of its own: a itself rounds to 1 where the classes are far apart.
-    not_a, not_b = _phi((tau - mu) / sigma), _phi((tau + mu) / sigma)
+    not_a, not_b = normal_distribution((tau - mu) / sigma), normal_distribution((tau + mu) / sigma)
     return _ratio(np.square(a - b), 2 * (a * not_a + b * not_b))
 
 
@@ -92,8 +93,8 @@ def ternary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> N
     tau = _finite(tau, "tau")
     if np.any(tau < 0):
         raise ValueError(f"tau of ternary features must be at least 0, got {float(np.min(tau))}")
-    p, q = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
-    zero = _phi((tau - mu) / sigma) - q
+    p, q = normal_distribution((mu - tau) / sigma), normal_distribution((-mu - tau) / sigma)
+    zero = normal_distribution((tau - mu) / sigma) - q
     # (p + q) - (p - q)^2 = (p + q) P(X becomes 0) + 4 p q: the same without cancellation where the classes are far apart.
     return _ratio(np.square(p - q), (p + q) * zero + 4 * p * q)
 
@@ -112,8 +113,8 @@ def _model(mu: ArrayLike, sigma: ArrayLike) -> tuple[NDArray[np.float64], NDArra
     return mu, sigma
 
 
-def _phi(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Normal distribution function; erfc because torch.special.ndtr is 0 below -8.3."""
+def normal_distribution(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P(N(0, 1) < x); by erfc because torch.special.ndtr is 0 below -8.3."""
     return 0.5 * torch.special.erfc(torch.as_tensor(-x / math.sqrt(2), dtype=torch.float64)).numpy()
 
 
