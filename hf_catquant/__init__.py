@@ -7,6 +7,7 @@ from .config import CatQuantConfig
 from .correction import CatConfig
 from .correction_file import load_correction, save_correction
 from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_discrimination, stream_discrimination
+from .features import BinaryQuantizer, TernaryQuantizer
 from .fitting import fit_correction
 from .generate import generate_samples
 from .quantizer import quantize, register
@@ -17,9 +18,11 @@ register()
 
 __all__ = [
     "FEATURE_DISCRIMINATION",
+    "BinaryQuantizer",
     "CatConfig",
     "CatQuantConfig",
     "FeatureStatistics",
+    "TernaryQuantizer",
     "__version__",
     "feature_discrimination",
     "fit_correction",

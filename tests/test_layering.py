@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "formats discrimination version log integrity generate evaluation_table",
-    "packing request_checks theory",
+    "packing request_checks similarity theory",
     "weight",
     "op_checks",
     "ops",
