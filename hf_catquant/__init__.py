@@ -7,6 +7,7 @@ from .config import CatQuantConfig
 from .correction import CatConfig
 from .correction_file import load_correction, save_correction
 from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_discrimination, stream_discrimination
+from .extract import extract_features
 from .features import BinaryQuantizer, TernaryQuantizer
 from .fitting import fit_correction
 from .generate import generate_samples
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureStatistics",
     "TernaryQuantizer",
     "__version__",
+    "extract_features",
     "feature_discrimination",
     "fit_correction",
     "generate_samples",
