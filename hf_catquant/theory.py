@@ -36,7 +36,7 @@ from .metrics.feature_discrimination.moments import pooled
 from .metrics.feature_discrimination.streaming import Coder
 
 STEPS = 80  # halvings of a bracket of at most 40: to the last bit of a float64
-FAR = 40.0  # beyond so many deviations a tail of the normal distribution is below 1e-300
+FAR = 30.0  # deviations; a tail of the normal distribution is 1e-197 there, and still a number
 
 Array = NDArray[np.float64]
 
@@ -76,7 +76,9 @@ def best_ternary_threshold(mu: ArrayLike) -> Array:
         p, q = _tails(mu, sigma, tau)
         return np.tanh(mu * tau / np.square(sigma)) < (p - q) / (2 * (p + q))
 
-    return _bisect(before_best, np.zeros_like(mu), math.atanh(0.5) * np.square(sigma) / mu)
+    # Of the smallest mu the bound is far out, where nothing is left of either tail.
+    end = np.minimum(math.atanh(0.5) * np.square(sigma) / mu, FAR * sigma)
+    return _bisect(before_best, np.zeros_like(mu), end)
 
 
 def improving_thresholds(mu: ArrayLike, ternary: bool) -> tuple[Array, Array]:

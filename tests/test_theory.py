@@ -82,6 +82,9 @@ def test_the_best_threshold_beats_every_other():
         grid = ternary_discrimination(mu, sigma, np.linspace(0, 4, 4001))
         assert ternary_discrimination(mu, sigma, best) >= grid.max()
     assert best_ternary_threshold(np.array([0.8])) == pytest.approx([0.217], abs=5.1e-4)
+    with np.errstate(all="raise", under="ignore"):
+        assert best_ternary_threshold(1e-6) == pytest.approx(best_ternary_threshold(1e-3), abs=1e-3)
+        best_ternary_threshold(1e-300)
 
 
 def test_gaussian_features_do_as_predicted():
