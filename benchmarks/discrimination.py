@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "discrimination.json"
 PAGE, PLOT = ROOT / "docs" / "discrimination-results.md", ROOT / "docs" / "discrimination.png"
 ROWS, FEATURES, CLASSES, BATCH = 1_000_000, 768, 1000, 10_000
 EMBEDDINGS, WIDTH, REPEATS = 1_000_000, 384, 5
-SENTENCES, QUERIES, NEIGHBORS = 6000, 300, 10
+SENTENCES, QUERIES, NEIGHBORS = 2000, 200, 10
 
 
 def main() -> None:
