@@ -6,7 +6,9 @@ Importing the package registers ``quant_method="catquant"`` with transformers.
 from .config import CatQuantConfig
 from .correction import CatConfig
 from .correction_file import load_correction, save_correction
-from .discrimination import FEATURE_DISCRIMINATION, feature_discrimination
+from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_discrimination, stream_discrimination
+from .extract import extract_features
+from .features import BinaryQuantizer, TernaryQuantizer
 from .fitting import fit_correction
 from .generate import generate_samples
 from .quantizer import quantize, register
@@ -17,9 +19,13 @@ register()
 
 __all__ = [
     "FEATURE_DISCRIMINATION",
+    "BinaryQuantizer",
     "CatConfig",
     "CatQuantConfig",
+    "FeatureStatistics",
+    "TernaryQuantizer",
     "__version__",
+    "extract_features",
     "feature_discrimination",
     "fit_correction",
     "generate_samples",
@@ -27,4 +33,5 @@ __all__ = [
     "quantize",
     "report",
     "save_correction",
+    "stream_discrimination",
 ]

@@ -13,14 +13,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from .metrics.feature_discrimination import measure
+from .metrics.feature_discrimination.measure import feature_discrimination, stream_discrimination
+from .metrics.feature_discrimination.streaming import FeatureStatistics
+
+__all__ = [
+    "BINARY_CROSSOVER",
+    "FEATURE_DISCRIMINATION",
+    "TERNARY_CROSSOVER",
+    "TERNARY_CROSSOVER_TAU",
+    "FeatureStatistics",
+    "binary_discrimination",
+    "discrimination",
+    "feature_discrimination",
+    "normal_distribution",
+    "stream_discrimination",
+    "ternary_discrimination",
+]
 
 # What ``evaluate.load`` takes: the folder of the metric, which works offline.
 FEATURE_DISCRIMINATION = str(Path(__file__).resolve().parent / "metrics" / "feature_discrimination")
@@ -61,9 +74,9 @@ def binary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> ND
     """
     mu, sigma = _model(mu, sigma)
     tau = _finite(tau, "tau")
-    a, b = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
+    a, b = normal_distribution((mu - tau) / sigma), normal_distribution((-mu - tau) / sigma)
     # 1 - a as a tail of its own: a itself rounds to 1 where the classes are far apart.
-    not_a, not_b = _phi((tau - mu) / sigma), _phi((tau + mu) / sigma)
+    not_a, not_b = normal_distribution((tau - mu) / sigma), normal_distribution((tau + mu) / sigma)
     return _ratio(np.square(a - b), 2 * (a * not_a + b * not_b))
 
 
@@ -80,45 +93,10 @@ def ternary_discrimination(mu: ArrayLike, sigma: ArrayLike, tau: ArrayLike) -> N
     tau = _finite(tau, "tau")
     if np.any(tau < 0):
         raise ValueError(f"tau of ternary features must be at least 0, got {float(np.min(tau))}")
-    p, q = _phi((mu - tau) / sigma), _phi((-mu - tau) / sigma)
-    zero = _phi((tau - mu) / sigma) - q
+    p, q = normal_distribution((mu - tau) / sigma), normal_distribution((-mu - tau) / sigma)
+    zero = normal_distribution((tau - mu) / sigma) - q
     # (p + q) - (p - q)^2 = (p + q) P(X becomes 0) + 4 p q: the same without cancellation where the classes are far apart.
     return _ratio(np.square(p - q), (p + q) * zero + 4 * p * q)
-
-
-def feature_discrimination(features: Any, labels: Any, eta: float = measure.DEFAULT_ETA) -> dict[str, Any]:
-    """How well the classes stay apart in real features, and in their binary and ternary quantization.
-
-    Features are standardised one by one; binary is 1[value > 0], ternary sign(value) 1[|value| > eta * mean |value|].
-    D says how far apart classes are on average; it and the accuracy of a classifier do not always move together. An array
-    is read a few rows at a time and not copied.
-
-    Args:
-        features: (n, d) of any real dtype: array, tensor (bfloat16 too, on any device) or rows.
-        labels: (n,) integers, at least two classes of at least two samples each.
-        eta: of the ternary threshold, at least 0. The default is nearly the threshold of least squared error for
-            Gaussian features.
-
-    Returns:
-        The same dict as ``evaluate.load(FEATURE_DISCRIMINATION).compute(...)``: discrimination (mean D over pairs of
-        classes), discrimination_min (least), binary, ternary (mean D of the quantized features), binary_ratio,
-        ternary_ratio (over discrimination), n, num_classes, num_features. D is inf where a pair of classes is apart
-        and has no spread inside.
-
-    Raises:
-        ValueError: features are not a finite matrix, labels do not match them, or there are too few of a class.
-    """
-    return measure.feature_discrimination(_array(features), _array(labels), eta)
-
-
-def _array(values: Any) -> Any:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16 and no float8; float32 holds all of them.
-        return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
-    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
-        return [_array(row) for row in values]
-    return values
 
 
 def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -135,8 +113,8 @@ def _model(mu: ArrayLike, sigma: ArrayLike) -> tuple[NDArray[np.float64], NDArra
     return mu, sigma
 
 
-def _phi(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Normal distribution function; erfc because torch.special.ndtr is 0 below -8.3."""
+def normal_distribution(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P(N(0, 1) < x); by erfc because torch.special.ndtr is 0 below -8.3."""
     return 0.5 * torch.special.erfc(torch.as_tensor(-x / math.sqrt(2), dtype=torch.float64)).numpy()
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .correction import attach, corrections, detach
 from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
+from .extract import Place, catch, head_place
 from .fitting import placed
-from .logits import divergences, logits_site
+from .logits import divergences
 from .model import parameter_count
-from .replay import hooked, run
+from .replay import run
 from .report import parameter_bytes, stored_bytes
 
 RESAMPLES = 2000
@@ -42,7 +43,8 @@ def evaluate_classifier(
         ValueError: labels and rows differ in number, a label has no output, or the models do not return logits (B, C).
     """
     wanted = torch.as_tensor(labels)
-    site = logits_site(teacher, placed(batches[0], teacher))
+    head = head_place(teacher, batches[0])
+    site = head if head.entering else None
     truth = _classify(teacher, site, batches, offset)
     if len(truth.logits) != len(wanted):
         raise ValueError(f"there are {len(wanted)} labels for {len(truth.logits)} rows")
@@ -53,7 +55,7 @@ def evaluate_classifier(
     seen = [("float", teacher, truth, _size(teacher))]
     seen += [
         (name, model, out, size)
-        for name, out, size in _variants(model, lambda: _classify(model, site, batches, offset))
+        for name, out, size in variants(model, lambda: _classify(model, site, batches, offset))
     ]
     rows = tuple(_class_row(name, out, truth, wanted, size) for name, _, out, size in seen)
     if len(seen) < 3:
@@ -74,7 +76,7 @@ def evaluate_language_model(teacher: nn.Module, model: nn.Module, batches: Seque
     """
     truth = _read(teacher, teacher, batches)
     seen = [("float", truth, _size(teacher))]
-    seen += _variants(model, lambda: _read(model, teacher, batches))
+    seen += variants(model, lambda: _read(model, teacher, batches))
     rows = tuple(_language_row(name, out, size) for name, out, size in seen)
     if len(seen) < 3:
         return Evaluation("perplexity", len(truth), rows)
@@ -90,13 +92,11 @@ class _Classified:
     features: Tensor | None
 
 
-def _classify(model: nn.Module, site: str | None, batches: Sequence[dict[str, Tensor]], offset: int) -> _Classified:
-    logits, features = [], []
+def _classify(model: nn.Module, site: Place | None, batches: Sequence[dict[str, Tensor]], offset: int) -> _Classified:
+    logits: list[Tensor] = []
+    features: list[Tensor] = []
     for batch in batches:
-        entered: list[Tensor] = []
-        head = model.get_submodule(site) if site is not None else model
-        with hooked(head, before=lambda m, args, kwargs, into=entered: into.extend(args[:1])):
-            output = run(model, placed(batch, model))
+        output, caught = catch(model, () if site is None else (site,), batch, "mean")
         found = getattr(output, "logits", None)
         if found is None or found.dim() != 2:
             shape = "no logits" if found is None else f"logits {tuple(found.shape)}"
@@ -104,12 +104,12 @@ def _classify(model: nn.Module, site: str | None, batches: Sequence[dict[str, Te
                 f"evaluation needs a model that classifies whole rows, {type(model).__name__} has {shape}"
             )
         logits.append(found[:, offset:].float().cpu())
-        features += [x.float().cpu() for x in entered if site is not None and isinstance(x, Tensor) and x.dim() == 2]
+        features += caught.values()
     return _Classified(torch.cat(logits), torch.cat(features) if features else None)
 
 
-def _variants(model: nn.Module, measure: Callable[[], Any]) -> list[tuple[str, Any, tuple[int, float]]]:
-    """The model without and with its corrections, which come back in any case."""
+def variants(model: nn.Module, measure: Callable[[], Any]) -> list[tuple[str, Any, tuple[int, float]]]:
+    """Name, measurement and size of the model without and with its corrections, which come back in any case."""
     found = corrections(model)
     try:
         for name in found:
@@ -138,13 +138,13 @@ def _class_row(name: str, out: _Classified, truth: _Classified, wanted: Tensor, 
         int((right_before & ~right).sum()),
         int((~right_before & right).sum()),
         float(divergences(truth.logits, out.logits).mean()),
-        _discrimination(out.features, wanted),
+        mean_discrimination(out.features, wanted),
         *size,
     )
 
 
-def _discrimination(features: Tensor | None, labels: Tensor) -> float | None:
-    """Of the classes that have two rows; None if there are not two such classes."""
+def mean_discrimination(features: Tensor | None, labels: Tensor) -> float | None:
+    """D of the classes that have two rows; None if there are not two such classes."""
     if features is None or len(features) != len(labels):
         return None
     classes, counts = labels.unique(return_counts=True)

@@ -170,7 +170,7 @@ def fit_correction(
     data = samples.collect(
         dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
     )
-    with _evaluating(model, teacher):
+    with evaluating(model, teacher):
         logits = logits_site(teacher, placed(data.batches[0], teacher))
         blocks = [block for names in stacks(teacher).values() for block in names]
         sites = resolve_sites(model, config, blocks, logits)
@@ -184,7 +184,7 @@ def fit_correction(
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of a ``with``; then every module is as it was, one by one."""
     was_training = [(module, module.training) for model in models for module in model.modules()]
     for model in models:

@@ -79,13 +79,17 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the repeated blocks, by the name of the list that holds them.
+    """Names of the repeated blocks of a float or quantized model, by the name of the list that holds them.
 
     A stack is a ``ModuleList`` or ``Sequential`` with two or more blocks of one class that each hold at least two layers;
     what else is in the list (a LeViT stage ends with a module that halves its resolution) is no block. Of stacks within
     stacks the innermost counts (a Swin stage is not a block, its layers are).
     """
-    layers = [name for name, module in model.named_modules() if layer_for(module) is not None]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule) or layer_for(module) is not None
+    ]
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential):

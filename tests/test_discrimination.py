@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 
+from feature_helpers import all_pairs, random_features, standardise
 from helpers import global_rng_untouched
 from hf_catquant import feature_discrimination
 from hf_catquant.discrimination import (
@@ -20,8 +21,9 @@ from hf_catquant.discrimination import (
     discrimination,
     ternary_discrimination,
 )
-from hf_catquant.metrics.feature_discrimination import measure
-from hf_catquant.metrics.feature_discrimination.measure import Moments, class_moments, pairwise
+from hf_catquant.metrics.feature_discrimination import streaming
+from hf_catquant.metrics.feature_discrimination.moments import Moments, pairwise
+from hf_catquant.metrics.feature_discrimination.streaming import FeatureStatistics
 
 # mu, tau, D, D_b, D_t with mu^2 + sigma^2 = 1; checked by a Monte Carlo run of two million samples.
 REFERENCE = np.array(
@@ -70,31 +72,6 @@ def real_split(loader):
     x, y = loader(return_X_y=True)
     x, _, y, _ = train_test_split(x, y, test_size=0.3, random_state=0, stratify=y)
     return x, y
-
-
-def standardise(x):
-    spread = x.std(0)
-    return (x - x.mean(0)) / np.where(spread > 0, spread, 1)
-
-
-def all_pairs(x, y):
-    """Mean D over pairs of classes, from the distance of every sample to every other one."""
-    square = np.square(x[:, None] - x[None]).sum(-1)
-    classes = [np.flatnonzero(y == c) for c in np.unique(y)]
-    inside = [square[np.ix_(c, c)].sum() / (len(c) * (len(c) - 1)) for c in classes]
-    return np.array(
-        [
-            square[np.ix_(classes[a], classes[b])].mean() / (inside[a] + inside[b])
-            for a in range(len(classes))
-            for b in range(a + 1, len(classes))
-        ]
-    )
-
-
-def random_features(rows=60, columns=5, classes=3):
-    generator = np.random.default_rng(0)
-    y = np.arange(rows) % classes
-    return generator.normal(size=(rows, columns)) + 0.5 * y[:, None], y
 
 
 def test_closed_forms_match_the_reference_values():
@@ -235,7 +212,9 @@ def test_real_data_match_the_reference_values(loader, plain, binary, ternary):
 def test_all_pairs_of_samples_give_the_same_number():
     x, y = real_split(load_digits)
     x, y = standardise(x)[:200], y[:200]
-    found = pairwise(class_moments(x, [np.flatnonzero(y == c) for c in range(10)]))
+    statistics = FeatureStatistics()
+    statistics.add(x, y)
+    found = pairwise(statistics.moments())
     assert found.mean() == pytest.approx(0.7510846533, abs=5.1e-11)
     np.testing.assert_allclose(found, all_pairs(x, y), rtol=1e-12)
 
@@ -279,14 +258,14 @@ def test_rows_in_parts_give_the_same_moments(monkeypatch):
     x, y = random_features()
     x[:, 0] = 0.1
     whole = feature_discrimination(x, y)
-    monkeypatch.setattr(measure, "CHUNK", 3 * x.shape[1])
+    monkeypatch.setattr(streaming, "CHUNK", 3 * x.shape[1])
     assert feature_discrimination(x, y) == pytest.approx(whole, rel=1e-12)
-    moments = Moments()
+    parts = Moments()
     for rows in np.split(x, [1, 7, 50]):
-        moments.add(rows)
-    np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-13)
-    np.testing.assert_allclose((moments.squares / len(x))[1:], x.var(0)[1:], rtol=1e-12)
-    assert moments.squares[0] == 0  # exactly, though numpy's variance of a column of 0.1 is not
+        parts.add(rows)
+    np.testing.assert_allclose(parts.mean, x.mean(0), rtol=1e-13)
+    np.testing.assert_allclose((parts.squares / len(x))[1:], x.var(0)[1:], rtol=1e-12)
+    assert parts.squares[0] == 0  # exactly, though numpy's variance of a column of 0.1 is not
 
 
 def test_features_without_spread_tell_nothing():
@@ -345,9 +324,9 @@ ONES = np.ones((4, 2))
         (ONES, [0, 0, 1], "of one length, got 4 and 3"),
         (ONES, [5, 5, 5, 5], "at least two classes, got only 5"),
         (ONES, [0, 0, 0, 3], "at least two samples, class 3 has one"),
-        (ONES, [0, 0, 1, 1.5], r"\(n,\) integers, got float64 of shape \(4,\)"),
-        (ONES, [[0], [0], [1], [1]], r"\(n,\) integers, got int64 of shape \(4, 1\)"),
-        (ONES, [[0], [0, 1], [1], [1]], r"\(n,\) integers, got rows of several lengths"),
+        (ONES, [0, 0, 1, 1.5], r"\(n,\) integers or strings, got float64 of shape \(4,\)"),
+        (ONES, [[0], [0], [1], [1]], r"\(n,\) integers or strings, got int64 of shape \(4, 1\)"),
+        (ONES, [[0], [0, 1], [1], [1]], r"\(n,\) integers or strings, got rows of several lengths"),
     ],
 )
 def test_bad_input_is_named(features, labels, message):
@@ -364,7 +343,7 @@ def test_eta_must_be_a_number(eta):
 def test_bad_value_far_down_is_named_by_its_row(monkeypatch):
     x, y = random_features()
     x[41, 3] = math.nan
-    monkeypatch.setattr(measure, "CHUNK", 7 * x.shape[1])
+    monkeypatch.setattr(streaming, "CHUNK", 7 * x.shape[1])
     with pytest.raises(ValueError, match="got nan in row 41"):
         feature_discrimination(x, y)
 

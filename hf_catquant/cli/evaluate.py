@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..by_layer import LayerDiscrimination, discrimination_by_layer
 from ..evaluation import evaluate_classifier, evaluate_language_model
 from ..evaluation_table import Evaluation
 from ..samples import collect
@@ -30,6 +31,7 @@ from ..tasks import (
 from .arguments import count
 
 NAME = "eval"
+PLOTS = (".png", ".pdf", ".svg")
 LEAST = 2  # rows; of one there is no interval
 
 
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=count, help="use the first rows only")
     parser.add_argument("--batch-size", type=count, default=32, help="rows in one forward")
+    parser.add_argument(
+        "--discrimination",
+        metavar="FILE",
+        help="measure how well every block keeps the classes apart, print it, and draw it as PNG, PDF or SVG",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument(
@@ -54,18 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the table."""
-    for path in (args.json, args.markdown):
+    if args.discrimination is not None and Path(args.discrimination).suffix not in PLOTS:
+        raise ValueError(f"--discrimination must end in {', '.join(PLOTS)}, got {args.discrimination}")
+    for path in (args.json, args.markdown, args.discrimination):
         if path is not None and not (Path(path).resolve().parent.is_dir() and not Path(path).is_dir()):
             raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
-    table = evaluate(args)
+    table, layers = evaluate(args)
     print(table)
-    for path, text in ((args.json, json.dumps(table.to_dict(), indent=2)), (args.markdown, table.to_markdown())):
+    values = table.to_dict()
+    if layers is not None:
+        print(f"\n{layers}")
+        layers.draw(args.discrimination)
+        values["by_layer"] = layers.to_dict()
+    for path, text in ((args.json, json.dumps(values, indent=2)), (args.markdown, table.to_markdown())):
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def evaluate(args: argparse.Namespace) -> Evaluation:
-    """The table that the arguments ask for."""
+def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination | None]:
+    """The table that the arguments ask for, and discrimination layer by layer if they do."""
     trust = args.trust_remote_code
     rows = read_rows(args.dataset, args.column, args.limit)
     if len(rows) < LEAST:
@@ -77,6 +91,8 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
             f"eval measures classifiers of texts, images and sounds, and causal language models; {args.teacher} is a "
             f"{(getattr(config, 'architectures', None) or ['model without a task'])[0]}"
         )
+    if args.discrimination is not None and auto in LANGUAGE_MODELS:
+        raise ValueError(f"--discrimination needs classes, and {args.teacher} is a language model: leave it out")
     if getattr(load_config(args.model, trust), "quantization_config", None) is None:
         raise ValueError(
             f"{args.model} is not quantized: the first model is the quantized one, --float names the other"
@@ -95,8 +111,11 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
         batch_size=args.batch_size,
     )
     if labels is None:
-        return evaluate_language_model(teacher, model, data.batches)
-    return evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)
+        return evaluate_language_model(teacher, model, data.batches), None
+    table = evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)
+    if args.discrimination is None:
+        return table, None
+    return table, discrimination_by_layer(teacher, model, data.batches, labels)
 
 
 def _without(rows: Dataset, column: str) -> Dataset:

@@ -70,6 +70,10 @@ def test_quantize_inspect_and_eval_of_a_classifier(folder, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
     assert json.loads((tmp_path / "t.json").read_text())["n"] == 24
     assert (tmp_path / "t.md").read_text().startswith("| model | accuracy |")
+    assert main([*test, "--discrimination", str(tmp_path / "layers.png"), "--json", str(tmp_path / "t.json")]) == 0
+    assert re.search(r"bert\.encoder\.layer\.1( +0\.\d{4}){2}", capsys.readouterr().out)
+    assert json.loads((tmp_path / "t.json").read_text())["by_layer"]["layers"][-1] == "head"
+    assert (tmp_path / "layers.png").stat().st_size > 5000
 
 
 def test_quantize_and_eval_of_a_language_model(folder, tmp_path, capsys):
@@ -79,6 +83,10 @@ def test_quantize_and_eval_of_a_language_model(folder, tmp_path, capsys):
     test = ["eval", str(out), "--float", str(folder / "llama_tied"), "--dataset", str(folder / "rows.parquet")]
     assert main([*test, "--column", "text", "--limit", "10"]) == 0
     assert "perplexity" in capsys.readouterr().out
+    assert main([*test, "--discrimination", str(tmp_path / "layers.png")]) == 1
+    assert "--discrimination needs classes" in capsys.readouterr().err
+    assert main([*test, "--discrimination", str(tmp_path / "layers.jpg")]) == 1
+    assert "--discrimination must end in .png, .pdf, .svg, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", [True, False])

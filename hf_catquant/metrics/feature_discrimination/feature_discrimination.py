@@ -1,7 +1,8 @@
 """Feature discrimination, an ``evaluate`` metric: how well classes stay apart in features, float, binary and ternary.
 
-``evaluate`` copies this script and the file it imports relatively, then runs the copy: neither imports the package.
-It reads imports line by line, so each has a line of its own. What is computed, and why so, is in ``measure.py``.
+``evaluate`` copies this script and the files that it imports relatively itself, then runs the copy: none of them imports
+the package. It reads imports line by line, so each has a line of its own. What is computed, and why so, is in
+``measure.py``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,24 @@ from typing import Any
 import datasets
 import evaluate
 
-from .measure import DEFAULT_ETA
+from .accuracy import CLASSIFIERS
+from .bootstrap import intervals
+from .inputs import checked_number
 from .measure import feature_discrimination as measure
+from .moments import Moments
+from .streaming import FeatureStatistics
+from .thresholds import search
+
+# What is listed here but not used is imported because evaluate copies only files that this one imports.
+__all__ = [
+    "CLASSIFIERS",
+    "FeatureDiscrimination",
+    "FeatureStatistics",
+    "Moments",
+    "checked_number",
+    "intervals",
+    "search",
+]
 
 _DESCRIPTION = """
 Expected squared distance between classes over that inside classes, of feature vectors and of their binary and ternary
@@ -22,13 +39,21 @@ quantization (arXiv 2504.13792). 0.5 means that the classes are not apart; highe
 _KWARGS_DESCRIPTION = """
 Args:
     predictions: feature vectors, one row of numbers a sample.
-    references: integer class labels.
-    eta: the ternary threshold is eta times the mean magnitude of the standardised features.
+    references: class labels, integers or strings.
+    eta: the ternary threshold "mean" is eta times the mean magnitude of the standardised features.
+    binary_threshold: a number in deviations, or "best".
+    ternary_threshold: a number in deviations, "mean" or "best".
+    per_feature: add D of every feature on its own.
+    pairs: add D of every pair of classes.
+    accuracy: "knn", "linear" or both: add their accuracy in 5-fold cross-validation.
+    bootstrap: add 95 % intervals from so many resamples.
+    seed: of the folds and the resamples.
 Returns:
     discrimination: mean D over pairs of classes.
     discrimination_min: the least D of all pairs.
     binary, ternary: mean D of the quantized features.
     binary_ratio, ternary_ratio: these over discrimination.
+    binary_threshold, ternary_threshold: those that were used.
     n, num_classes, num_features: sizes.
 Examples:
     >>> result = metric.compute(predictions=[[0.0], [1.0], [2.0], [3.0]], references=[0, 0, 1, 1])
@@ -45,6 +70,8 @@ _CITATION = """
 }
 """
 
+_ROWS = datasets.Sequence(datasets.Value("float64"))
+
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class FeatureDiscrimination(evaluate.Metric):
@@ -55,18 +82,27 @@ class FeatureDiscrimination(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    # Not int64, which would cut a float label to a whole one without a word.
-                    "references": datasets.Value("float64"),
-                }
-            ),
+            # The first form that fits the first label. Not int64, which would cut a float to a whole number without a word.
+            features=[
+                datasets.Features({"predictions": _ROWS, "references": datasets.Value("string")}),
+                datasets.Features({"predictions": _ROWS, "references": datasets.Value("float64")}),
+            ],
             reference_urls=["https://arxiv.org/abs/2504.13792"],
         )
 
-    def _compute(self, predictions: Any, references: Any, eta: float = DEFAULT_ETA) -> dict[str, Any]:
-        odd = [label for label in references if int(label) != label]
-        if odd:
-            raise ValueError(f"labels (references) must be (n,) integers, got {odd[0]}")
-        return measure(predictions, [int(label) for label in references], eta)
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add rows and their labels, at least one: ``evaluate`` reads the form of the labels off the first."""
+        if predictions is not None and len(predictions) == 0:
+            raise ValueError("features (predictions) must be (n, d) with at least one row and column, got no row")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        return measure(predictions, [_label(label) for label in references], **options)
+
+
+def _label(label: Any) -> Any:
+    if isinstance(label, str):
+        return label
+    if int(label) != label:
+        raise ValueError(f"labels (references) must be (n,) integers or strings, got {label}")
+    return int(label)

@@ -1,212 +1,229 @@
-"""How well classes stay apart in features, from running moments; numpy and the standard library only.
+"""How well classes stay apart in features, and in their binary and ternary quantization; numpy is all it needs.
 
-    D(a, b) = (p_a + p_b + |m_a - m_b|^2) / (2 (u_a + u_b))
+What D is, and why sums are enough, is in ``moments.py``. Features are standardised one by one, then read again for their
+codes: three looks at the data in all, of which none holds more than some rows in float64.
 
-with the mean m (d,) of a class and the traces p, u of its population and unbiased covariance: the mean squared distance
-between samples of two classes over that between samples of one (arXiv 2504.13792). It *equals* the mean over all pairs
-of samples, because the numerator has population and the denominator unbiased variances. Where classes are not apart D is
-1/2, give or take the chance of a small sample; what has no spread at all counts 1/2.
-
-The one implementation: the script beside it, which ``evaluate`` copies together with this file, and
-``hf_catquant.feature_discrimination`` both call it. It imports neither the package nor ``evaluate``.
+The one implementation: the script beside it, which ``evaluate`` copies together with these files, and ``hf_catquant``'s
+functions both call it. It imports neither the package nor ``evaluate``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float64]
+from .accuracy import accuracies, checked_classifiers
+from .bootstrap import intervals
+from .inputs import check_classes, checked_count, checked_number, checked_pair
+from .moments import Matrix
+from .streaming import FeatureStatistics, chunks
+from .thresholds import search
 
 # The threshold of least squared error for Gaussian features is 0.612 deviations, which is 0.767 mean magnitudes.
 DEFAULT_ETA = 0.75
 
-LIMIT = 1e150  # squares of larger values overflow
-CHUNK = 2**21  # values that are float64 at a time: 16 MiB
+Batch = tuple[Any, Any]
+Looks = tuple[
+    FeatureStatistics, FeatureStatistics, FeatureStatistics
+]  # of the float, the binary, the ternary features
 
 
-class Moments:
-    """Running count, mean (d,) and sum of squared deviations from it (d,) of rows that come in parts."""
+@dataclass(frozen=True)
+class Thresholds:
+    """What is asked of the thresholds, in deviations: numbers, "mean" (eta times the mean magnitude), "best"."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Any = 0.0
-        self.squares: Any = 0.0
+    eta: float
+    binary: Any
+    ternary: Any
 
-    def add(self, rows: Matrix) -> None:
-        """Add rows (n, d), n at least 1."""
-        # Deviations from a row, not sums of raw values: a constant has exactly no spread, however far from zero.
-        shifted = rows - rows[0]
-        shift = shifted.mean(0)
-        part = Moments()
-        part.count, part.mean, part.squares = len(rows), rows[0] + shift, np.square(shifted - shift).sum(0)
-        self.merge(part)
+    @classmethod
+    def checked(cls, eta: Any, binary: Any, ternary: Any, words: tuple[str, ...] = ("best",)) -> Thresholds:
+        """Refuse what is no threshold.
 
-    def merge(self, other: Moments) -> None:
-        """Add the rows that ``other`` has seen."""
-        if self.count == 0:
-            self.count, self.mean, self.squares = other.count, other.mean, other.squares
-            return
-        total, delta = self.count + other.count, other.mean - self.mean
-        self.squares = self.squares + other.squares + np.square(delta) * (self.count * other.count / total)
-        self.mean = self.mean + delta * (other.count / total)
-        self.count = total
+        Raises:
+            ValueError: naming it.
+        """
+        return cls(
+            checked_number(eta, "eta", 0),
+            checked_number(binary, "binary_threshold", words=words),
+            checked_number(ternary, "ternary_threshold", 0, words=("mean", *words)),
+        )
 
 
-def feature_discrimination(features: Any, labels: Any, eta: float = DEFAULT_ETA) -> dict[str, Any]:
+def feature_discrimination(
+    features: Any,
+    labels: Any,
+    eta: float = DEFAULT_ETA,
+    *,
+    binary_threshold: float | str = 0.0,
+    ternary_threshold: float | str = "mean",
+    per_feature: bool = False,
+    pairs: bool = False,
+    accuracy: Any = (),
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Discrimination of features standardised one by one, and of their binary and ternary quantization.
 
+    Binary is 1[z > binary_threshold], ternary sign(z) 1[|z| > ternary_threshold] of the standardised values z. D says how
+    far apart classes are on average; it and the accuracy of a classifier do not always move together. An array (a
+    memory-mapped one too) is read some rows at a time and not copied, unless thresholds are searched, accuracies or
+    intervals asked for.
+
     Args:
-        features: (n, d) numbers.
-        labels: (n,) integers, at least two classes of at least two samples each.
-        eta: ternary keeps the sign of values larger than eta times the mean magnitude; binary is 1[value > 0].
+        features: (n, d) of any real dtype: array, tensor (bfloat16 too, on any device) or rows.
+        labels: (n,) integers or strings, at least two classes of at least two samples each.
+        eta: the ternary threshold "mean" is eta times the mean |z|, eta at least 0. The default is nearly the threshold of
+            least squared error for Gaussian features.
+        binary_threshold: in deviations; "best": the one, for all features, of highest D on these very data.
+        ternary_threshold: in deviations, "mean" or "best".
+        per_feature: add D of every feature on its own.
+        pairs: add D of every pair of classes.
+        accuracy: "knn" (5 neighbours), "linear" (a support vector machine, C = 0.01) or both: add their accuracies in
+            5-fold cross-validation. Needs scikit-learn.
+        bootstrap: add 95 % intervals from so many resamples, e.g. 1000.
+        seed: of the folds and the resamples.
 
     Returns:
         discrimination, discrimination_min: mean and least D over pairs of classes; inf if a pair has no spread inside.
         binary, ternary: mean D of the quantized features.
         binary_ratio, ternary_ratio: these over discrimination.
+        binary_threshold, ternary_threshold: those that were used, in deviations.
         n, num_classes, num_features: sizes.
+        per_feature, binary_per_feature, ternary_per_feature: (d,) each, if asked for.
+        classes, pairs, binary_pairs, ternary_pairs: the sorted labels and (C, C) each, if asked for.
+        {knn,linear}_accuracy, .._binary, .._ternary: if asked for.
+        {discrimination,binary,ternary,binary_ratio,ternary_ratio}_{low,high}: if asked for.
 
     Raises:
-        ValueError: features are not a finite matrix, labels do not match them, or there are too few of a class.
+        ValueError: features are not a finite matrix, labels do not match them, there are too few of a class, or an option
+            is none.
     """
-    x, y = _features(features), _labels(labels)
-    classes = _classes(x, y)
-    eta = _checked_eta(eta)
-    moments = class_moments(x, classes)
-    mean, inverse = _standard(moments)
-    size = sum(float(np.abs((rows - mean) * inverse).sum()) for rows in _chunks(x)) / x.size
-    plain = pairwise(moments, inverse)
-    binary = pairwise(class_moments(x, classes, lambda rows: (rows > mean).astype(np.float64)))
-    ternary = pairwise(class_moments(x, classes, lambda rows: _ternary((rows - mean) * inverse, eta * size)))
-    value, of_binary, of_ternary = float(plain.mean()), float(binary.mean()), float(ternary.mean())
-    return {
+    x, y = checked_pair(features, labels)
+    names, resamples = checked_classifiers(accuracy), checked_count(bootstrap, "bootstrap", 0)
+    seed = checked_count(seed, "seed", 0)
+    thresholds = Thresholds.checked(eta, binary_threshold, ternary_threshold)
+    classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
+    check_classes(classes.tolist(), counts.tolist())
+    looks = _looks(x, y, index, thresholds)
+    result = _summary(looks, per_feature, pairs)
+    if names:
+        result |= accuracies(x, index, lambda rows, part: _readers(rows, part, thresholds), names, seed)
+    if resamples:
+        values = dict(zip(("discrimination", "binary", "ternary"), (look.reader()(x) for look in looks), strict=True))
+        result |= intervals(values, index, counts, resamples, seed)
+    return result
+
+
+def stream_discrimination(
+    batches: Iterable[Batch] | Callable[[], Iterable[Batch]],
+    eta: float = DEFAULT_ETA,
+    *,
+    binary_threshold: float = 0.0,
+    ternary_threshold: float | str = "mean",
+    per_feature: bool = False,
+    pairs: bool = False,
+) -> dict[str, Any]:
+    """:func:`feature_discrimination` of features that come in batches: memory is two numbers a class and feature.
+
+    Args:
+        batches: of (features (n, d), labels (n,)); anything that can be read three times, such as a list or a
+            DataLoader, or a function that returns an iterator each time it is called.
+        eta, binary_threshold, ternary_threshold, per_feature, pairs: as there, except that "best" needs all features at
+            once.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: as there, or the batches are not the same at every look.
+    """
+    thresholds = Thresholds.checked(eta, binary_threshold, ternary_threshold, ())
+    read = batches if callable(batches) else lambda: batches
+    return _summary(_three_looks(read, thresholds), per_feature, pairs)
+
+
+def _looks(x: NDArray[Any], y: NDArray[Any], index: NDArray[np.intp], thresholds: Thresholds) -> Looks:
+    """Statistics of the float, binary and ternary features of arrays; searches thresholds that are "best"."""
+    if "best" in (thresholds.binary, thresholds.ternary):
+        plain = FeatureStatistics()
+        plain.add(x, y)
+        standard, counts = plain.standard(), np.bincount(index)
+        binary, ternary = (
+            search(x, index, counts, standard, ternary, per_feature=False) if value == "best" else value
+            for value, ternary in ((thresholds.binary, False), (thresholds.ternary, True))
+        )
+        thresholds = Thresholds(thresholds.eta, binary, ternary)
+    return _three_looks(lambda: [(x, y)], thresholds)
+
+
+def _three_looks(read: Callable[[], Iterable[Batch]], thresholds: Thresholds) -> Looks:
+    plain = FeatureStatistics()
+    for features, labels in read():
+        plain.add(features, labels)
+    plain.moments()  # too few classes or samples: no need to look again
+    binary, threshold, total = plain.quantized(thresholds.binary, ternary=False), thresholds.ternary, 0.0
+    for features, labels in read():
+        binary.add(features, labels)
+        if threshold == "mean":
+            total += _magnitude(features, labels, *plain.standard())
+    _check_same(plain, binary)
+    if threshold == "mean":
+        threshold = thresholds.eta * total / (plain.count * len(plain.standard()[0]))
+    ternary = plain.quantized(threshold, ternary=True)
+    for features, labels in read():
+        ternary.add(features, labels)
+    _check_same(plain, ternary)
+    return plain, binary, ternary
+
+
+def _magnitude(features: Any, labels: Any, mean: Matrix, inverse: Matrix) -> float:
+    return sum(float(np.abs((rows - mean) * inverse).sum()) for rows, _ in chunks(*checked_pair(features, labels)))
+
+
+def _check_same(plain: FeatureStatistics, again: FeatureStatistics) -> None:
+    if again.count != plain.count or again.classes != plain.classes:
+        raise ValueError(
+            f"batches must give the same rows at every look, got {plain.count} and then {again.count}: a generator can be "
+            "read once, pass a function that makes it"
+        )
+
+
+def _summary(looks: Looks, per_feature: bool, pairs: bool) -> dict[str, Any]:
+    plain, binary, ternary = (look.compute(per_feature, pairs) for look in looks)
+    value = plain["discrimination"]
+    result = {
         "discrimination": value,
-        "discrimination_min": float(plain.min()),
-        "binary": of_binary,
-        "ternary": of_ternary,
-        "binary_ratio": _ratio(of_binary, value),
-        "ternary_ratio": _ratio(of_ternary, value),
-        "n": len(x),
-        "num_classes": len(classes),
-        "num_features": x.shape[1],
+        "discrimination_min": plain["discrimination_min"],
+        "binary": binary["discrimination"],
+        "ternary": ternary["discrimination"],
+        "binary_ratio": _ratio(binary["discrimination"], value),
+        "ternary_ratio": _ratio(ternary["discrimination"], value),
+        "binary_threshold": looks[1].threshold,
+        "ternary_threshold": looks[2].threshold,
+        "n": plain["n"],
+        "num_classes": plain["num_classes"],
+        "num_features": plain["num_features"],
     }
+    for key in ("classes", "per_feature", "pairs"):
+        if key in plain:
+            result[key] = plain[key]
+            if key != "classes":
+                result |= {f"binary_{key}": binary[key], f"ternary_{key}": ternary[key]}
+    return result
 
 
-def class_moments(
-    x: NDArray[Any], classes: list[NDArray[np.intp]], transform: Callable[[Matrix], Matrix] = lambda rows: rows
-) -> list[Moments]:
-    """Moments of each class of the rows of ``x`` (n, d) after ``transform``; ``classes`` holds its row numbers."""
-    found = []
-    for members in classes:
-        moments = Moments()
-        for rows in _chunks(x, members):
-            moments.add(transform(rows))
-        found.append(moments)
-    return found
-
-
-def pairwise(moments: list[Moments], scale: float | Matrix = 1.0) -> Matrix:
-    """D (pairs,) of every pair of classes, each feature times ``scale`` (d,): (0, 1), (0, 2), ..., (1, 2), ..."""
-    means = np.stack([m.mean * scale for m in moments])
-    spread = np.array([float((m.squares * np.square(scale)).sum()) for m in moments])
-    counts = np.array([m.count for m in moments])
-    population, unbiased = spread / counts, spread / (counts - 1)
-    found = []
-    for a in range(len(moments) - 1):  # class by class: all differences at once would be (pairs, d)
-        rest = slice(a + 1, None)
-        between = population[a] + population[rest] + np.square(means[rest] - means[a]).sum(1)
-        inside = 2 * (unbiased[a] + unbiased[rest])
-        apart = np.where(between > 0, np.inf, 0.5)
-        found.append(np.divide(between, inside, out=apart, where=inside > 0))
-    return np.concatenate(found)
-
-
-def _standard(moments: list[Moments]) -> tuple[Matrix, Matrix]:
-    """Mean and inverse deviation (d,) of all rows; a constant feature has 0 for it, so that it becomes 0."""
-    whole = Moments()
-    for part in moments:
-        whole.merge(part)
-    spread = np.sqrt(whole.squares / whole.count)
-    return whole.mean, np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
-
-
-def _ternary(values: Matrix, threshold: float) -> Matrix:
-    return np.sign(values) * (np.abs(values) > threshold)
+def _readers(
+    x: NDArray[Any], index: NDArray[np.intp], thresholds: Thresholds
+) -> dict[str, Callable[[NDArray[Any]], Matrix]]:
+    """What a classifier is given, fitted on training rows."""
+    looks = _looks(x, index, index, thresholds)
+    return dict(zip(("", "_binary", "_ternary"), (look.reader() for look in looks), strict=True))
 
 
 def _ratio(value: float, base: float) -> float:
     return 1.0 if value == base else value / base  # also where both are infinite
-
-
-def _chunks(x: NDArray[Any], members: NDArray[np.intp] | None = None) -> Iterator[Matrix]:
-    """The rows of ``x``, or those ``members`` of it, some at a time as float64."""
-    step = max(1, CHUNK // x.shape[1])
-    for start in range(0, len(x if members is None else members), step):
-        part = slice(start, start + step)
-        yield x[part if members is None else members[part]].astype(np.float64)
-
-
-def _features(features: Any) -> NDArray[Any]:
-    try:
-        x = np.asarray(features)
-    except ValueError as error:
-        raise ValueError(f"features (predictions) must be rows of one length{_uneven(features)}") from error
-    if x.ndim != 2 or x.size == 0:
-        raise ValueError(
-            f"features (predictions) must be (n, d) with at least one row and column, got shape {x.shape}"
-        )
-    if x.dtype.kind not in "fiub":
-        raise ValueError(f"features (predictions) must be real numbers, got {x.dtype}")
-    start = 0
-    for rows in _chunks(x):
-        bad = np.flatnonzero(~(np.abs(rows) < LIMIT).all(1))
-        if len(bad):
-            row = rows[bad[0]]
-            value = row[~(np.abs(row) < LIMIT)][0]
-            raise ValueError(
-                f"features (predictions) must be finite and less than {LIMIT:g} in size, got {value} in row {start + bad[0]}"
-            )
-        start += len(rows)
-    return x
-
-
-def _checked_eta(eta: Any) -> float:
-    if not isinstance(eta, int | float | np.integer | np.floating) or not 0 <= eta < np.inf:
-        raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
-    return float(eta)
-
-
-def _uneven(features: Any) -> str:
-    lengths = [len(row) if hasattr(row, "__len__") else 0 for row in features]
-    other = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
-    return "" if other is None else f", got {lengths[0]} values in row 0 and {lengths[other]} in row {other}"
-
-
-def _labels(labels: Any) -> NDArray[Any]:
-    try:
-        y = np.asarray(labels)
-    except ValueError as error:
-        raise ValueError("labels (references) must be (n,) integers, got rows of several lengths") from error
-    if y.size and (y.ndim != 1 or y.dtype.kind not in "iub"):
-        raise ValueError(f"labels (references) must be (n,) integers, got {y.dtype} of shape {y.shape}")
-    return y
-
-
-def _classes(x: NDArray[Any], y: NDArray[Any]) -> list[NDArray[np.intp]]:
-    """Row numbers of each class, in the order of the labels."""
-    if len(x) != len(y):
-        raise ValueError(
-            f"features (predictions) and labels (references) must be of one length, got {len(x)} and {len(y)}"
-        )
-    labels, index, counts = np.unique(y, return_inverse=True, return_counts=True)
-    if len(labels) < 2:
-        raise ValueError(f"labels (references) must have at least two classes, got only {labels[0]}")
-    if counts.min() < 2:
-        raise ValueError(
-            f"every class must have at least two samples, class {labels[counts.argmin()]} has one: add some or drop it"
-        )
-    return np.split(np.argsort(index, kind="stable"), np.cumsum(counts)[:-1])

@@ -1,0 +1,275 @@
+"""The claims about feature discrimination on real data, its speed on many rows, and search by packed codes.
+
+    python benchmarks/discrimination.py [--data FOLDER] [--only claims search scale] [--case Yale ...]
+
+FOLDER as in ``realdata.py``; without it, only data that come with scikit-learn. ``claims``: the studies of
+``examples/discrimination_*.py``. ``search``: time of packed dot products and recall of search with real sentence
+embeddings. ``scale``: time and memory of the streaming measure; run it alone, memory is the peak of the whole process.
+Results go to ``benchmarks/results/discrimination.json``, ``docs/discrimination-results.md`` and ``docs/discrimination.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from realdata import ROOT, machine
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+
+from hf_catquant import BinaryQuantizer, TernaryQuantizer, stream_discrimination
+from hf_catquant.similarity import PackedIndex
+from hf_catquant.tasks import read_rows
+
+sys.path.insert(0, str(ROOT / "examples"))
+import discrimination_speech
+import discrimination_study
+import discrimination_text
+import discrimination_vision
+
+RESULTS = ROOT / "benchmarks" / "results" / "discrimination.json"
+PAGE, PLOT = ROOT / "docs" / "discrimination-results.md", ROOT / "docs" / "discrimination.png"
+ROWS, FEATURES, CLASSES, BATCH = 1_000_000, 768, 1000, 10_000
+EMBEDDINGS, WIDTH, REPEATS = 1_000_000, 384, 5
+SENTENCES, QUERIES, NEIGHBORS = 2000, 200, 10
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with models/ and data/")
+    parser.add_argument(
+        "--only", nargs="+", default=["claims", "search", "scale"], choices=["claims", "search", "scale"]
+    )
+    parser.add_argument("--case", nargs="+", default=[""], help="parts of names of data, for claims")
+    args = parser.parse_args()
+    for part in args.only:
+        if part == "claims":
+            claims(args.data, args.case)
+        else:
+            add(part, search(args.data) if part == "search" else scale())
+    write_page()
+
+
+def claims(data: Path | None, wanted: list[str]) -> None:
+    """Study every data set; results of others are kept."""
+    loaders: dict[str, Callable[[], list[Any]]] = {
+        "scikit-learn digits wine breast cancer": lambda: [
+            ("digits", *load_digits(return_X_y=True)),
+            ("wine", *load_wine(return_X_y=True)),
+            ("breast cancer", *load_breast_cancer(return_X_y=True)),
+        ]
+    }
+    if data is not None:
+        loaders |= {
+            "Yale B CIFAR-10": lambda: discrimination_vision.cases(data),
+            "20 Newsgroups SST-2": lambda: discrimination_text.cases(data),
+            "spoken digits speakers": lambda: discrimination_speech.cases(data),
+        }
+    for names, load in loaders.items():
+        if any(part in names for part in wanted):
+            for case in load():
+                result = discrimination_study.study(*case)
+                discrimination_study.show(result)
+                add(f"claims: {case[0]}", result)
+
+
+def search(data: Path | None) -> dict[str, Any]:
+    """Milliseconds a query of dot products with a million embeddings, and recall with real ones."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(EMBEDDINGS, WIDTH, generator=generator)
+    queries = torch.randn(100, WIDTH, generator=generator)
+    indices = {}
+    for kind in (BinaryQuantizer, TernaryQuantizer):
+        quantizer = kind(packing="bits").fit(embeddings[:10_000].numpy())
+        index = PackedIndex(quantizer.transform(embeddings.numpy()), WIDTH, ternary=kind is TernaryQuantizer)
+        indices[kind.__name__] = index, quantizer.transform(queries.numpy())
+    times = {}
+    for count in (1, 10, 100):
+        ways = {"float32": lambda count=count: embeddings @ queries[:count].T}
+        ways |= {n: lambda i=i, q=q, count=count: i.scores(q[:count]) for n, (i, q) in indices.items()}
+        times[str(count)] = {name: value / count for name, value in milliseconds(ways).items()}
+    return {"milliseconds": times, "recall": None if data is None else recall(data)}
+
+
+def milliseconds(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The fastest of ``REPEATS`` runs of each, taken in turns: other work on the machine disturbs all alike."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            found[name].append(1000 * (time.perf_counter() - start))
+    return {name: min(values) for name, values in found.items()}
+
+
+def recall(data: Path) -> dict[str, float]:
+    """Share of the ten nearest sentences, by cosine of float embeddings, that packed codes find."""
+    texts = read_rows(str(data / "data" / "wikitext2" / "validation.parquet"), "text")["text"]
+    texts += read_rows(str(data / "data" / "c4" / "calibration.parquet"), "text")["text"]
+    sentences = [s.strip() for text in texts for s in text.replace("\n", " ").split(". ") if 40 < len(s) < 300]
+    sentences = [sentences[i] for i in np.random.default_rng(0).permutation(len(sentences))[: SENTENCES + QUERIES]]
+    x = discrimination_text.network(data, sentences, "bert.encoder.layer.5")
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    stored, asked = x[QUERIES:], x[:QUERIES]
+    nearest = np.argsort(-asked @ stored.T, axis=1)[:, :NEIGHBORS]
+    found = {"sentences": len(stored), "queries": len(asked)}
+    for name, quantizer in (
+        ("binary at 0", BinaryQuantizer(standardize=False, packing="bits")),
+        ("binary at the mean", BinaryQuantizer(packing="bits")),
+        ("ternary, eta 0.75", TernaryQuantizer(packing="bits")),
+    ):
+        index = PackedIndex(
+            quantizer.fit_transform(stored), x.shape[1], ternary=isinstance(quantizer, TernaryQuantizer)
+        )
+        codes = quantizer.transform(asked)
+        found[f"{name}, codes only"] = overlap(index.search(codes, NEIGHBORS)[0], nearest)
+        for times in (2, 4, 8):
+            rows, _ = index.search(codes, NEIGHBORS, embeddings=stored, float_queries=asked, oversample=times)
+            found[f"{name}, {times * NEIGHBORS} scored again"] = overlap(rows, nearest)
+    return found
+
+
+def overlap(rows: np.ndarray, nearest: np.ndarray) -> float:
+    return float(
+        np.mean([len(set(a) & set(b)) / NEIGHBORS for a, b in zip(rows.tolist(), nearest.tolist(), strict=True)])
+    )
+
+
+def scale() -> dict[str, Any]:
+    """Seconds and gigabytes of the streaming measure; making the rows is part of the time."""
+    start, used = time.perf_counter(), time.process_time()
+    found = stream_discrimination(batches)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    making = time.perf_counter()
+    for _ in range(3):
+        for _ in batches():
+            pass
+    making = time.perf_counter() - making
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    sizes = {key: found[key] for key in ("n", "num_features", "num_classes", "discrimination")}
+    return {**sizes, "seconds": seconds, "CPU seconds": used, "of which making rows": making, "peak GB": peak}
+
+
+def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of Gaussian classes: every batch has other labels and other noise, cut from one block of it."""
+    generator = np.random.default_rng(0)
+    means = 0.3 * generator.standard_normal((CLASSES, FEATURES), dtype=np.float32)
+    noise = generator.standard_normal((2 * BATCH, FEATURES), dtype=np.float32)
+    for _ in range(ROWS // BATCH):
+        labels, start = generator.integers(0, CLASSES, BATCH), generator.integers(BATCH)
+        yield noise[start : start + BATCH] + means[labels], labels
+
+
+def add(key: str, result: dict[str, Any]) -> None:
+    """Keep a result, in the place of an older one."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    old[key] = {**result, "date": date.today().isoformat(), "machine": machine()}
+    RESULTS.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+
+
+def write_page() -> None:
+    """Draw up the page and the plot."""
+    results = json.loads(RESULTS.read_text())
+    studies = [value for key, value in results.items() if key.startswith("claims: ")]
+    lines = [
+        "# Feature discrimination: measurements",
+        "",
+        "Made by `python benchmarks/discrimination.py --data FOLDER`; what they mean is in",
+        "[discrimination.md](discrimination.md).",
+        "",
+        "D: mean over pairs of classes, of all rows. Accuracy: percent, 5-fold cross-validation, seed 0; in brackets",
+        "points over float with the paired 95 % interval. Linear SVM: C = 0.1, one class against another. Thresholds, means",
+        "and deviations are those of the training folds.",
+        "",
+        "![D and accuracy against the threshold](discrimination.png)",
+    ]
+    for study in studies:
+        lines += [
+            "",
+            f"## {study['data']}",
+            "",
+            f"{study['n']} rows, {study['features']} features, {study['classes']} classes.",
+        ]
+        lines += ["", "| features | D | 5-NN | linear SVM |", "|---|---|---|---|"]
+        for line in study["lines"]:
+            cells = [
+                f"{line[c]:.2f} ({line[f'{c}_gain'][0]:+.2f} ± {line[f'{c}_gain'][1]:.2f})" for c in ("knn", "svm")
+            ]
+            lines.append(f"| {line['variant']} | {line['discrimination']:.4f} | {cells[0]} | {cells[1]} |")
+    lines += ["", *model_table(studies), "", *search_table(results), "", *scale_table(results)]
+    made = sorted({(value["date"], value["machine"]) for value in results.values()})
+    lines += [text for pair in made for text in ("", f"{pair[0]}: {pair[1]}.")]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    discrimination_study.draw(studies, PLOT)
+
+
+def model_table(studies: list[dict[str, Any]]) -> list[str]:
+    """Which features gain, by the model and in fact."""
+    lines = [
+        "## Single features of two classes: the model and the measurement",
+        "",
+        "Shares of features, in percent, over pairs of classes (100 at most), whose D quantizing raises: predicted from",
+        "mu alone, measured, and the share of features on which both say the same. Binary at 0, ternary at the best tau of",
+        "the model.",
+        "",
+        "| data | median mu | binary predicted | measured | same | ternary predicted | measured | same |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for study in studies:
+        model = study["model"]
+        keys = [f"{kind}_{what}" for kind in ("binary", "ternary") for what in ("predicted", "measured", "right")]
+        cells = [f"{100 * model[key]:.1f}" for key in keys]
+        lines.append(f"| {study['data']} | {model['mu']:.3f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def search_table(results: dict[str, Any]) -> list[str]:
+    """Times and recall."""
+    if "search" not in results:
+        return []
+    found = results["search"]
+    lines = [
+        "## Packed dot products",
+        "",
+        f"{EMBEDDINGS:,} embeddings of {WIDTH} features, milliseconds a query, fastest of {REPEATS} runs.",
+        "",
+    ]
+    names = list(found["milliseconds"]["1"])
+    lines += ["| queries at once | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for count, times in found["milliseconds"].items():
+        cells = [f"{times[name]:.2f} ({times['float32'] / times[name]:.1f} x)" for name in names]
+        lines.append(f"| {count} | " + " | ".join(cells) + " |")
+    if found["recall"]:
+        recall = dict(found["recall"])
+        lines += [
+            "",
+            f"Recall@{NEIGHBORS} among {recall.pop('sentences')} sentences, {recall.pop('queries')} queries.",
+            "",
+        ]
+        lines += ["| codes | recall |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in recall.items())]
+    return lines
+
+
+def scale_table(results: dict[str, Any]) -> list[str]:
+    """Time and memory."""
+    if "scale" not in results:
+        return []
+    found = results["scale"]
+    shape = f"{found['n']:,} x {found['num_features']} float32 features of {found['num_classes']} classes"
+    time_taken = f"{found['seconds']:.1f} s, of which {found['of which making rows']:.1f} s make the rows"
+    time_taken += f" ({found['CPU seconds']:.1f} s of processor time, one thread)"
+    memory = f"{found['peak GB']:.2f} GB at the peak, libraries included"
+    return ["## Many rows", "", f"{shape}, in batches of {BATCH:,}: {time_taken}; {memory}."]
+
+
+if __name__ == "__main__":
+    main()

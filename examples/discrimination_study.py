@@ -1,0 +1,165 @@
+"""What binary and ternary quantization does to features: discrimination, and accuracy of simple classifiers.
+
+Shared by ``discrimination_text.py``, ``discrimination_speech.py`` and ``discrimination_vision.py``. Thresholds, means and
+deviations come from training folds; accuracies are of rows that were not in them, and are compared row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from hf_catquant import BinaryQuantizer, FeatureStatistics, TernaryQuantizer
+from hf_catquant.metrics.feature_discrimination.streaming import Coder
+from hf_catquant.theory import predict
+
+ETAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+VARIANTS: dict[str, Any] = {
+    "float": StandardScaler(),
+    "binary, 0": BinaryQuantizer(),
+    "binary, discrimination": BinaryQuantizer("discrimination", per_feature=True),
+    **{f"ternary, eta {eta:g}": TernaryQuantizer(eta=eta) for eta in ETAS},
+    "ternary, discrimination, shared": TernaryQuantizer("discrimination"),
+    "ternary, discrimination, per feature": TernaryQuantizer("discrimination", per_feature=True),
+}
+PAIRS = 100  # of classes at most, for what the model predicts
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way to represent the features.
+
+    Attributes:
+        variant: its name.
+        discrimination: mean D over pairs of classes, of all rows.
+        knn, svm: accuracy in percent, 5-fold.
+        knn_gain, svm_gain: points over float, and half the width of the paired 95 % interval.
+    """
+
+    variant: str
+    discrimination: float
+    knn: float
+    svm: float
+    knn_gain: tuple[float, float]
+    svm_gain: tuple[float, float]
+
+
+def study(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Discrimination and accuracy of every variant, and what the two-Gaussian model says of the features.
+
+    Args:
+        name: of the data.
+        x: (n, d) features.
+        y: (n,) classes of two rows or more.
+        seed: of the folds.
+    """
+    right = {variant: np.zeros((2, len(x)), bool) for variant in VARIANTS}
+    folds = StratifiedKFold(min(5, int(np.unique(y, return_counts=True)[1].min())), shuffle=True, random_state=seed)
+    for train, test in folds.split(x, y):
+        for variant, quantizer in VARIANTS.items():
+            seen = quantizer.fit(x[train], y[train]).transform(x[train])
+            asked = quantizer.transform(x[test])
+            for i, model in enumerate((KNeighborsClassifier(5), SVC(kernel="linear", C=0.1))):
+                right[variant][i, test] = model.fit(seen, y[train]).predict(asked) == y[test]
+    lines = []
+    for variant, hits in right.items():
+        gains = [_gain(hits[i], right["float"][i]) for i in (0, 1)]
+        lines.append(Line(variant, _discrimination(variant, x, y), *(100 * hits.mean(1)).tolist(), *gains))
+    shape = {"n": len(x), "features": x.shape[1], "classes": len(np.unique(y))}
+    return {"data": name, **shape, "lines": [asdict(line) for line in lines], "model": _by_model(x, y)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table of a study."""
+    print(f"\n{result['data']}: {result['n']} rows, {result['features']} features, {result['classes']} classes")
+    print(f"{'':38}{'D':>8}  {'5-NN %':>22}  {'linear SVM %':>22}")
+    for line in result["lines"]:
+        cells = [f"{line[c]:6.2f} ({line[f'{c}_gain'][0]:+.2f} +- {line[f'{c}_gain'][1]:.2f})" for c in ("knn", "svm")]
+        print(f"{line['variant']:38}{line['discrimination']:8.4f}  {cells[0]:>22}  {cells[1]:>22}")
+    print("features that gain, predicted / measured / same answer:", end=" ")
+    shares = result["model"]
+    for kind in ("binary", "ternary"):
+        cells = [f"{100 * shares[f'{kind}_{what}']:.1f} %" for what in ("predicted", "measured", "right")]
+        print(f"{kind} {' / '.join(cells)}", end="; " if kind == "binary" else "\n")
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Plot discrimination and accuracy against the threshold, a row of panels a data set."""
+    figure, axes = plt.subplots(len(results), 3, figsize=(13, 3.2 * len(results)), layout="constrained", squeeze=False)
+    for row, result in zip(axes, results, strict=True):
+        lines = {line["variant"]: line for line in result["lines"]}
+        sweep = [lines[f"ternary, eta {eta:g}"] for eta in ETAS]
+        for axis, key in zip(row, ("discrimination", "knn", "svm"), strict=True):
+            axis.axhline(lines["float"][key], color="#4c566a", label="float")
+            axis.axhline(lines["binary, 0"][key], color="#d08770", linestyle="--", label="binary, 0")
+            axis.plot(ETAS, [line[key] for line in sweep], "o-", color="#2e8b57", label="ternary")
+            axis.set(xlabel="eta", title=f"{result['data']}: {TITLES[key]}")
+        row[0].legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+TITLES = {"discrimination": "D", "knn": "5-NN accuracy, %", "svm": "linear SVM accuracy, %"}
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """What the examples take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with models/ and data/; without it, scikit-learn's digits")
+    parser.add_argument("--plot", type=Path, default=Path("discrimination.png"), help="file to draw to")
+    return parser.parse_args()
+
+
+def digits() -> tuple[str, np.ndarray, np.ndarray]:
+    """Scanned digits, which come with scikit-learn."""
+    return ("digits, pixels", *load_digits(return_X_y=True))
+
+
+def run(cases: list[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:
+    """Study, print and draw."""
+    results = [study(*case) for case in cases]
+    for result in results:
+        show(result)
+    draw(results, plot)
+    print(f"drawn to {plot}")
+
+
+def _gain(hits: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    difference = 100 * (hits.astype(float) - base)
+    return float(difference.mean()), float(1.96 * difference.std(ddof=1) / len(hits) ** 0.5)
+
+
+def _discrimination(variant: str, x: np.ndarray, y: np.ndarray) -> float:
+    statistics = FeatureStatistics()
+    if variant != "float":
+        fitted = VARIANTS[variant].fit(x, y)
+        ternary = isinstance(fitted, TernaryQuantizer)
+        statistics = FeatureStatistics(Coder(fitted.mean_, fitted.inverse_deviation_, fitted.threshold_, ternary))
+    statistics.add(x, y)
+    return statistics.compute()["discrimination"]
+
+
+def _by_model(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Shares of features, over pairs of classes, that the model says will gain, and that do."""
+    pairs = list(combinations(np.unique(y), 2))
+    chosen = np.random.default_rng(0).permutation(len(pairs))[:PAIRS]
+    found = []
+    for a, b in (pairs[i] for i in chosen):
+        rows = (y == a) | (y == b)
+        prediction = predict(x[rows], y[rows])
+        found.append({**prediction.agreement(), "mu": float(np.median(prediction.mu))})
+    return {key: float(np.mean([line[key] for line in found])) for key in found[0]}

@@ -1,0 +1,173 @@
+"""Features of text, speech and vision models: what any module returns, one vector a sample, from one pass over the data.
+
+A module returns vectors (B, D), sequences (B, T, D) or maps (B, D, H, W). Maps are averaged over their places; sequences
+over the steps that are not padding ("mean"), or one step stands for all: the first ("cls"), the last that is not padding
+("last"). What enters the head of a classifier is pooled already, in the model's own way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import samples as data
+from .fitting import correction_dim, evaluating, placed, tensor_of
+from .logits import logits_site
+from .model import stacks
+from .replay import hooked, run
+
+POOLINGS = ("mean", "cls", "last")
+HEAD = "head"
+BLOCKS = "blocks"
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module,
+    samples: Any,
+    processor: Any = None,
+    *,
+    at: str | Sequence[str] = HEAD,
+    pooling: str = "mean",
+    batch_size: int = 16,
+) -> Tensor | dict[str, Tensor]:
+    """Features of all samples, in their order, from a float or quantized model in evaluation mode.
+
+    Args:
+        model: any model that ``samples`` fit; put back into training mode afterwards if it was in it.
+        samples: data in any form that ``CatQuantConfig(dataset=...)`` takes, two samples or more. All of them are read.
+        processor: tokenizer, image processor or feature extractor, for raw samples.
+        at: "head": what enters the module that returns the logits, or, of a model without logits, what it returns first
+            (its last hidden state); "blocks": what every repeated block returns; a module's name, "" for the model itself;
+            or several of these.
+        pooling: of sequences: "mean", "cls" or "last".
+        batch_size: samples in one forward.
+
+    Returns:
+        (n, D) float32 on the CPU; {name: features} if ``at`` is "blocks" or several places.
+
+    Raises:
+        ValueError: the samples do not fit, a place is not in the model, or what it returns cannot be pooled.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    read = data.collect(samples, model, processor=processor, num_samples=sys.maxsize, batch_size=batch_size)
+    with evaluating(model):
+        sites = places(model, at, read.batches[0])
+        parts: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        for batch in read.batches:
+            for name, features in catch(model, sites, batch, pooling)[1].items():
+                parts[name].append(features)
+    silent = [name for name, found in parts.items() if len(found) != len(read.batches)]
+    if silent:
+        raise ValueError(f"{type(model).__name__} does not run the module {silent[0]!r} on all samples: name another")
+    whole = {name: torch.cat(found) for name, found in parts.items()}
+    return whole[sites[0].name] if isinstance(at, str) and at != BLOCKS else whole
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where features are taken: what ``module`` returns, or what enters it; ``name`` is that of the result."""
+
+    name: str
+    module: str
+    entering: bool = False
+
+
+def places(model: nn.Module, at: str | Sequence[str], batch: dict[str, Tensor]) -> list[Place]:
+    """The places that ``at`` names, as :func:`extract_features` reads it, in the order they are named.
+
+    Raises:
+        ValueError: one is not in the model, or it has no repeated blocks.
+    """
+    names = dict(model.named_modules())
+    found: list[Place] = []
+    for word in [at] if isinstance(at, str) else at:
+        if word == HEAD:
+            found.append(head_place(model, batch))
+        elif word == BLOCKS:
+            blocks = [block for stack in stacks(model).values() for block in stack]
+            if not blocks:
+                raise ValueError(f'at="blocks": {type(model).__name__} has no repeated blocks: name modules')
+            found += [Place(block, block) for block in blocks]
+        elif word in names:
+            found.append(Place(word, word))
+        else:
+            raise ValueError(f"at={word!r}: no module has this name; names look like {', '.join(list(names)[-3:])}")
+    return list(dict.fromkeys(found))
+
+
+def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
+    """What enters the module that returns the logits; without logits, what the model returns."""
+    site = logits_site(model, placed(batch, model))
+    return Place(HEAD, "") if site is None else Place(HEAD, site, entering=True)
+
+
+def catch(
+    model: nn.Module, sites: Sequence[Place], batch: dict[str, Tensor], pooling: str
+) -> tuple[Any, dict[str, Tensor]]:
+    """What the model returns, and pooled features (B, D) float32 on the CPU of every place that was run.
+
+    Raises:
+        ValueError: what is there cannot be pooled to one vector a sample.
+    """
+    caught: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(hooked(model.get_submodule(site.module), **_hook(caught, site)))
+        output = run(model, placed(batch, model))
+    reached = [site for site in sites if site.name in caught]
+    return output, {site.name: _pooled(model, site, caught[site.name], batch, pooling) for site in reached}
+
+
+def _hook(caught: dict[str, Any], site: Place) -> dict[str, Any]:
+    if site.entering:
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            caught[site.name] = args or tuple(kwargs.values())
+
+        return {"before": before}
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        caught[site.name] = output
+
+    return {"after": after}
+
+
+def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor], pooling: str) -> Tensor:
+    hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+    if hidden.dim() == 2 and len(hidden) != rows and len(hidden) % rows == 0:
+        hidden = hidden.view(rows, -1, hidden.shape[1])  # a module that sees the steps of all samples in one list
+    if hidden.dim() < 2 or len(hidden) != rows:
+        raise ValueError(
+            f"{site.name!r} gives {tuple(hidden.shape)} for {rows} samples, not a vector a sample: name another"
+        )
+    if hidden.dim() == 2:
+        return hidden.float().cpu()
+    if site.entering:
+        dim = 1 if hidden.dim() == 4 else -1  # a head that pools maps itself, or one that reads a sequence
+    else:
+        dim = correction_dim(model.get_submodule(site.module), hidden)
+    if dim != -1 or hidden.dim() > 3:
+        return hidden.float().movedim(dim, -1).flatten(1, -2).mean(1).cpu()
+    mask = data.padding_mask(batch, model, site.module, hidden)
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    return _of_sequence(hidden.float(), mask, pooling).cpu()
+
+
+def _of_sequence(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector (B, D) of (B, T, D), where ``mask`` (B, T) says what is no padding."""
+    if pooling == "mean":
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+    if pooling == "cls":
+        return hidden[:, 0]
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

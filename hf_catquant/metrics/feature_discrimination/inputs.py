@@ -1,0 +1,138 @@
+"""What the metric takes: features, labels and options, checked before anything is computed; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LIMIT = 1e150  # squares of larger values overflow
+
+
+def as_array(values: Any) -> Any:
+    """A tensor as an array; bfloat16 and float8, which numpy does not have, as float32. Anything else as it is."""
+    if hasattr(values, "detach"):  # a torch tensor, without importing torch
+        values = values.detach().cpu()
+        return (values.float() if values.is_floating_point() and values.element_size() < 4 else values).numpy()
+    if isinstance(values, list | tuple) and any(hasattr(row, "detach") for row in values):
+        return [as_array(row) for row in values]
+    return values
+
+
+def checked_features(features: Any) -> NDArray[Any]:
+    """Features as a matrix (n, d) of real numbers; whether they are finite is seen when they are read.
+
+    Raises:
+        ValueError: they are no such matrix.
+    """
+    try:
+        x = np.asarray(as_array(features))
+    except ValueError as error:
+        raise ValueError(f"features (predictions) must be rows of one length{_uneven(features)}") from error
+    if x.ndim != 2 or x.size == 0:
+        raise ValueError(
+            f"features (predictions) must be (n, d) with at least one row and column, got shape {x.shape}"
+        )
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"features (predictions) must be real numbers, got {x.dtype}")
+    return x
+
+
+def checked_labels(labels: Any) -> NDArray[Any]:
+    """Labels (n,): integers or strings.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    try:
+        y = np.asarray(as_array(labels))
+    except ValueError as error:
+        raise ValueError(
+            "labels (references) must be (n,) integers or strings, got rows of several lengths"
+        ) from error
+    if y.dtype.kind == "O" and all(isinstance(label, str) for label in y.ravel()):
+        y = y.astype(str)
+    if y.size and (y.ndim != 1 or y.dtype.kind not in "iubU"):
+        raise ValueError(f"labels (references) must be (n,) integers or strings, got {y.dtype} of shape {y.shape}")
+    return y
+
+
+def checked_pair(features: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Features (n, d) and their labels (n,).
+
+    Raises:
+        ValueError: either is not what it must be, or they differ in length.
+    """
+    x, y = checked_features(features), checked_labels(labels)
+    if len(x) != len(y):
+        raise ValueError(
+            f"features (predictions) and labels (references) must be of one length, got {len(x)} and {len(y)}"
+        )
+    return x, y
+
+
+def check_rows(rows: NDArray[Any], start: int) -> None:
+    """Refuse rows (n, d), the first of which is row ``start`` of all, with a value that is not finite or too large.
+
+    Raises:
+        ValueError: naming the value and its row.
+    """
+    if float(rows.min()) > -LIMIT and float(rows.max()) < LIMIT:  # false for nan
+        return
+    good = np.abs(rows.astype(np.float64)) < LIMIT
+    row = int(np.flatnonzero(~good.all(1))[0])
+    raise ValueError(
+        f"features (predictions) must be finite and less than {LIMIT:g} in size, got {rows[row][~good[row]][0]} in row "
+        f"{start + row}"
+    )
+
+
+def check_classes(labels: Sequence[Any], counts: Sequence[int]) -> None:
+    """Refuse fewer than two classes, and a class of one sample.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if len(labels) < 2:
+        raise ValueError(
+            f"labels (references) must have at least two classes, got {f'only {labels[0]}' if labels else 'none'}"
+        )
+    least = int(np.argmin(counts))
+    if counts[least] < 2:
+        raise ValueError(
+            f"every class must have at least two samples, class {labels[least]} has one: add some or drop it"
+        )
+
+
+def checked_number(value: Any, name: str, least: float = -np.inf, words: Sequence[str] = ()) -> Any:
+    """A finite number of at least ``least`` as a float, or one of ``words`` as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str) and value in words:
+        return value
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not least <= value < np.inf or value == -np.inf:
+        rule = "a finite number" + (f" of at least {least:g}" if least > -np.inf else "")
+        raise ValueError(f"{name} must be {' or '.join([rule, *map(repr, words)])}, got {value!r}")
+    return float(value)
+
+
+def checked_count(value: Any, name: str, least: int) -> int:
+    """An integer of at least ``least``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _uneven(features: Any) -> str:
+    lengths = [len(row) if hasattr(row, "__len__") else 0 for row in features]
+    other = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
+    return "" if other is None else f", got {lengths[0]} values in row 0 and {lengths[other]} in row {other}"

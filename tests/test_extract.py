@@ -1,0 +1,178 @@
+"""Features of every architecture at head and blocks, against what the models say of themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from torch import nn
+
+import tiny_models
+import toys
+from hf_catquant import CatQuantConfig, extract_features, quantize
+from hf_catquant.by_layer import discrimination_by_layer
+from hf_catquant.correction import ClusterAffine, attach
+from hf_catquant.discrimination import feature_discrimination
+
+
+def texts(lengths):
+    """Token samples of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 96, (n,), generator=generator)} for n in lengths]
+
+
+@pytest.mark.parametrize("name", [n for n in tiny_models.NAMES if n != "clip"])
+def test_head_and_blocks_of_every_architecture_in_one_pass(name):
+    model, samples = tiny_models.build(name), tiny_models.samples(name, 5)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(0))
+    found = extract_features(model, samples, at=["head", "blocks"], batch_size=3)
+    assert len(runs) <= 2 + 1  # two batches, and one look for the logits
+    assert len(found) >= 3
+    assert next(iter(found)) == "head"
+    for features in found.values():
+        assert features.dtype == torch.float32
+        assert features.dim() == 2
+        assert len(features) == 5
+        assert features.isfinite().all()
+    assert any(not torch.equal(features[0], features[1]) for features in found.values())
+
+
+def test_text_is_averaged_over_what_is_no_padding():
+    model, samples = tiny_models.build("bert"), texts([4, 9, 6, 12])
+    found = {
+        p: extract_features(model, samples, at="bert.encoder.layer.0", pooling=p) for p in ("mean", "cls", "last")
+    }
+    with torch.no_grad():
+        for i, sample in enumerate(samples):
+            hidden = model.bert(sample["input_ids"][None], output_hidden_states=True).hidden_states[1][0]
+            for pooling, expected in (("mean", hidden.mean(0)), ("cls", hidden[0]), ("last", hidden[-1])):
+                torch.testing.assert_close(found[pooling][i], expected)
+    torch.testing.assert_close(
+        extract_features(model, samples, at="bert.encoder.layer.0", batch_size=1), found["mean"]
+    )
+
+
+def test_images_are_averaged_over_their_places():
+    model, samples = tiny_models.build("resnet"), tiny_models.samples("resnet", 4)
+    pixels = torch.stack([sample["pixel_values"] for sample in samples])
+    with torch.no_grad():
+        output = model.resnet(pixels, output_hidden_states=True)
+    last = "resnet.encoder.stages.1.layers.1"
+    found = extract_features(model, samples, at=[last, "head"])
+    torch.testing.assert_close(found[last], output.last_hidden_state.mean((2, 3)))
+    torch.testing.assert_close(found["head"], output.pooler_output.flatten(1))
+    vit = tiny_models.build("vit")
+    with torch.no_grad():
+        hidden = vit.vit(pixels).last_hidden_state
+    torch.testing.assert_close(extract_features(vit, samples), hidden[:, 0])  # the model's own pooling
+
+
+def test_speech_and_models_without_logits():
+    model, samples = tiny_models.build("wav2vec2"), tiny_models.samples("wav2vec2", 4)
+    waves = torch.stack([sample["input_values"] for sample in samples])
+    with torch.no_grad():
+        hidden = model.wav2vec2(waves).last_hidden_state
+    torch.testing.assert_close(extract_features(model.wav2vec2, samples), hidden.mean(1), rtol=1e-4, atol=1e-5)
+    assert extract_features(model, samples).shape == (4, 24)
+    torch.testing.assert_close(extract_features(model, samples, at=""), model(waves).logits.detach())
+
+
+def test_raw_samples_go_through_the_processor():
+    model = tiny_models.build("vit").train()
+    processor = tf.ViTImageProcessor(size={"height": 16, "width": 16})
+    rows = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    images = [Image.fromarray(row) for row in rows]
+    found = extract_features(model, images, processor, batch_size=2)
+    assert model.training
+    with torch.no_grad():
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, model.eval().vit(pixels).last_hidden_state[:, 0])
+    torch.testing.assert_close(extract_features(model, iter(images), processor), found)
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet", "wav2vec2"])
+def test_quantized_models_give_features_with_their_corrections(name):
+    model, samples = tiny_models.build(name), tiny_models.samples(name, 8)
+    plain = extract_features(model, samples, at=["blocks", "head"])
+    quantize(model, CatQuantConfig(weights="int8", solver="rtn", correction=None, group_size=8))
+    found = extract_features(model, samples, at=["blocks", "head"])
+    assert found.keys() == plain.keys()
+    for key in plain:
+        assert 0 < (found[key] - plain[key]).norm() < 0.1 * plain[key].norm()
+    block = next(iter(plain))
+    width = plain[block].shape[1]
+    correction = ClusterAffine.of(None, torch.zeros(1, width), 2 * torch.ones(1, width), torch.zeros(1, width))
+    if name == "resnet":
+        correction.dim = 1
+    attach(model, block, correction)
+    torch.testing.assert_close(extract_features(model, samples, at=block), 2 * found[block])
+
+
+def test_plain_torch_models():
+    model, batches = toys.make("mlp")
+    samples = toys.samples_of(batches)
+    rows = torch.stack([sample["x"] for sample in samples])
+    torch.testing.assert_close(extract_features(model, samples, at="layers.0"), model.layers[0](rows).detach())
+    torch.testing.assert_close(extract_features(model, samples), model.layers[:4](rows).detach())
+
+
+class Flattens(nn.Module):
+    """A layer that sees all steps in one list, one that returns no vector a sample, and one that is not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.spare, self.total = nn.Linear(3, 4), nn.Linear(3, 3), nn.Identity()
+
+    def forward(self, x):
+        hidden = self.steps(x.flatten(0, 1))
+        return self.total(hidden.sum(0, keepdim=True)[:, :1].expand(5, 1)).sum() + hidden
+
+
+def test_steps_in_one_list_are_put_back():
+    model, rows = Flattens(), torch.randn(4, 6, 3)
+    found = extract_features(model, [{"x": row} for row in rows], at="steps")
+    torch.testing.assert_close(found, model.steps(rows).mean(1).detach())
+
+
+@pytest.mark.parametrize(
+    ("at", "pooling", "message"),
+    [
+        ("spare", "mean", "Flattens does not run the module 'spare'"),
+        ("total", "mean", r"'total' gives \(5, 1\) for 4 samples, not a vector a sample"),
+        ("nothing", "mean", r"at='nothing': no module has this name; names look like steps, spare, total"),
+        ("blocks", "mean", "Flattens has no repeated blocks"),
+        ("steps", "max", "pooling must be one of mean, cls, last, got 'max'"),
+    ],
+)
+def test_bad_places_are_named(at, pooling, message):
+    samples = [{"x": row} for row in torch.randn(4, 6, 3)]
+    with pytest.raises(ValueError, match=message):
+        extract_features(Flattens(), samples, at=at, pooling=pooling)
+
+
+def test_discrimination_layer_by_layer(tmp_path):
+    teacher, model = tiny_models.build("bert"), tiny_models.build("bert")
+    samples, labels = tiny_models.samples("bert", 24), [i % 3 for i in range(23)] + [7]
+    config = CatQuantConfig(weights="binary", correction="cat", group_size=8, dataset=samples, num_samples=24)
+    quantize(model, config)
+    width = 5
+    attach(
+        model, "classifier", ClusterAffine.of(None, torch.zeros(1, width), torch.ones(1, width), torch.zeros(1, width))
+    )
+    batches = [{key: torch.stack([s[key] for s in samples[i : i + 8]]) for key in samples[0]} for i in (0, 8, 16)]
+    table = discrimination_by_layer(teacher, model, batches, labels)
+    assert table.layers == ("bert.encoder.layer.0", "bert.encoder.layer.1", "head")
+    assert list(table.values) == ["float", "quantized", "quantized + CAT"]
+    features = extract_features(teacher, samples, at=["blocks", "head"])
+    expected = [feature_discrimination(x[:23], labels[:23])["discrimination"] for x in features.values()]
+    assert table.values["float"] == pytest.approx(expected, rel=1e-6)
+    assert table.values["quantized"] != table.values["float"]
+    assert "bert.encoder.layer.1" in str(table)
+    table.draw(tmp_path / "layers.png")
+    with Image.open(tmp_path / "layers.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    with pytest.raises(ValueError, match="two classes of two rows"):
+        discrimination_by_layer(teacher, model, batches, list(range(24)))

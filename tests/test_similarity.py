@@ -1,0 +1,96 @@
+"""Bit counts against dot products of the dense codes; search against sorting all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_catquant import BinaryQuantizer, TernaryQuantizer, similarity
+from hf_catquant.similarity import PackedIndex
+
+
+def packed(kind, x):
+    return kind(standardize=False, packing="bits").fit(x).transform(x)
+
+
+def dense(kind, x):
+    codes = kind(standardize=False).fit(x).transform(x).astype(int)
+    return codes if kind is TernaryQuantizer else 2 * codes - 1
+
+
+def embeddings(rows, columns):
+    return np.random.default_rng(columns).normal(size=(rows, columns)).astype(np.float32)
+
+
+@pytest.fixture(params=["native", "table"])
+def count(request, monkeypatch):
+    """Both ways to count bits: numpy 2 has an instruction for it, older ones have not."""
+    if request.param == "native" and not hasattr(np, "bitwise_count"):
+        pytest.skip("numpy before 2.0 does not count bits")
+    way = similarity._count_natively if request.param == "native" else similarity._count_by_table
+    monkeypatch.setattr(similarity, "_count", way)
+
+
+@pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
+@pytest.mark.parametrize("columns", [1, 8, 63, 64, 65, 384, 1000])
+def test_scores_are_dot_products(count, kind, columns, monkeypatch):
+    monkeypatch.setattr(similarity, "BLOCK", 16)
+    x = embeddings(100, columns)
+    index = PackedIndex(packed(kind, x), columns, ternary=kind is TernaryQuantizer, num_threads=3)
+    codes = dense(kind, x)
+    np.testing.assert_array_equal(index.scores(packed(kind, x)[:9]), codes[:9] @ codes.T)
+
+
+@pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_search_finds_the_best_and_of_equal_ones_the_first(kind, threads, k, monkeypatch):
+    monkeypatch.setattr(similarity, "BLOCK", 16)
+    x = embeddings(100, 12)  # few features: many equal scores
+    index = PackedIndex(packed(kind, x), 12, ternary=kind is TernaryQuantizer, num_threads=threads)
+    codes = dense(kind, x)
+    products = codes[:7] @ codes.T
+    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    rows, scores = index.search(packed(kind, x)[:7], k)
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_array_equal(scores, np.take_along_axis(products, order, 1))
+
+
+def test_scoring_again_sorts_the_nearest_by_their_floats():
+    x = embeddings(500, 32)
+    index = PackedIndex(packed(BinaryQuantizer, x), 32)
+    exact = np.argsort(-(x[:20] @ x.T), axis=1)[:, :5]
+    codes = packed(BinaryQuantizer, x)[:20]
+    recalls = []
+    for oversample in (1, 4, 100):
+        rows, scores = index.search(codes, 5, embeddings=x, float_queries=x[:20], oversample=oversample)
+        np.testing.assert_allclose(scores, np.take_along_axis(x[:20] @ x.T, rows, 1), rtol=1e-5)
+        assert (np.diff(scores) <= 0).all()
+        recalls.append(np.mean([len(set(a) & set(b)) / 5 for a, b in zip(rows, exact, strict=True)]))
+    assert recalls[0] < recalls[1] < recalls[2] == 1
+
+
+X = embeddings(20, 12)
+INDEX = PackedIndex(packed(BinaryQuantizer, X), 12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 0), "num_features must be from 1 to 16383, got 0"),
+        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 17), r"packed must be \(n, 3\) uint8, a plane of 17 bits"),
+        (lambda: PackedIndex(np.zeros((3, 3), np.uint8), 12, ternary=True), r"must be \(n, 4\) uint8, two planes"),
+        (lambda: PackedIndex(np.zeros((0, 2), np.uint8), 12), r"got uint8 of shape \(0, 2\)"),
+        (lambda: INDEX.scores(X), r"queries must be \(n, 2\) uint8.*got float32 of shape \(20, 12\)"),
+        (lambda: INDEX.search(packed(BinaryQuantizer, X), 21), "k must be from 1 to the 20 rows, got 21"),
+        (lambda: INDEX.search(packed(BinaryQuantizer, X), 2, oversample=0), "oversample must be at least 1, got 0"),
+        (lambda: INDEX.search(packed(BinaryQuantizer, X), 2, embeddings=X), "go together, got one"),
+        (
+            lambda: INDEX.search(packed(BinaryQuantizer, X), 2, embeddings=X, float_queries=X[:3]),
+            r"must be \(20, e\) and \(20, e\), got \(20, 12\) and \(3, 12\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
