@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from realdata import ROOT, machine
+from common import ROOT, machine
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 
 from hf_catquant import BinaryQuantizer, TernaryQuantizer, stream_discrimination

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from realdata import ROOT, machine
+from common import ROOT, machine
 
 from hf_catquant import CatQuantConfig, extract_features, feature_discrimination, quantize
 from hf_catquant.logits import divergences
