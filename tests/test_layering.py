@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity generate evaluation_table",
+    "formats discrimination version log integrity generate evaluation_table bench_peers",
     "packing request_checks",
     "weight",
     "op_checks",
     "ops",
     "kernels",
-    "solvers",
-    "moments",
+    "solvers bench",
+    "moments bench_plot",
     "correction",
     "correction_file cluster_space cluster_sums",
     "cluster_fit",

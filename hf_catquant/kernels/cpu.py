@@ -25,8 +25,8 @@ from .native import DTYPES, FORMAT_NUMBERS, PATHS
 PATH = native.chosen_path()
 # Rows of x, times digits, from which float products of dequantized weights are faster; measured by
 # benchmarks/cpu_kernels.py.
-DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 24, "neon": 24, "scalar": 6, "reference": 0}
-DENSE_ROWS = 1024  # rows of the weight that are dequantized at once: 16 MiB where K is 4096
+DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
+DENSE_VALUES = 1 << 18  # values of the weight that are dequantized at once: 1 MiB, which stays in a second-level cache
 
 _library: Any = native.library()
 _path = PATHS.get(PATH, -1)
@@ -100,7 +100,7 @@ def _float_linear(
     group_size: int,
     activations: str | None,
 ) -> Tensor:
-    """The reference's product in float32, from the float weights of ``DENSE_ROWS`` rows at a time."""
+    """The reference's product in float32, from ``DENSE_VALUES`` float weights at a time."""
     columns, rows = x.shape[-1], packed.shape[0]
     check_weight(packed, scale, offset, weights, group_size, columns)
     check_input(x, bias, rows, activations, input_scale)
@@ -108,8 +108,9 @@ def _float_linear(
     if activations is not None:
         wide = quantize_activation(wide, get_format(activations), input_scale, input_offset)
     out = x.new_empty((*x.shape[:-1], rows))
-    for start in range(0, rows, DENSE_ROWS):
-        run = slice(start, start + DENSE_ROWS)
+    step = max(16, DENSE_VALUES // max(columns, 1))
+    for start in range(0, rows, step):
+        run = slice(start, start + step)
         part = (packed[run], scale[run], None if offset is None else offset[run])
         weight = dequantize(*part, weights, group_size, columns, torch.float32)
         out[..., run] = torch.nn.functional.linear(wide, weight, None if shift is None else shift[run])

@@ -262,3 +262,19 @@ void cq_amx_pair(const cq_layout *w, int64_t pair, const cq_chunk *chunk, int ch
                         dtype, out_stride);
     }
 }
+
+void cq_amx_peak(int64_t rounds)
+{
+    cq_amx_begin();
+    TILE_ZERO(4);
+    TILE_ZERO(5);
+    TILE_ZERO(6);
+    TILE_ZERO(7);
+    for (int64_t i = 0; i < rounds; ++i) {
+        TILE_PRODUCT(0, 4, 6);
+        TILE_PRODUCT(1, 4, 7);
+        TILE_PRODUCT(2, 5, 6);
+        TILE_PRODUCT(3, 5, 7);
+    }
+    cq_amx_end();
+}

@@ -106,9 +106,6 @@ extern const cq_path cq_scalar_path, cq_avx2_path, cq_avx512_path, cq_neon_path;
 int cq_has_path(int path);
 const cq_path *cq_path_of(int path); /* CQ_AMX gives the path of its small products, CQ_AVX512 */
 
-/* Rows of x times digits from which AMX is faster than a dot product for every one. */
-#define CQ_AMX_ROWS 8
-
 /* chunk[0] to chunk[chunks - 1], 16 rows each, times the rows [32 * pair, 32 * pair + 32) of w, plus bias, into out:
  * its first row is that of chunk[0], its first column that of w. Between cq_amx_begin() and cq_amx_end(), which set up
  * the tiles of a thread. */
@@ -116,6 +113,12 @@ void cq_amx_pair(const cq_layout *w, int64_t pair, const cq_chunk *chunk, int ch
                  void *out, int dtype, int64_t out_stride);
 void cq_amx_begin(void);
 void cq_amx_end(void);
+
+/* Products of integers from registers, as many as the processor can do; a round is so many pairs. */
+#define CQ_AMX_PRODUCTS (4 * 16 * 16 * 64)
+#define CQ_AVX512_PRODUCTS (12 * 64)
+void cq_amx_peak(int64_t rounds);
+void cq_avx512_peak(int64_t rounds);
 
 /* Memory of the calling thread, on a 64-byte boundary, valid until the same slot (0 or 1) is asked for again; NULL if
  * there is none. */

@@ -87,4 +87,15 @@ void cq_amx_begin(void)
 void cq_amx_end(void)
 {
 }
+void cq_amx_peak(int64_t rounds)
+{
+    (void)rounds;
+}
+#endif
+
+#if !defined(CQ_HAS_AVX512)
+void cq_avx512_peak(int64_t rounds)
+{
+    (void)rounds;
+}
 #endif

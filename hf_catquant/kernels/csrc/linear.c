@@ -14,6 +14,9 @@
 /* Products that are worth another thread: about ten microseconds of one. */
 #define PRODUCTS_A_THREAD (1 << 21)
 
+/* Rows of x with 1, 2 and 3 digits from which tiles, which cost the same for 1 to 16 rows, beat dot products. */
+static const int rows_for_tiles[CQ_MAX_PARTS] = {9, 7, 5};
+
 typedef struct {
     const cq_layout *w;
     const cq_activation *how;
@@ -141,7 +144,7 @@ int cq_linear(const cq_layout *w, const cq_activation *how, const void *x, int64
     int64_t products = w->rows * w->columns * rows * how->parts;
     int64_t useful = 1 + products / PRODUCTS_A_THREAD;
     j.path = cq_path_of(path);
-    j.amx = path == CQ_AMX && rows * how->parts >= CQ_AMX_ROWS;
+    j.amx = path == CQ_AMX && rows >= rows_for_tiles[how->parts - 1];
     j.chunk_rows = j.amx ? 16 : j.path->chunk_rows(how->parts, rows);
     j.chunk_bytes = cq_chunk_bytes(w, j.chunk_rows, how->parts);
     atomic_init(&j.state, CQ_OK);

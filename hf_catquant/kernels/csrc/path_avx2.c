@@ -113,8 +113,8 @@ typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
     }
 #define BODIES(name, format) \
     BODY(name, format, 1, 1) \
-    BODY(name, format, 1, 2) BODY(name, format, 1, 4) BODY(name, format, 2, 1) BODY(name, format, 2, 2) \
-        BODY(name, format, 3, 1)
+    BODY(name, format, 1, 2) \
+    BODY(name, format, 1, 4) BODY(name, format, 2, 1) BODY(name, format, 2, 2) BODY(name, format, 3, 1)
 #define TABLE(name) \
     { \
         {[1] = name##_1_1, [2] = name##_1_2, [4] = name##_1_4}, \

@@ -115,9 +115,10 @@ typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
     }
 #define BODIES(name, format) \
     BODY(name, format, 1, 1) \
-    BODY(name, format, 1, 2) BODY(name, format, 1, 4) BODY(name, format, 1, 8) BODY(name, format, 1, 12) \
-        BODY(name, format, 2, 1) BODY(name, format, 2, 2) BODY(name, format, 2, 4) BODY(name, format, 2, 6) \
-            BODY(name, format, 3, 1) BODY(name, format, 3, 2) BODY(name, format, 3, 3) BODY(name, format, 3, 4)
+    BODY(name, format, 1, 2) \
+    BODY(name, format, 1, 4) BODY(name, format, 1, 8) BODY(name, format, 1, 12) BODY(name, format, 2, 1) \
+        BODY(name, format, 2, 2) BODY(name, format, 2, 4) BODY(name, format, 2, 6) BODY(name, format, 3, 1) \
+            BODY(name, format, 3, 2) BODY(name, format, 3, 3) BODY(name, format, 3, 4)
 #define TABLE(name) \
     { \
         {[1] = name##_1_1, [2] = name##_1_2, [4] = name##_1_4, [8] = name##_1_8, [12] = name##_1_12}, \
@@ -151,3 +152,18 @@ static int chunk_rows(int parts, int64_t rows)
 }
 
 const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen};
+
+void cq_avx512_peak(int64_t rounds)
+{
+    __m512i sum[CQ_AVX512_PRODUCTS / 64];
+#pragma GCC unroll 12
+    for (int i = 0; i < CQ_AVX512_PRODUCTS / 64; ++i)
+        sum[i] = _mm512_setzero_si512();
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < CQ_AVX512_PRODUCTS / 64; ++i) {
+            sum[i] = _mm512_dpbusd_epi32(sum[i], sum[i], sum[i]);
+            __asm__ volatile("" : "+v"(sum[i]));
+        }
+    }
+}
