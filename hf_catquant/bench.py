@@ -196,7 +196,7 @@ class Limits:
     def peak(self, threads: int) -> float | None:
         """Integer operations a second of the path that is taken."""
         if threads not in self._peak:
-            self._peak[threads] = integer_peak(cpu.PATH, threads)
+            self._peak[threads] = integer_peak(native.PATH, threads)
         return self._peak[threads]
 
 
@@ -233,7 +233,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
-        "path": cpu.PATH,
+        "path": native.PATH,
         "paths": list(native.available_paths()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -242,7 +242,7 @@ def machine() -> dict[str, Any]:
 
 def paths_table() -> list[tuple[str, str, str]]:
     """(op, formats, what computes it on the CPU) for every op."""
-    compiled = {kernel.__name__: cpu.PATH for kernel in cpu.KERNELS} if cpu.PATH != "reference" else {}
+    compiled = {kernel.__name__: native.PATH for kernel in cpu.KERNELS} if native.PATH != "reference" else {}
     return [(op, ", ".join(FORMATS), compiled.get(op, "plain torch")) for op in SCHEMAS]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_catquant import bench, bench_peers
 from hf_catquant.cli import main
-from hf_catquant.kernels import cpu, machine
+from hf_catquant.kernels import cpu_linear, machine
 
 CASE = bench.Case(count=2, rows=40, columns=64, threads=1)
 
@@ -22,9 +22,9 @@ def ours(x, generator, **changes):
 def test_a_wrong_product_is_not_timed(generator, monkeypatch):
     x = torch.randn(2, 64, generator=generator)
     assert ours(x, generator).nbytes > 0
-    right = cpu._integer_linear
-    monkeypatch.setattr(cpu, "_integer_linear", lambda *arguments: right(*arguments) * 1.001)
-    monkeypatch.setattr(cpu, "_float_linear", lambda *arguments: right(*arguments) * 1.001)
+    right = cpu_linear._integer_linear
+    monkeypatch.setattr(cpu_linear, "_integer_linear", lambda *arguments: right(*arguments) * 1.001)
+    monkeypatch.setattr(cpu_linear, "_float_linear", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(RuntimeError, match="wrong product"):
         ours(x, generator)
 

@@ -38,11 +38,10 @@ def row_range(activations: str | None, dtype: torch.dtype) -> How | None:
 
 
 def given_range(activations: str, scale: Tensor, offset: Tensor | None) -> How | None:
-    """One calibrated range () for all rows; None where its integers, less that of zero, do not fit in 8 bits."""
+    """One calibrated range () for all rows; None where zero is none of its levels."""
     fmt = get_format(activations)
     step, shift = float(scale), 0.0 if offset is None else float(offset)
     zero = -shift / step if step > 0 else float("nan")
-    on_a_level = abs(zero - round(zero)) < 1e-3 if abs(zero) < 1e4 else False
-    if not on_a_level or fmt.levels[0] - zero < -128.5 or fmt.levels[-1] - zero > 127.5:
+    if not fmt.levels[0] - 0.001 < zero < fmt.levels[-1] + 0.001 or abs(zero - round(zero)) > 0.001:
         return None
     return How(Activation(1, _GIVEN_RANGE, offset is not None, fmt.levels[0], fmt.levels[-1], step, shift))

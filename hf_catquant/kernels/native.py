@@ -13,6 +13,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "scalar")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+# Rows of x, times digits, from which float products of dequantized weights are faster: where sums of integers have an
+# instruction of their own, never.
+_DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
 
 LIBRARY = "libcatquant_cpu"
 VARIABLE = "CATQUANT_CPU"
@@ -97,3 +102,13 @@ def chosen_path() -> str:
     if asked not in paths:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(paths)} on this machine, got {asked!r}")
     return asked
+
+
+def loaded() -> Any:
+    """The library, where a path of it was chosen."""
+    return library()
+
+
+PATH = chosen_path()
+path_number = PATHS.get(PATH, -1)
+dense_from = _DENSE_FROM[PATH]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from helpers import ALL_FORMATS, assert_product, random_case
 from hf_catquant.formats import FORMATS
-from hf_catquant.kernels import cpu, native, reference
+from hf_catquant.kernels import cpu, cpu_linear, native, reference
 from hf_catquant.weight import fit_static_range, quantize_activation
 
 PATHS = native.available_paths()
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(not PATHS, reason="the library was not built: th
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Every path, taken for any number of rows."""
-    monkeypatch.setattr(cpu, "_path", native.PATHS[request.param])
-    monkeypatch.setattr(cpu, "_dense_from", 1 << 62)
+    monkeypatch.setattr(native, "path_number", native.PATHS[request.param])
+    monkeypatch.setattr(native, "dense_from", 1 << 62)
     return request.param
 
 
@@ -35,7 +35,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def check(case, x, bias, name, activations=None, scale=None, offset=None):
-    out = cpu._integer_linear(x, *case.stored, scale, offset, bias, name, case.group_size, activations)
+    out = cpu_linear._integer_linear(x, *case.stored, scale, offset, bias, name, case.group_size, activations)
     assert out is not None
     assert out.dtype == x.dtype
     x_hat = x.float() if activations is None else quantize_activation(x.float(), FORMATS[activations], scale, offset)
@@ -88,7 +88,7 @@ def test_products_of_integers_are_exact(path, name):
         dense = reference.dequantize(case.packed, scale, offset, name, group_size, columns, torch.float32)
         for count in (1, 3, 19):
             weight = (case.packed, scale, offset)
-            out = cpu._integer_linear(x[:count], *weight, None, None, None, name, group_size, "int8")
+            out = cpu_linear._integer_linear(x[:count], *weight, None, None, None, name, group_size, "int8")
             assert torch.equal(out, F.linear(x[:count].double(), dense.double()).float())
 
 
@@ -96,7 +96,7 @@ def test_rows_far_apart_in_size(path):
     """Digits are relative to the largest value of a row: a row of 1e30 takes nothing from a row of 1e-20."""
     case = Weight("int4", 33, 300, 64)
     x = randn(6, 300) * torch.tensor([1e30, 1e-20, 1.0, 1e-30, 0.0, 1e5])[:, None]
-    out = cpu._integer_linear(x, *case.stored, None, None, None, "int4", 64, None)
+    out = cpu_linear._integer_linear(x, *case.stored, None, None, None, "int4", 64, None)
     expected = F.linear(x.double(), case.dense_fast)
     assert bool(((out - expected).abs() <= 1e-6 * F.linear(x.double().abs(), case.dense_fast.abs()) + 1e-36).all())
     assert out[4].tolist() == [0.0] * 33
@@ -110,7 +110,9 @@ def test_results_do_not_depend_on_threads(path, activations):
             x, found = randn(count, 1100), []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                found.append(cpu._integer_linear(x, *case.stored, None, None, None, "ternary", 128, activations))
+                found.append(
+                    cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, activations)
+                )
             assert all(torch.equal(found[0], other) for other in found)
     finally:
         torch.set_num_threads(before)
@@ -123,7 +125,7 @@ def test_values_that_are_not_finite_give_what_torch_gives(path, value, count):
     x = randn(count, 100)
     x[-1, 5] = value
     arguments = (x, *case.stored, None, None, None, "int2", 32, None)
-    assert cpu._integer_linear(*arguments) is None
+    assert cpu_linear._integer_linear(*arguments) is None
     expected = reference.linear(*arguments)
     torch.testing.assert_close(cpu.linear(*arguments), expected, equal_nan=True)
 
@@ -132,13 +134,13 @@ def test_ranges_between_levels_are_left_to_float_products(path):
     case, x = Weight("int2", 5, 40, 8), randn(3, 40)
     for scale, offset in ((0.1, 0.03), (0.001, 1.0), (0.0, 0.0)):
         arguments = (torch.tensor(scale), torch.tensor(offset), None, "int2", 8, "int4")
-        assert cpu._integer_linear(x, *case.stored, *arguments) is None
+        assert cpu_linear._integer_linear(x, *case.stored, *arguments) is None
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ALL_FORMATS)
 def test_unpacked_weights_are_those_of_the_reference(path, name, monkeypatch):
-    monkeypatch.setattr(cpu, "_path", native.PATHS[path])
+    monkeypatch.setattr(native, "path_number", native.PATHS[path])
     for (rows, columns, group_size), scales in itertools.product(WEIGHTS, (torch.float16, torch.float32)):
         stored = Weight(name, rows, columns, group_size, scales).stored
         indices = torch.tensor([[rows - 1, 0], [0, rows // 2]])
@@ -156,12 +158,12 @@ def test_a_child_after_fork_has_threads_of_its_own():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = cpu._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+        expected = cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                again = cpu._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+                again = cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
                 code = 0 if torch.equal(again, expected) else 1
             finally:
                 os._exit(code)

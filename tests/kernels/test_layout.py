@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from helpers import random_case
-from hf_catquant.kernels import cpu, layout, native
+from hf_catquant.formats import get_format
+from hf_catquant.kernels import layout, native
 from hf_catquant.layers.base import Scheme
 from hf_catquant.layers.linear import QuantizedLinear
 from hf_catquant.solvers import rtn
 
 pytestmark = pytest.mark.skipif(
-    not native.available_paths() or cpu.PATH == "reference", reason="the library was not built, or is not to be used"
+    not native.available_paths() or native.PATH == "reference",
+    reason="the library was not built, or is not to be used",
 )
 
 
@@ -28,13 +30,13 @@ pytestmark = pytest.mark.skipif(
 def layer():
     original = nn.Linear(40, 24)
     made = QuantizedLinear(original, Scheme("ternary", 16))
-    made.fill(rtn.solve(original.weight.detach(), cpu.get_format("ternary"), 16, None))
+    made.fill(rtn.solve(original.weight.detach(), get_format("ternary"), 16, None))
     return made
 
 
 @pytest.fixture(autouse=True)
 def small_products_take_the_layout(monkeypatch):
-    monkeypatch.setattr(cpu, "_dense_from", 1 << 62)
+    monkeypatch.setattr(native, "dense_from", 1 << 62)
 
 
 X = torch.linspace(-1, 1, 80).view(2, 40)
@@ -161,11 +163,11 @@ def test_without_the_library_the_reference_runs_and_says_so_once():
         "glob = pathlib.Path.glob\n"
         "pathlib.Path.glob = lambda self, pattern: iter(()) if 'libcatquant' in pattern else glob(self, pattern)\n"
         "import torch\n"
-        "from hf_catquant.kernels import cpu\n"
+        "from hf_catquant.kernels import native\n"
         "packed, scale = torch.zeros(2, 1, dtype=torch.uint8), torch.ones(2, 1)\n"
         "for _ in range(2):\n"
         "    print(torch.ops.catquant.dequantize(packed, scale, scale, 'int2', -1, 4, torch.float32).sum().item())\n"
-        "print(cpu.PATH)\n"
+        "print(native.PATH)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["-8.0", "-8.0", "reference"]
