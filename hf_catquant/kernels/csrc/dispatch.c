@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -13,8 +14,12 @@
 /* Tiles are 8 KiB of state that Linux saves for a thread only after the process has asked for it. */
 static int may_use_tiles(void)
 {
+#if defined(__linux__)
     enum { ASK = 0x1023, TILE_DATA = 18 };
     return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
 }
 
 static int has_amx(void)
@@ -35,6 +40,17 @@ static int has_avx512(void)
 }
 #endif
 
+#if defined(CQ_HAS_NEON)
+static int has_dot_products(void)
+{
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#else
+    return 1; /* Apple's processors have them all */
+#endif
+}
+#endif
+
 /* Whether this build and this processor have the path. */
 int cq_has_path(int path)
 {
@@ -51,7 +67,7 @@ int cq_has_path(int path)
     case CQ_AMX: return has_avx512() && has_amx();
 #endif
 #if defined(CQ_HAS_NEON)
-    case CQ_NEON: return 1;
+    case CQ_NEON: return has_dot_products();
 #endif
     default: return 0;
     }

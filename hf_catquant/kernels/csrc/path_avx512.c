@@ -116,9 +116,10 @@ typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
 #define BODIES(name, format) \
     BODY(name, format, 1, 1) \
     BODY(name, format, 1, 2) \
-    BODY(name, format, 1, 4) BODY(name, format, 1, 8) BODY(name, format, 1, 12) BODY(name, format, 2, 1) \
-        BODY(name, format, 2, 2) BODY(name, format, 2, 4) BODY(name, format, 2, 6) BODY(name, format, 3, 1) \
-            BODY(name, format, 3, 2) BODY(name, format, 3, 3) BODY(name, format, 3, 4)
+    BODY(name, format, 1, 4) \
+    BODY(name, format, 1, 8) BODY(name, format, 1, 12) BODY(name, format, 2, 1) BODY(name, format, 2, 2) \
+        BODY(name, format, 2, 4) BODY(name, format, 2, 6) BODY(name, format, 3, 1) BODY(name, format, 3, 2) \
+            BODY(name, format, 3, 3) BODY(name, format, 3, 4)
 #define TABLE(name) \
     { \
         {[1] = name##_1_1, [2] = name##_1_2, [4] = name##_1_4, [8] = name##_1_8, [12] = name##_1_12}, \
