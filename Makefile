@@ -8,12 +8,13 @@ STAMP := $(VENV)/.hf-catquant-installed
 PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-all check fix clean
+.PHONY: help venv install demo test test-all test-native check fix clean
 
 help:
 	@echo "make demo      quantize small models and show what it cost"
 	@echo "make test      run the tests, except the slow ones"
 	@echo "make test-all  run all tests"
+	@echo "make test-native  run the C kernels under sanitizers, and those of Arm in an emulator if there is one"
 	@echo "make check     lint, format and type checks"
 	@echo "make fix       repair what the linter and the formatter can"
 	@echo "make install   install the package and its tools for development"
@@ -26,7 +27,7 @@ ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): pyproject.toml $(wildcard setup.py) | $(PYTHON)
+$(STAMP): pyproject.toml setup.py $(wildcard hf_catquant/kernels/csrc/*) | $(PYTHON)
 	@echo "installing the package and its tools into $(VENV): a few minutes, once"
 	$(PYTHON) -m pip install --disable-pip-version-check --editable '.[dev]'
 	@echo "$(CURDIR)" > "$@"
@@ -44,6 +45,39 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
+
+# The same sources without Python. setup.py says which files and flags there are; here they meet the sanitizers.
+CSRC := hf_catquant/kernels/csrc
+NATIVE := build/native
+NATIVE_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -pthread -fopenmp-simd -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -I$(CSRC)
+NATIVE_COMMON := $(addprefix $(CSRC)/,decode.c layout.c linear.c measure.c path_scalar.c pool.c scratch.c unpack.c)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+AVX2 := -mavx2 -mfma -mf16c
+AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
+HAS_X86 := -DCQ_HAS_AVX2 -DCQ_HAS_AVX512 -DCQ_HAS_AMX
+ARM_CC := aarch64-linux-gnu-gcc
+ARM_RUN := qemu-aarch64 -L /usr/aarch64-linux-gnu
+
+test-native:
+	mkdir -p $(NATIVE)
+ifeq ($(shell uname -m),x86_64)
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX2) -c $(CSRC)/path_avx2.c -o $(NATIVE)/avx2.o
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX512) -c $(CSRC)/path_avx512.c -o $(NATIVE)/avx512.o
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX512) -mamx-tile -mamx-int8 -c $(CSRC)/amx.c -o $(NATIVE)/amx.o
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(HAS_X86) $(NATIVE_COMMON) $(CSRC)/dispatch.c tests/native/products.c \
+		$(NATIVE)/avx2.o $(NATIVE)/avx512.o $(NATIVE)/amx.o -o $(NATIVE)/products -lm
+else
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(NATIVE_COMMON) $(CSRC)/dispatch.c tests/native/products.c -o $(NATIVE)/products -lm
+endif
+	$(NATIVE)/products
+	@if command -v $(ARM_CC) > /dev/null && command -v $(firstword $(ARM_RUN)) > /dev/null; then \
+		set -ex; \
+		$(ARM_CC) $(NATIVE_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/path_neon.c -o $(NATIVE)/neon.o; \
+		$(ARM_CC) $(NATIVE_FLAGS) -DCQ_HAS_NEON $(NATIVE_COMMON) $(CSRC)/dispatch.c tests/native/products.c \
+			$(NATIVE)/neon.o -o $(NATIVE)/products-arm -lm; \
+		$(ARM_RUN) $(NATIVE)/products-arm; \
+		$(ARM_RUN) -cpu cortex-a53 $(NATIVE)/products-arm; \
+	else echo "the NEON kernels are not run: there is no $(ARM_CC) with qemu-aarch64 here"; fi
 
 check: $(STAMP)
 	$(PYTHON) -m ruff check .

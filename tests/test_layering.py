@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity generate evaluation_table",
+    "formats discrimination version log integrity generate evaluation_table bench_peers",
     "rotation",
     "packing request_checks similarity theory",
     "weight",
     "op_checks",
     "ops",
     "kernels",
-    "solvers",
-    "moments",
+    "solvers bench",
+    "moments bench_plot",
     "correction",
     "correction_file cluster_space cluster_sums",
     "cluster_fit",

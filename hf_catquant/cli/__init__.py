@@ -1,4 +1,4 @@
-"""The command line: ``catquant demo | quantize | inspect | eval``."""
+"""The command line: ``catquant demo | quantize | inspect | eval | bench``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo, evaluate, inspect, quantize
+from . import bench, demo, evaluate, inspect, quantize
 
-VERBS = (demo, quantize, inspect, evaluate)
+VERBS = (demo, quantize, inspect, evaluate, bench)
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:

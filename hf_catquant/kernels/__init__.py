@@ -1,5 +1,6 @@
-"""Kernels behind the ops. Importing this package registers the reference, which serves every device."""
+"""Kernels behind the ops. Importing this package registers the reference, which serves every device, and those that
+are faster."""
 
-from . import reference
+from . import cpu, reference
 
-__all__ = ["reference"]
+__all__ = ["cpu", "reference"]

@@ -1,0 +1,152 @@
+/* y = x w_hat^T + bias: packs rows of x chunk by chunk, then takes the runs of the weight, both in parallel.
+ *
+ * Every result is computed by one thread, in an order that depends on the shapes alone: it is the same for any number
+ * of threads.
+ */
+#include "catquant.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+/* Bytes of packed x that are multiplied before the next rows are packed: what stays in a second-level cache beside the
+ * weight. */
+#define HELD_BYTES (3 << 19)
+/* Products that are worth another thread: about ten microseconds of one. */
+#define PRODUCTS_A_THREAD (1 << 21)
+
+/* Rows of x with 1, 2 and 3 digits from which tiles, which cost the same for 1 to 16 rows, beat dot products. */
+static const int rows_for_tiles[CQ_MAX_PARTS] = {9, 7, 5};
+
+typedef struct {
+    const cq_layout *w;
+    const cq_activation *how;
+    const cq_path *path;
+    const char *x;
+    const char *bias;
+    char *out;
+    int64_t rows, x_stride, out_stride;
+    int dtype, bias_dtype, chunk_rows, amx;
+    char *memory;
+    size_t chunk_bytes;
+    int64_t first, chunks;      /* those held now */
+    int64_t spans, chunk_spans; /* parts that the runs and the chunks are cut in */
+    atomic_int state;
+} job;
+
+static int size_of(int dtype)
+{
+    return dtype == CQ_FLOAT32 ? 4 : 2;
+}
+
+static cq_chunk chunk_at(const job *j, int64_t index)
+{
+    cq_chunk chunk;
+    int64_t left = j->rows - (j->first + index) * j->chunk_rows;
+    cq_chunk_place(j->w, j->chunk_rows, j->how->parts, j->memory + (size_t)index * j->chunk_bytes, &chunk);
+    chunk.filled = (int)(left < j->chunk_rows ? left : j->chunk_rows);
+    return chunk;
+}
+
+static void pack_task(void *context, int64_t index)
+{
+    job *j = context;
+    cq_chunk chunk = chunk_at(j, index);
+    float *scratch = cq_scratch(1, (size_t)j->w->columns * 8);
+    int state = CQ_NO_MEMORY;
+    if (scratch != NULL)
+        state =
+            j->path->pack(j->w, j->how, j->x + (j->first + index) * j->chunk_rows * j->x_stride * size_of(j->dtype),
+                          j->dtype, j->x_stride, &chunk, scratch);
+    if (state != CQ_OK)
+        atomic_store(&j->state, state);
+}
+
+static void run_task(void *context, int64_t index)
+{
+    job *j = context;
+    const cq_layout *w = j->w;
+    float result[CQ_MAX_ROWS * CQ_LANES];
+    int64_t from = w->runs * index / j->spans, to = w->runs * (index + 1) / j->spans;
+    for (int64_t run = from; run < to; ++run) {
+        int64_t row = run * CQ_LANES;
+        int count = (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES);
+        const void *bias = j->bias == NULL ? NULL : j->bias + row * size_of(j->bias_dtype);
+        for (int64_t c = 0; c < j->chunks; ++c) {
+            cq_chunk chunk = chunk_at(j, c);
+            j->path->run(w, run, &chunk, result);
+            for (int m = 0; m < chunk.filled; ++m)
+                j->path->store(result + m * CQ_LANES, bias, j->bias_dtype,
+                               j->out +
+                                   (((j->first + c) * j->chunk_rows + m) * j->out_stride + row) * size_of(j->dtype),
+                               j->dtype, count);
+        }
+    }
+}
+
+static void amx_task(void *context, int64_t index)
+{
+    job *j = context;
+    int64_t span = index / j->chunk_spans, part = index % j->chunk_spans, pairs = (j->w->runs + 1) / 2;
+    int64_t from = pairs * span / j->spans, to = pairs * (span + 1) / j->spans;
+    int64_t first = j->chunks * part / j->chunk_spans, count = j->chunks * (part + 1) / j->chunk_spans - first;
+    cq_chunk chunk[HELD_BYTES / (16 * CQ_TILE) + 2];
+    for (int64_t c = 0; c < count; ++c)
+        chunk[c] = chunk_at(j, first + c);
+    char *out = j->out + (j->first + first) * j->chunk_rows * j->out_stride * size_of(j->dtype);
+    cq_amx_begin();
+    for (int64_t pair = from; pair < to; ++pair)
+        cq_amx_pair(j->w, pair, chunk, (int)count, j->bias, j->bias_dtype, out, j->dtype, j->out_stride);
+    cq_amx_end();
+}
+
+/* The chunks that are held at once: an even number with AMX, which takes two together. */
+static int64_t held_chunks(const job *j, int64_t chunks)
+{
+    int64_t most = (int64_t)(HELD_BYTES / j->chunk_bytes);
+    most = most < 2 ? 2 : most / 2 * 2;
+    return chunks < most ? chunks : most;
+}
+
+static int multiply(job *j, int threads)
+{
+    int64_t chunks = (j->rows + j->chunk_rows - 1) / j->chunk_rows, held = held_chunks(j, chunks);
+    int64_t runs = j->amx ? (j->w->runs + 1) / 2 : j->w->runs;
+    j->memory = cq_scratch(0, (size_t)held * j->chunk_bytes);
+    if (j->memory == NULL)
+        return CQ_NO_MEMORY;
+    for (j->first = 0; j->first < chunks; j->first += held) {
+        j->chunks = chunks - j->first < held ? chunks - j->first : held;
+        cq_parallel(j->chunks < 4 ? 1 : threads, j->chunks, pack_task, j);
+        if (atomic_load(&j->state) != CQ_OK)
+            break;
+        j->spans = threads == 1 ? 1 : runs < 4 * threads ? runs : 4 * threads;
+        j->chunk_spans = !j->amx || j->spans >= 2 * threads || threads == 1 ? 1 : (j->chunks + 7) / 8;
+        cq_parallel(threads, j->spans * j->chunk_spans, j->amx ? amx_task : run_task, j);
+    }
+    return atomic_load(&j->state);
+}
+
+/* Rows of x (row_stride elements apart, columns side by side) times the layout, plus bias (or NULL), into out (rows,
+ * w->rows). Returns CQ_OK, or says why out holds nothing: CQ_NOT_FINITE, CQ_NO_MEMORY. */
+int cq_linear(const cq_layout *w, const cq_activation *how, const void *x, int64_t rows, int64_t row_stride, int dtype,
+              const void *bias, int bias_dtype, void *out, int path, int threads)
+{
+    job j = {.w = w,
+             .how = how,
+             .x = x,
+             .bias = bias,
+             .out = out,
+             .rows = rows,
+             .x_stride = row_stride,
+             .out_stride = w->rows,
+             .dtype = dtype,
+             .bias_dtype = bias_dtype};
+    int64_t products = w->rows * w->columns * rows * how->parts;
+    int64_t useful = 1 + products / PRODUCTS_A_THREAD;
+    j.path = cq_path_of(path);
+    j.amx = path == CQ_AMX && rows >= rows_for_tiles[how->parts - 1];
+    j.chunk_rows = j.amx ? 16 : j.path->chunk_rows(how->parts, rows);
+    j.chunk_bytes = cq_chunk_bytes(w, j.chunk_rows, how->parts);
+    atomic_init(&j.state, CQ_OK);
+    return multiply(&j, useful < threads ? (int)useful : threads);
+}

@@ -1,0 +1,170 @@
+/* AVX-512 with VNNI: vpdpbusd adds four products of an unsigned value and a signed digit to each of 16 rows. */
+#include "rows.h"
+
+#include <immintrin.h>
+
+/* A kernel for every format, number of digits and number of rows is compiled from one body, so that its sums stay in
+ * registers. */
+#define ALWAYS static inline __attribute__((always_inline))
+
+ALWAYS __m512i quad_values(int format, const uint8_t *unit, int q)
+{
+    const __m512i *line = (const __m512i *)unit;
+    __m512i low;
+    switch (format) {
+    case CQ_BINARY: /* twice the bit */
+        low = q == 0 ? _mm512_add_epi8(line[0], line[0]) : q == 1 ? line[0] : _mm512_srli_epi16(line[0], q - 1);
+        return _mm512_and_si512(low, _mm512_set1_epi8(2));
+    case CQ_INT3:
+        low = q % 4 == 0 ? line[q / 4] : _mm512_srli_epi16(line[q / 4], 2 * (q % 4));
+        return _mm512_or_si512(
+            _mm512_and_si512(low, _mm512_set1_epi8(3)),
+            _mm512_and_si512(q < 2 ? _mm512_slli_epi16(line[2], 2 - q) : _mm512_srli_epi16(line[2], q - 2),
+                             _mm512_set1_epi8(4)));
+    case CQ_INT4: return _mm512_and_si512(q == 0 ? line[0] : _mm512_srli_epi16(line[0], 4), _mm512_set1_epi8(15));
+    case CQ_INT8: return line[0];
+    default: return _mm512_and_si512(q == 0 ? line[0] : _mm512_srli_epi16(line[0], 2 * q), _mm512_set1_epi8(3));
+    }
+}
+
+ALWAYS __m512 lanes(const uint8_t *at, int wide, int second)
+{
+    if (wide)
+        return _mm512_loadu_ps((const float *)at + 16 * second);
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at + second));
+}
+
+/* Bytes ahead that are fetched: about the latency of memory times the rate of one core. */
+#define AHEAD 2048
+
+ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, float *result, const int format,
+                     const int parts, const int rows)
+{
+    const int all = parts * rows;
+    const int quads = format == CQ_BINARY || format == CQ_INT3 ? 8 : format == CQ_INT4 ? 2 : format == CQ_INT8 ? 1 : 4;
+    const int lines = format == CQ_INT3 ? 3 : 1;
+    const int chains = all >= 4 ? 1 : quads >= 4 ? 4 : quads; /* a sum alone waits four cycles for itself */
+    const uint8_t *stream = (const uint8_t *)w + w->stream + index * w->run_bytes;
+    __m512 total[CQ_MAX_ROWS];
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m)
+        total[m] = _mm512_setzero_ps();
+    for (int b = 0; b < w->blocks; ++b) {
+        const cq_block *block = &w->block[b];
+        const uint8_t *unit = stream + block->byte + w->header;
+        const int8_t *x = chunk->x + (int64_t)block->tile * all * CQ_TILE;
+        __m512i sum[CQ_MAX_ROWS * 4];
+        _mm_prefetch((const char *)stream + block->byte + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int r = 0; r < all; ++r) {
+            sum[r] = _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + r]);
+#pragma GCC unroll 16
+            for (int c = 1; c < chains; ++c)
+                sum[c * all + r] = _mm512_setzero_si512();
+        }
+        for (int k = 0; k < block->width; k += 4 * quads, unit += 64 * lines) {
+            const int8_t *at = x + k / CQ_TILE * all * CQ_TILE + k % CQ_TILE;
+#pragma GCC unroll 16
+            for (int line = 0; line < lines; ++line)
+                _mm_prefetch((const char *)unit + AHEAD + 64 * line, _MM_HINT_T0);
+#pragma GCC unroll 8
+            for (int q = 0; q < quads; ++q) {
+                __m512i values = quad_values(format, unit, q);
+#pragma GCC unroll 16
+                for (int r = 0; r < all; ++r) {
+                    int32_t four;
+                    memcpy(&four, at + r * CQ_TILE + 4 * q, 4);
+                    sum[q % chains * all + r] =
+                        _mm512_dpbusd_epi32(sum[q % chains * all + r], values, _mm512_set1_epi32(four));
+                }
+            }
+        }
+        __m512 scale = lanes(stream + block->byte, w->wide_scale, 0);
+#pragma GCC unroll 16
+        for (int m = 0; m < rows; ++m) {
+            __m512 value = _mm512_setzero_ps();
+#pragma GCC unroll 16
+            for (int p = 0; p < parts; ++p) {
+                __m512i part = sum[p * rows + m];
+#pragma GCC unroll 16
+                for (int c = 1; c < chains; ++c)
+                    part = _mm512_add_epi32(part, sum[c * all + p * rows + m]);
+                value = p == 0 ? _mm512_cvtepi32_ps(part)
+                               : _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(part));
+            }
+            total[m] = _mm512_fmadd_ps(value, scale, total[m]);
+        }
+        if (w->affine) {
+            __m512 offset = lanes(stream + block->byte, w->wide_scale, 1);
+#pragma GCC unroll 16
+            for (int m = 0; m < rows; ++m)
+                total[m] = _mm512_fmadd_ps(offset, _mm512_set1_ps(chunk->sum[(int64_t)b * rows + m]), total[m]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < rows; ++m)
+        _mm512_storeu_ps(result + m * CQ_LANES, _mm512_mul_ps(total[m], _mm512_set1_ps(chunk->scale[m])));
+}
+
+typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
+
+#define BODY(name, format, parts, rows) \
+    static void name##_##parts##_##rows(const cq_layout *w, int64_t i, const cq_chunk *c, float *out) \
+    { \
+        run_body(w, i, c, out, format, parts, rows); \
+    }
+#define BODIES(name, format) \
+    BODY(name, format, 1, 1) \
+    BODY(name, format, 1, 2) \
+    BODY(name, format, 1, 4) \
+    BODY(name, format, 1, 8) BODY(name, format, 1, 12) BODY(name, format, 2, 1) BODY(name, format, 2, 2) \
+        BODY(name, format, 2, 4) BODY(name, format, 2, 6) BODY(name, format, 3, 1) BODY(name, format, 3, 2) \
+            BODY(name, format, 3, 3) BODY(name, format, 3, 4)
+#define TABLE(name) \
+    { \
+        {[1] = name##_1_1, [2] = name##_1_2, [4] = name##_1_4, [8] = name##_1_8, [12] = name##_1_12}, \
+        {[1] = name##_2_1, [2] = name##_2_2, [4] = name##_2_4, [6] = name##_2_6}, \
+        {[1] = name##_3_1, [2] = name##_3_2, [3] = name##_3_3, [4] = name##_3_4}, \
+    }
+
+BODIES(bits1, CQ_BINARY)
+BODIES(bits2, CQ_INT2)
+BODIES(bits3, CQ_INT3)
+BODIES(bits4, CQ_INT4)
+BODIES(bits8, CQ_INT8)
+
+static const kernel kernels[CQ_FORMATS][CQ_MAX_PARTS][CQ_MAX_ROWS + 1] = {
+    [CQ_BINARY] = TABLE(bits1), [CQ_TERNARY] = TABLE(bits2), [CQ_INT2] = TABLE(bits2),
+    [CQ_INT3] = TABLE(bits3),   [CQ_INT4] = TABLE(bits4),    [CQ_INT8] = TABLE(bits8),
+};
+
+static void run(const cq_layout *w, int64_t index, const cq_chunk *chunk, float *result)
+{
+    kernels[w->format][chunk->parts - 1][chunk->rows](w, index, chunk, result);
+}
+
+static int chunk_rows(int parts, int64_t rows)
+{
+    static const int most[CQ_MAX_PARTS] = {12, 6, 4};
+    int chunk = rows < most[parts - 1] ? (int)rows : most[parts - 1];
+    while (kernels[CQ_INT2][parts - 1][chunk] == NULL)
+        ++chunk;
+    return chunk;
+}
+
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen};
+
+void cq_avx512_peak(int64_t rounds)
+{
+    __m512i sum[CQ_AVX512_PRODUCTS / 64];
+#pragma GCC unroll 12
+    for (int i = 0; i < CQ_AVX512_PRODUCTS / 64; ++i)
+        sum[i] = _mm512_setzero_si512();
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < CQ_AVX512_PRODUCTS / 64; ++i) {
+            sum[i] = _mm512_dpbusd_epi32(sum[i], sum[i], sum[i]);
+            __asm__ volatile("" : "+v"(sum[i]));
+        }
+    }
+}

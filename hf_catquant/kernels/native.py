@@ -1,0 +1,114 @@
+"""The compiled library of CPU kernels: where it is, which of its paths this process takes, and its functions.
+
+The library has a C ABI and knows neither Python nor torch; ``csrc/catquant.h`` says what it computes. ``setup.py``
+compiles it when the package is installed; without a compiler there is none, and the reference runs.
+
+The environment variable ``CATQUANT_CPU`` picks a path: ``reference``, ``scalar``, ``avx2``, ``avx512``, ``amx`` or
+``neon``. Unset, it is the fastest one that the processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats import FORMATS
+
+# The numbers of csrc/catquant.h.
+PATHS = {"scalar": 0, "avx2": 1, "avx512": 2, "amx": 3, "neon": 4}
+FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "scalar")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
+OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
+
+# Rows of x, times digits, from which float products of dequantized weights are faster: where sums of integers have an
+# instruction of their own, never.
+_DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
+
+LIBRARY = "libcatquant_cpu"
+VARIABLE = "CATQUANT_CPU"
+
+
+class Activation(ctypes.Structure):
+    """``cq_activation``: how rows of x become digits."""
+
+    _fields_ = (
+        ("parts", ctypes.c_int),
+        ("quantized", ctypes.c_int),
+        ("affine", ctypes.c_int),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("offset", ctypes.c_float),
+    )
+
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "cq_has_path": (_INT, (_INT,)),
+    "cq_layout_bytes": (_LONG, (_INT, _LONG, _LONG, _LONG, _INT, _INT)),
+    "cq_layout_build": (
+        _INT,
+        (_INT, _LONG, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER),
+    ),
+    "cq_linear": (
+        _INT,
+        (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+    ),
+    "cq_dequantize": (
+        _INT,
+        (_INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
+    ),
+    "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
+    "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
+    "cq_unpack": (None, (_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, None where it was not built."""
+    found = sorted(Path(__file__).parent.glob(f"{LIBRARY}.*"))
+    if not found:
+        return None
+    loaded = ctypes.CDLL(str(found[0]))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def available_paths() -> tuple[str, ...]:
+    """The paths that this build and this processor have, the fastest first; none without the library."""
+    loaded = library()
+    return () if loaded is None else tuple(name for name in FASTEST_FIRST if loaded.cq_has_path(PATHS[name]))
+
+
+def chosen_path() -> str:
+    """The path that ops take: what ``CATQUANT_CPU`` says, else the fastest; "reference" without the library.
+
+    Raises:
+        ValueError: ``CATQUANT_CPU`` names a path that there is not, or not here.
+    """
+    paths = (*available_paths(), "reference")
+    asked = os.environ.get(VARIABLE)
+    if asked is None:
+        return paths[0]
+    if asked not in paths:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(paths)} on this machine, got {asked!r}")
+    return asked
+
+
+def loaded() -> Any:
+    """The library, where a path of it was chosen."""
+    return library()
+
+
+PATH = chosen_path()
+path_number = PATHS.get(PATH, -1)
+dense_from = _DENSE_FROM[PATH]

@@ -1,0 +1,49 @@
+"""Convolutions of few positions are products of patches, the others torch's own: both are the reference's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import random_case
+from hf_catquant.formats import FORMATS
+from hf_catquant.kernels import cpu_conv, native, reference
+from hf_catquant.weight import fit_static_range
+
+pytestmark = pytest.mark.skipif(not native.available_paths(), reason="the library was not built")
+
+# (spatial sizes, channels in, channels out, kernel_size, stride, padding, dilation)
+GEOMETRIES = [
+    ((11,), 3, 20, (3,), (2,), (1,), (1,)),
+    ((7, 6), 5, 18, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((7, 6), 5, 18, (1, 1), (2, 1), (0, 0), (1, 1)),
+    ((9, 8), 2, 4, (3, 2), (2, 1), (0, 1), (2, 3)),
+    ((5, 5), 4, 6, (1, 1), (1, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("patches", [True, False])
+@pytest.mark.parametrize("activations", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, monkeypatch, generator):
+    monkeypatch.setattr(cpu_conv, "MOST_POSITIONS", 1 << 20 if patches else 0)
+    monkeypatch.setattr(native, "dense_from", 1 << 62)
+    taken = []
+    monkeypatch.setattr(cpu_conv, "linear", lambda *a, linear=cpu_conv.linear: taken.append(1) or linear(*a))
+    for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
+        case = random_case("int3", rows, channels * torch.Size(kernel_size).numel(), 8)
+        x = torch.randn(2, channels, *spatial, generator=generator).to(dtype)
+        ranges = (None, None) if activations is None else fit_static_range(x, FORMATS[activations])
+        arguments = (*case.stored, *ranges, torch.ones(rows), "int3", 8, activations, kernel_size, *steps, 1)
+        out = cpu_conv.conv(x, *arguments)
+        assert (out.dtype, out.is_contiguous()) == (dtype, True)
+        expected = reference.conv(x.float(), *arguments)
+        room = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=max(room, 1e-5))
+    assert len(taken) == (len(GEOMETRIES) if patches else 0)
+
+
+def test_a_range_of_every_row_is_not_one_of_every_patch():
+    case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
+    arguments = (*case.stored, None, None, None, "int4", 8, "int8", (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments))
