@@ -1,5 +1,7 @@
-"""Kernels behind the ops. Importing this package registers the reference, which serves every device."""
+"""Kernels behind the ops. Importing this package registers the reference, which serves every device, and the kernels of
+each device that has some; it touches no device.
+"""
 
-from . import reference
+from . import cuda, reference
 
-__all__ = ["reference"]
+__all__ = ["cuda", "reference"]

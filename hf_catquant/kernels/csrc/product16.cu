@@ -1,0 +1,118 @@
+// The product with 16-bit activations as they are, for up to 8 * NT tokens a block.
+//
+// A code becomes a 16-bit float without a conversion: or-ed into the mantissa of 128 (bfloat16) or 1024 (float16) at bit
+// j it is 128 + code * 2^j, and one fused multiply-add makes it the code itself, exactly. The level's step and zero
+// and the offset are applied to whole groups: the sum of x over a group is one more row of ones on the tensor cores.
+//     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
+#include "product.cuh"
+
+constexpr bool HALF = TYPE == 1;
+constexpr u32 ONES = HALF ? 0x3c003c00u : 0x3f803f80u;
+
+DEVICE void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) {
+    if (HALF) mma_f16(c, a, b0, b1);
+    else mma_bf16(c, a, b0, b1);
+}
+
+DEVICE u32 both(u32 bits) { return bits << 16 | bits; }
+
+// Codes at bits BITS * field of both halves of a word, as two floats. 8-bit codes have 128 taken off: that is their level.
+DEVICE u32 two_codes(u32 word, int field) {
+    constexpr int MANTISSA = HALF ? 10 : 7, WINDOW = BITS > MANTISSA ? BITS : MANTISSA / BITS * BITS;
+    if (BITS == 8 && !HALF) {
+        float low = bits_to_float(byte_permute(word, 0x4b000000u, 0x7540 + field)) - 8388736.0f;  // 2^23 + 128
+        float high = bits_to_float(byte_permute(word, 0x4b000000u, 0x7542 + field)) - 8388736.0f;
+        return pack_bf16(low, high);
+    }
+    int shift = BITS * field / WINDOW * WINDOW, j = BITS * field - shift;
+    u32 exponent_one = HALF ? (15 - j) << 10 : (127 - j) << 7;              // 2^-j
+    u32 exponent_base = HALF ? 0x8000u + ((25 - j) << 10) : 0x8000u + ((134 - j) << 7);  // -2^(10 - j) or -2^(7 - j)
+    if (BITS == 8) exponent_base = 0xe480u;                                // -1152 = -(1024 + 128)
+    u32 raised = (word >> shift & both(MASK << j)) | (HALF ? 0x64006400u : 0x43004300u);
+    return HALF ? fma_f16(raised, both(exponent_one), both(exponent_base))
+                : fma_bf16(raised, both(exponent_one), both(exponent_base));
+}
+
+struct Sums {
+    float codes[MT][NT][4], x[NT][4];
+};
+
+DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) {
+        sums.x[i / 4][i % 4] = 0;
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) sums.codes[mt][i / 4][i % 4] = 0;
+    }
+}
+
+DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, int first, int group, int row) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        Pairs pairs = read_pairs(p, first + mt, group, row);
+#pragma unroll
+        for (int rh = 0; rh < 2; rh++) {
+            float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int c = 2 * rh; c < 2 * rh + 2; c++) {
+                    y[mt][nt][c] += step * sums.codes[mt][nt][c];
+                    if (BITS < 8) y[mt][nt][c] += zero * sums.x[nt][c];
+                }
+        }
+    }
+}
+
+DEVICE void one_step(Sums& sums, const Codes& codes, const Product& p, int step, int k, int token) {
+    uint4 x[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        int m = token + 8 * nt;
+        x[nt] = m < p.tokens && k < p.columns ? read((const uint4*)((const u16*)p.x + (size_t)m * p.columns + k))
+                                              : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int field = step % FIELDS + half * FIELDS;
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            const uint4& word = codes.word[mt][step / FIELDS];
+            uint4 a = {two_codes(word.x, field), two_codes(word.y, field), two_codes(word.z, field), two_codes(word.w, field)};
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma(sums.codes[mt][nt], a, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+        }
+        if (BITS < 8)
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+                mma(sums.x[nt], {ONES, ONES, ONES, ONES}, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Product p) {
+    __shared__ float parts[WARPS * MT * NT * 4 * 32];
+    const int lane = threadIdx.x, warp = threadIdx.y, row = lane >> 2, q = lane & 3;
+    const int first = blockIdx.x * MT, token0 = blockIdx.y * 8 * NT;
+    float y[MT][NT][4] = {};
+    Sums sums;
+    Codes codes, next;
+    clear(sums);
+    if (warp < p.chunks) read_codes(next, p, first, warp, lane);
+    for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
+        codes = next;
+        if (chunk + WARPS < p.chunks) read_codes(next, p, first, chunk + WARPS, lane);
+#pragma unroll
+        for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
+            if (!BY_ROW) clear(sums);
+#pragma unroll
+            for (int s = sub * FLUSH; s < (sub + 1) * FLUSH; s++)
+                one_step(sums, codes, p, s, chunk * CHUNK + 32 * s + 8 * q, token0 + row);
+            if (!BY_ROW) add_group(y, sums, p, first, group_of(chunk, sub), row);
+        }
+    }
+    if (BY_ROW) add_group(y, sums, p, first, 0, row);
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) parts[(warp * MT * NT * 4 + i) * 32 + lane] = y[i / (4 * NT)][i / 4 % NT][i % 4];
+    sync_block();
+    add_and_write<2>(p, parts, first, token0);
+}
