@@ -129,7 +129,7 @@ def test_the_same_twice(folder):
 
 MISTAKES = {
     "field": ("product16.cu", "step % FIELDS + half * FIELDS", "step % FIELDS + (1 - half) * FIELDS", 5),
-    "row of a pair": ("product.cuh", "group) * 8 + row;", "group) * 8 + (row ^ 1);", 5),
+    "row of a pair": ("product.cuh", "* 8 + (lane >> 2);", "* 8 + (lane >> 2 ^ 1);", 5),
     "odd fields": ("product8.cu", "else mma_u8s8(sums.codes[plane]", "else mma_u8s8(sums.codes[0]", 1),
     "bytes of x": ("product8.cu", "i & 2 ? high_of", "i & 1 ? high_of", 1),
     "token": ("product8.cu", "x_scale = t == q ?", "x_scale = t == row ?", 2),

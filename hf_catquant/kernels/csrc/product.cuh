@@ -50,19 +50,36 @@ struct Pairs {  // scale and offset of a lane's two rows
 
 DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-DEVICE void read_codes(Codes& codes, const Product& p, int first, int chunk, int lane) {
+// Where a lane of a warp reads next. Rows beyond the last tile read it again, and are not written.
+struct Cursor {
+    const uint4* codes[MT];
+    u32 pairs[MT];  // index of (tile, group 0, row), in pairs of rows
+};
+
+DEVICE Cursor start(const Product& p, int first, int warp, int lane) {
+    Cursor cursor;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-        int tile = first + mt < p.row_tiles ? first + mt : p.row_tiles - 1;
-        const uint4* at = p.tiles + ((size_t)tile * p.chunks + chunk) * (LOADS * 32) + lane;
+        u32 tile = first + mt < p.row_tiles ? first + mt : p.row_tiles - 1;
+        cursor.codes[mt] = p.tiles + ((size_t)tile * (u32)p.chunks + (u32)warp) * (LOADS * 32) + lane;
+        cursor.pairs[mt] = tile * (u32)p.groups * 8 + (lane >> 2);
+    }
+    return cursor;
+}
+
+// The codes of the next chunk, if there is one, and on to the one that this warp turns to after it.
+DEVICE void read_codes(Codes& codes, Cursor& cursor, bool there) {
+    if (!there) return;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) codes.word[mt][i] = read_once(at + 32 * i);
+    for (int mt = 0; mt < MT; mt++) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) codes.word[mt][i] = read_once(cursor.codes[mt] + 32 * i);
+        cursor.codes[mt] += WARPS * LOADS * 32;
     }
 }
 
-DEVICE Pairs read_pairs(const Product& p, int tile, int group, int row) {
-    tile = tile < p.row_tiles ? tile : p.row_tiles - 1;
-    size_t at = ((size_t)tile * p.groups + group) * 8 + row;
+DEVICE Pairs read_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
+    size_t at = cursor.pairs[mt] + group * 8;
     Pairs pairs;
     if (SCALE32) {
         float4 v = read((const float4*)p.scales + at);
@@ -73,6 +90,9 @@ DEVICE Pairs read_pairs(const Product& p, int tile, int group, int row) {
     }
     return pairs;
 }
+
+// A constant that the compiler does not know, so that it stays in a register: instructions take one constant at most.
+DEVICE u32 kept(const Product& p, u32 value) { return value + ((u32)p.tokens >> 31); }
 
 DEVICE int group_of(int chunk, int sub) {
     return BY_ROW ? 0 : GROUPS_IN_CHUNK > 1 ? chunk * GROUPS_IN_CHUNK + sub : chunk / CHUNKS_IN_GROUP;

@@ -17,7 +17,8 @@ DEVICE void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) {
 DEVICE u32 both(u32 bits) { return bits << 16 | bits; }
 
 // Codes at bits BITS * field of both halves of a word, as two floats. 8-bit codes have 128 taken off: that is their level.
-DEVICE u32 two_codes(u32 word, int field) {
+// magic is the exponent of both halves.
+DEVICE u32 two_codes(u32 word, int field, u32 magic) {
     constexpr int MANTISSA = HALF ? 10 : 7, WINDOW = BITS > MANTISSA ? BITS : MANTISSA / BITS * BITS;
     if (BITS == 8 && !HALF) {
         float low = bits_to_float(byte_permute(word, 0x4b000000u, 0x7540 + field)) - 8388736.0f;  // 2^23 + 128
@@ -28,7 +29,7 @@ DEVICE u32 two_codes(u32 word, int field) {
     u32 exponent_one = HALF ? (15 - j) << 10 : (127 - j) << 7;              // 2^-j
     u32 exponent_base = HALF ? 0x8000u + ((25 - j) << 10) : 0x8000u + ((134 - j) << 7);  // -2^(10 - j) or -2^(7 - j)
     if (BITS == 8) exponent_base = 0xe480u;                                // -1152 = -(1024 + 128)
-    u32 raised = (word >> shift & both(MASK << j)) | (HALF ? 0x64006400u : 0x43004300u);
+    u32 raised = (word >> shift & both(MASK << j)) | magic;
     return HALF ? fma_f16(raised, both(exponent_one), both(exponent_base))
                 : fma_bf16(raised, both(exponent_one), both(exponent_base));
 }
@@ -46,10 +47,10 @@ DEVICE void clear(Sums& sums) {
     }
 }
 
-DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, int first, int group, int row) {
+DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, const Cursor& cursor, u32 group) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-        Pairs pairs = read_pairs(p, first + mt, group, row);
+        Pairs pairs = read_pairs(p, cursor, mt, group);
 #pragma unroll
         for (int rh = 0; rh < 2; rh++) {
             float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
@@ -64,28 +65,27 @@ DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p,
     }
 }
 
-DEVICE void one_step(Sums& sums, const Codes& codes, const Product& p, int step, int k, int token) {
-    uint4 x[NT];
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        int m = token + 8 * nt;
-        x[nt] = m < p.tokens && k < p.columns ? read((const uint4*)((const u16*)p.x + (size_t)m * p.columns + k))
-                                              : uint4{0, 0, 0, 0};
-    }
+struct Constants {
+    u32 magic, ones;
+};
+
+// x holds the lane's eight activations of a step, for each column tile.
+DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint4 (&x)[NT], Constants constant) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int field = step % FIELDS + half * FIELDS;
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
             const uint4& word = codes.word[mt][step / FIELDS];
-            uint4 a = {two_codes(word.x, field), two_codes(word.y, field), two_codes(word.z, field), two_codes(word.w, field)};
+            uint4 a = {two_codes(word.x, field, constant.magic), two_codes(word.y, field, constant.magic),
+                       two_codes(word.z, field, constant.magic), two_codes(word.w, field, constant.magic)};
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) mma(sums.codes[mt][nt], a, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
         }
+        uint4 ones = {constant.ones, constant.ones, constant.ones, constant.ones};
         if (BITS < 8)
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++)
-                mma(sums.x[nt], {ONES, ONES, ONES, ONES}, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+            for (int nt = 0; nt < NT; nt++) mma(sums.x[nt], ones, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
     }
 }
 
@@ -93,24 +93,41 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Prod
     __shared__ float parts[WARPS * MT * NT * 4 * 32];
     const int lane = threadIdx.x, warp = threadIdx.y, row = lane >> 2, q = lane & 3;
     const int first = blockIdx.x * MT, token0 = blockIdx.y * 8 * NT;
+    const Constants constant = {kept(p, HALF ? 0x64006400u : 0x43004300u), kept(p, ONES)};
     float y[MT][NT][4] = {};
     Sums sums;
     Codes codes, next;
+    Cursor cursor = start(p, first, warp, lane);
+    const u16* x_at[NT];
+    bool there[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        int m = token0 + row + 8 * nt;
+        there[nt] = m < p.tokens;
+        x_at[nt] = (const u16*)p.x + (size_t)(u32)m * (u32)p.columns + 8 * q;
+    }
     clear(sums);
-    if (warp < p.chunks) read_codes(next, p, first, warp, lane);
+    read_codes(next, cursor, warp < p.chunks);
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
         codes = next;
-        if (chunk + WARPS < p.chunks) read_codes(next, p, first, chunk + WARPS, lane);
+        read_codes(next, cursor, chunk + WARPS < p.chunks);
 #pragma unroll
         for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
             if (!BY_ROW) clear(sums);
 #pragma unroll
-            for (int s = sub * FLUSH; s < (sub + 1) * FLUSH; s++)
-                one_step(sums, codes, p, s, chunk * CHUNK + 32 * s + 8 * q, token0 + row);
-            if (!BY_ROW) add_group(y, sums, p, first, group_of(chunk, sub), row);
+            for (int s = sub * FLUSH; s < (sub + 1) * FLUSH; s++) {
+                u32 k = chunk * CHUNK + 32 * s;
+                bool inside = k + 8 * q < p.columns;
+                uint4 x[NT];
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+                    x[nt] = there[nt] && inside ? read((const uint4*)(x_at[nt] + k)) : uint4{0, 0, 0, 0};
+                one_step(sums, codes, s, x, constant);
+            }
+            if (!BY_ROW) add_group(y, sums, p, cursor, group_of(chunk, sub));
         }
     }
-    if (BY_ROW) add_group(y, sums, p, first, 0, row);
+    if (BY_ROW) add_group(y, sums, p, cursor, 0);
 #pragma unroll
     for (int i = 0; i < MT * NT * 4; i++) parts[(warp * MT * NT * 4 + i) * 32 + lane] = y[i / (4 * NT)][i / 4 % NT][i % 4];
     sync_block();

@@ -32,7 +32,7 @@ DEVICE u32 four_codes(u32 word, int field) {
     return word >> BITS * (field & ~1) & (MASK << BITS * (field & 1)) * 0x01010101u;
 }
 
-DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint2 (&x)[NT]) {
+DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint2 (&x)[NT], u32 ones) {
     int field = step % FIELDS, plane = PLANES == 1 ? 0 : field & 1;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
@@ -47,7 +47,7 @@ DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint2 (&x)[
     if (BITS < 8)
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
-            mma_u8s8(sums.x[nt], {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u}, x[nt].x, x[nt].y);
+            mma_u8s8(sums.x[nt], {ones, ones, ones, ones}, x[nt].x, x[nt].y);
 }
 
 DEVICE int sum_of(const Sums& sums, int mt, int nt, int c) {
@@ -56,10 +56,10 @@ DEVICE int sum_of(const Sums& sums, int mt, int nt, int c) {
 }
 
 // y += x_scale * sum_k level * x, scaled and offset. With SPLIT, columns 2 t and 2 t + 1 are high and low of token t.
-DEVICE void add_group(float* y, const Sums& sums, const Product& p, int first, int group, int row, float x_scale) {
+DEVICE void add_group(float* y, const Sums& sums, const Product& p, const Cursor& cursor, u32 group, float x_scale) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
-        Pairs pairs = read_pairs(p, first + mt, group, row);
+        Pairs pairs = read_pairs(p, cursor, mt, group);
 #pragma unroll
         for (int rh = 0; rh < 2; rh++) {
             float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
@@ -138,13 +138,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
     Sums sums;
     Codes codes, next;
     Raw raw;
+    const u8* x_at[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+        x_at[nt] = (const u8*)p.x + (size_t)(u32)(token0 + row + 8 * nt) * (u32)(p.chunks * CHUNK) + 8 * q;
     clear(sums);
     if (SPLIT)
         for (int i = lane; i < 8 * STAGE_STRIDE; i += 32) stage[i] = 0;
-    if (warp < p.chunks) {
-        read_codes(next, p, first, warp, lane);
-        if (SPLIT) read_raw(raw, p, token0, warp, lane);
-    }
+    Cursor cursor = start(p, first, warp, lane);
+    const u32 ones = kept(p, 0x01010101u);
+    read_codes(next, cursor, warp < p.chunks);
+    if (SPLIT) read_raw(raw, p, token0, warp, lane);
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
         codes = next;
         if (SPLIT) {
@@ -156,10 +160,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
             }
             sync_warp();
         }
-        if (chunk + WARPS < p.chunks) {
-            read_codes(next, p, first, chunk + WARPS, lane);
-            if (SPLIT) read_raw(raw, p, token0, chunk + WARPS, lane);
-        }
+        read_codes(next, cursor, chunk + WARPS < p.chunks);
+        if (SPLIT) read_raw(raw, p, token0, chunk + WARPS, lane);
 #pragma unroll
         for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
             if (SPLIT || !BY_ROW) clear(sums);
@@ -168,17 +170,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
                 uint2 x[NT];
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++) {
-                    int m = token0 + row + 8 * nt;
                     if (SPLIT) x[nt] = *(const uint2*)(stage + row * STAGE_STRIDE + 8 * s + 2 * q);
-                    else x[nt] = m < p.tokens ? read((const uint2*)((const u8*)p.x + ((size_t)m * p.chunks + chunk) * CHUNK + 32 * s + 8 * q))
-                                              : uint2{0, 0};
+                    else x[nt] = token0 + row + 8 * nt < p.tokens ? read((const uint2*)(x_at[nt] + chunk * CHUNK + 32 * s)) : uint2{0, 0};
                 }
-                one_step(sums, codes, s, x);
+                one_step(sums, codes, s, x, ones);
             }
-            if (SPLIT || !BY_ROW) add_group(y, sums, p, first, group_of(chunk, sub), row, x_scale);
+            if (SPLIT || !BY_ROW) add_group(y, sums, p, cursor, group_of(chunk, sub), x_scale);
         }
     }
-    if (!SPLIT && BY_ROW) add_group(y, sums, p, first, 0, row, 1.0f);
+    if (!SPLIT && BY_ROW) add_group(y, sums, p, cursor, 0, 1.0f);
     if (SPLIT) sync_block();  // the staged columns make room
     float* parts = (float*)pool;
 #pragma unroll
