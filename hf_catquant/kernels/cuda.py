@@ -29,8 +29,8 @@ from ..op_checks import check_cluster_affine, check_conv, check_indices, check_i
 from ..weight import quantize_activation
 from . import cuda_table, reference
 from .cuda_calls import correct, dense, expand, multiply
-from .cuda_compile import Unserved
-from .cuda_layout import Layouts
+from .cuda_compile import Unserved, library
+from .cuda_layout import Layout, Layouts
 
 SWITCH = "CATQUANT_CUDA"
 layouts = Layouts()
@@ -181,38 +181,22 @@ def cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Te
     return correct(y, basis, centroids, gamma, beta)
 
 
-def prepare(model: torch.nn.Module, tokens: Sequence[int] = (1,), dtype: torch.dtype = torch.bfloat16) -> int:
-    """Build the layouts of a model on CUDA, and compile its products for these numbers of tokens, ahead of first use.
-
-    Needed before the first forward is captured in a CUDA graph; otherwise it happens by itself.
-
-    Args:
-        model: with quantized linear layers, on a CUDA device.
-        tokens: M of the products to compile for.
-        dtype: of the activations.
+def place(
+    packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, group_size: int, columns: int
+) -> Layout | None:
+    """Build the layout of a linear's weight that has come to a CUDA device, ahead of its first product.
 
     Returns:
-        Bytes that the layouts take beside the stored tensors.
+        The layout; None where products do not run from tiles: on other devices, without NVRTC, by ``CATQUANT_CUDA``, or
+        for a format that has none.
     """
-    total = 0
-    for module in model.modules():
-        scheme = getattr(module, "scheme", None)
-        if scheme is None or not hasattr(module, "weight_packed") or not hasattr(module, "apply_matrix"):
-            continue
-        total += _prepare_one(module, scheme, tokens, dtype)
-    return total
-
-
-def _prepare_one(module: Any, scheme: Any, tokens: Sequence[int], dtype: torch.dtype) -> int:
-    stored = (module.weight_packed, module.weight_scale, module.weight_offset)
-    layout = layouts.of(*stored, scheme.weights, scheme.group_size, module.columns, build_now=True)
-    if layout is None:
-        return 0
-    for count in tokens:
-        x = torch.zeros(count, module.columns, dtype=dtype, device=layout.tiles.device)
-        if _in_tiles(x, scheme.activations, None):
-            multiply(x, layout, None, scheme.activations)
-    return layout.tiles.nbytes + layout.scales.nbytes
+    if not packed.is_cuda or mode() == "reference":
+        return None
+    try:
+        library()
+        return layouts.of(packed, scale, offset, weights, group_size, columns, build_now=True)
+    except Unserved:
+        return None  # the op says so when it is used
 
 
 @functools.cache

@@ -4,8 +4,9 @@ Codes are widened to 1, 2, 4 or 8 bits (ternary takes 2, int3 takes 4) and laid 
 columns, which is what a warp multiplies; ``csrc/product.cuh`` says where each code lies. Groups are padded to 32, 64 or
 whole chunks of columns, rows to 16. Scales and offsets keep their dtype and lie in pairs, two rows together.
 
-A layout belongs to the tensor object of the packed codes: it is built when that tensor is used for the second time (what
-is moved in for one use is not worth it), again if one of the tensors was written to, and dropped with it.
+A layout belongs to the tensor object of the packed codes. It is built when a layer comes to the device, else when the
+tensor is used for the second time (what is moved in for one use is not worth it), again if one of the tensors was written
+to, and dropped with it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cuda_emulator import compiler, emulated
-from hf_catquant.kernels import cuda_calls
+from hf_catquant.kernels import cuda_calls, cuda_compile
+from hf_catquant.kernels.cuda_compile import Unserved, Variant
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 
@@ -54,3 +55,27 @@ def test_random_weights_are_what_a_layer_stores(script):
         dense = script.dequantize_packed(*stored, script.get_format(name), 16, 40)
         assert dense.shape == (8, 40)
         assert dense.isfinite().all()
+
+
+def test_a_weight_costs_few_instructions():
+    spec = importlib.util.spec_from_file_location("gpu_instructions", SCRIPT.with_name("gpu_instructions.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    if module.disassembler() is None or not nvrtc_is_here():
+        pytest.skip("needs NVRTC and nvdisasm: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
+    # What an H200 can issue for a 2-bit code while memory is read at full speed is 1.95; a tenth is left for the rest.
+    assert module.count("product8", 2, 128, 90, split=1).instructions < 1.75
+    assert module.count("product16", 2, 128, 90).instructions < 2.3
+    with pytest.raises(RuntimeError, match="no loop with tensor-core instructions"):
+        module.loop(cuda_compile.compile_variant(Variant("rows", (("TYPE", 0), ("AFFINE", 0))), 90).image)
+
+
+def nvrtc_is_here() -> bool:
+    try:
+        cuda_compile.library()
+    except Unserved:
+        return False
+    return True

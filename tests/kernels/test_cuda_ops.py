@@ -16,6 +16,7 @@ from hf_catquant.formats import FORMATS, Format
 from hf_catquant.kernels import cuda, cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
+from hf_catquant.ops import SCHEMAS
 from hf_catquant.weight import QuantizedWeight
 
 emulator = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
@@ -175,20 +176,49 @@ def quantized_linear() -> QuantizedModule:
     return layer
 
 
-@emulator
-def test_prepared_models_run_from_tiles_and_save_what_they_were(device):
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """Every tensor says that it is on CUDA, where nothing is captured and NVRTC is there."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "library", lambda: None)
+    monkeypatch.setattr(cuda, "layouts", cuda_layout.Layouts())
+
+
+def test_a_linear_that_comes_to_cuda_gets_its_layout_and_is_saved_as_it_was(as_if_cuda, monkeypatch):
     model = nn.Sequential(quantized_linear(), nn.ReLU(), nn.Linear(20, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    layer = model[0]
-    taken = cuda.prepare(model, tokens=(1, 8))
-    assert taken > layer.weight_packed.nbytes
-    stored = layer.packed_tensors()
-    assert cuda.layouts.of(*stored, "int4", 32, 64) is not None
-    assert cuda.prepare(nn.Linear(3, 3)) == 0
-    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
-        n: t.dtype for n, t in before.items()
-    }
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.to(torch.float16)
+    assert len(cuda.layouts) == 1
+    model.to(torch.bfloat16)
+    assert len(cuda.layouts) == 1
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("0.weight"))
+    monkeypatch.setenv("CATQUANT_CUDA", "reference")
+    assert cuda.place(*model[0].packed_tensors(), "int4", 32, 64) is None
+
+
+def test_no_layout_is_built_while_a_graph_is_captured(as_if_cuda, monkeypatch):
+    case = half(random_case("int4", 20, 64, 32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(3):
+        assert cuda.layouts.of(*case.stored, "int4", 32, 64) is None
+
+
+def test_without_nvrtc_or_on_a_cpu_no_layout_is_built(monkeypatch):
+    layer = quantized_linear()
+    stored = (*layer.packed_tensors(), "int4", 32, 64)
+    assert cuda.place(*stored) is None
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(cuda, "library", Refusing(monkeypatch).launch)
+    assert cuda.place(*stored) is None
+
+
+def test_every_op_but_unpack_has_a_kernel_on_cuda():
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = {op for op in SCHEMAS if registered(f"catquant::{op}", "CUDA")}
+    assert found == set(SCHEMAS) - {"unpack"}
 
 
 def test_formats_without_a_layout_are_left_to_the_reference():
