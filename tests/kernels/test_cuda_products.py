@@ -51,15 +51,26 @@ def test_rows_of_x(name, rows, folder):
     check(stored(name, 40, 200, 64), inputs(rows, 200, torch.bfloat16), folder)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize(
+GROUPS = pytest.mark.parametrize(
     ("outputs", "columns", "group_size"),
     [(16, 33, 8), (3, 1, 8), (17, 520, -1), (1, 300, 96), (50, 640, 128), (70, 576, 256), (33, 104, 32)],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["binary", "ternary", "int3", "int8"])  # 1, 2, 4 and 8 bits in a tile
-def test_groups_and_tails(name, outputs, columns, group_size, rows, folder):
-    check(stored(name, outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@GROUPS
+def test_groups_and_tails(outputs, columns, group_size, rows, folder):
+    check(stored("ternary", outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 5, 12, 20])
+@GROUPS
+@FORMAT
+def test_groups_and_tails_of_every_format(name, outputs, columns, group_size, rows, activations, folder):
+    check(stored(name, outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder, activations)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
