@@ -1,6 +1,7 @@
-"""Kernels behind the ops. Importing this package registers the reference, which serves every device, and those that
-are faster."""
+"""Kernels behind the ops. Importing this package registers the reference, which serves every device, and the kernels of
+each device that has some; it touches no device.
+"""
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 
-__all__ = ["cpu", "reference"]
+__all__ = ["cpu", "cuda", "reference"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
+from ..kernels import cuda
 from .base import QuantizedModule, Window, waves
 
 
@@ -31,6 +33,11 @@ class QuantizedLinear(QuantizedModule):
         if product is None:
             return out
         return out + nn.functional.linear(nn.functional.linear(x, product[1]), product[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)
+        cuda.place(*self._packed(), self.scheme.weights, self.scheme.group_size, self.columns)
+        return self
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) to (..., N)."""

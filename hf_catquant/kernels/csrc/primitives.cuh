@@ -1,0 +1,97 @@
+// What the kernels need of the machine, and nothing else of CUDA: no header of the toolkit is included, so that NVRTC
+// alone compiles them. The tests put a host version of this file's functions in their place (CATQUANT_EMULATED).
+//
+// Global memory is read and written through read() and write() only, which is where the host version checks bounds.
+#pragma once
+
+#ifdef CATQUANT_EMULATED
+#include "emulator.h"
+#else
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#define DEVICE static __device__ __forceinline__
+
+template <typename T>
+DEVICE T read(const T* at) { return __ldg(at); }
+
+// Codes are read once: they leave the first-level cache to x, which is read again and again.
+DEVICE uint4 read_once(const uint4* at) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+template <typename T>
+DEVICE void write(T* at, T value) { *at = value; }
+
+// c += a * b on the tensor cores; a is 16 rows, b 8 columns. PTX ISA, "Warp Level Matrix Instructions".
+#define MMA(NAME, SHAPE, C, CONSTRAINT)                                                                      \
+    DEVICE void NAME(C (&c)[4], uint4 a, u32 b0, u32 b1) {                                                   \
+        asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
+            : "+" CONSTRAINT(c[0]), "+" CONSTRAINT(c[1]), "+" CONSTRAINT(c[2]), "+" CONSTRAINT(c[3])         \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                     \
+    }
+MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
+MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
+MMA(mma_u8s8, "m16n8k32.row.col.s32.u8.s8.s32", int, "r")
+MMA(mma_s8s8, "m16n8k32.row.col.s32.s8.s8.s32", int, "r")
+#undef MMA
+
+// a * b + c of two 16-bit numbers at once, rounded once.
+DEVICE u32 fma_bf16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE u32 fma_f16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
+DEVICE int round_to_int(float value) { return __float2int_rn(value); }  // ties to even; saturates; NaN is 0
+DEVICE float round_even(float value) { return rintf(value); }
+DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }  // never fused with an addition
+DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+
+DEVICE u32 float_to_bf16(float value) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(value));
+    return h;
+}
+DEVICE u32 float_to_f16(float value) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value));
+    return h;
+}
+DEVICE float f16_to_float(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+    return value;
+}
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+DEVICE u32 warp_max(u32 value) {
+    u32 d;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(value));
+    return d;
+}
+DEVICE float warp_shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void refuse() { __trap(); }
+
+#endif

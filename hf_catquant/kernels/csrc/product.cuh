@@ -1,0 +1,129 @@
+// What both products share: out[m, n] = sum_k x[m, k] * w_hat[n, k] + bias[n], with w_hat never written anywhere.
+//
+// Constants given by the caller:
+//   BITS         of a code in a tile: 1, 2, 4 or 8
+//   GROUP_STEPS  columns that share a scale, in steps of 32; 0: the whole row
+//   SCALE32      scales are float32, not float16
+//   TYPE         of out and bias, and of x where it is not codes: 0 bfloat16, 1 float16, 2 float32
+//   MT           tiles of 16 rows that a block computes
+//   NT           tiles of 8 columns of the tensor-core product: tokens
+//   WARPS        of a block; they take turns along k and add up at the end in a fixed order
+//
+// Weights are the A operand of the tensor cores: 256 or 512 of them an instruction, for 8 columns. A tile is 16 rows by
+// TILE columns, 512 bytes, one 16-byte word group for each of 32 lanes. Lane 4 r + q holds, in its word 2 kp + rh, row
+// r + 8 rh; byte i of it, bits BITS * s, is the column
+//     32 s + 8 q + 4 (i % 2) + 2 kp + i / 2
+// of the tile. So both the bytes of an 8-bit product and the 16-bit pairs of a 16-bit product come out with one mask, and
+// the lane's eight activations of a step are adjacent in memory.
+#pragma once
+#include "primitives.cuh"
+
+constexpr int TILE = 256 / BITS;
+constexpr int CHUNK = TILE > 128 ? TILE : 128;  // columns of one turn of a warp
+constexpr int LOADS = CHUNK / TILE;
+constexpr int STEPS = CHUNK / 32;
+constexpr int FIELDS = 8 / BITS;  // codes in a byte
+constexpr bool BY_ROW = GROUP_STEPS == 0;
+constexpr int FLUSH = BY_ROW || GROUP_STEPS > STEPS ? STEPS : GROUP_STEPS;  // steps that share a scale in a chunk
+constexpr int GROUPS_IN_CHUNK = STEPS / FLUSH;
+constexpr int CHUNKS_IN_GROUP = GROUP_STEPS > STEPS ? GROUP_STEPS / STEPS : 1;
+constexpr u32 MASK = (1u << BITS) - 1;
+
+struct Product {
+    const uint4* tiles;    // [row tiles][chunks * LOADS][32]
+    const void* scales;    // [row tiles][groups][8][2] pairs (scale, offset): rows r and r + 8 side by side
+    const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8
+    const float* x_scale;  // (M), of codes
+    const void* bias;      // (N) or null
+    void* out;             // (M, N)
+    int tokens, rows, columns, row_tiles, chunks, groups;
+    float level_step, level_zero;  // level = level_step * code + level_zero
+};
+
+struct Codes {
+    uint4 word[MT][LOADS];
+};
+
+struct Pairs {  // scale and offset of a lane's two rows
+    float scale[2], offset[2];
+};
+
+DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Where a lane of a warp reads next. Rows beyond the last tile read it again, and are not written.
+struct Cursor {
+    const uint4* codes[MT];
+    u32 pairs[MT];  // index of (tile, group 0, row), in pairs of rows
+};
+
+DEVICE Cursor start(const Product& p, int first, int warp, int lane) {
+    Cursor cursor;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        u32 tile = first + mt < p.row_tiles ? first + mt : p.row_tiles - 1;
+        cursor.codes[mt] = p.tiles + ((size_t)tile * (u32)p.chunks + (u32)warp) * (LOADS * 32) + lane;
+        cursor.pairs[mt] = tile * (u32)p.groups * 8 + (lane >> 2);
+    }
+    return cursor;
+}
+
+// The codes of the next chunk, if there is one, and on to the one that this warp turns to after it.
+DEVICE void read_codes(Codes& codes, Cursor& cursor, bool there) {
+    if (!there) return;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) codes.word[mt][i] = read_once(cursor.codes[mt] + 32 * i);
+        cursor.codes[mt] += WARPS * LOADS * 32;
+    }
+}
+
+DEVICE Pairs read_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
+    size_t at = cursor.pairs[mt] + group * 8;
+    Pairs pairs;
+    if (SCALE32) {
+        float4 v = read((const float4*)p.scales + at);
+        pairs = {{v.x, v.z}, {v.y, v.w}};
+    } else {
+        uint2 v = read((const uint2*)p.scales + at);
+        pairs = {{f16_to_float(v.x & 0xffff), f16_to_float(v.y & 0xffff)}, {f16_to_float(v.x >> 16), f16_to_float(v.y >> 16)}};
+    }
+    return pairs;
+}
+
+// A constant that the compiler does not know, so that it stays in a register: instructions take one constant at most.
+DEVICE u32 kept(const Product& p, u32 value) { return value + ((u32)p.tokens >> 31); }
+
+DEVICE int group_of(int chunk, int sub) {
+    return BY_ROW ? 0 : GROUPS_IN_CHUNK > 1 ? chunk * GROUPS_IN_CHUNK + sub : chunk / CHUNKS_IN_GROUP;
+}
+
+DEVICE float read_number(const void* from, size_t at) {
+    if (TYPE == 2) return read((const float*)from + at);
+    u32 bits = read((const u16*)from + at);
+    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
+}
+
+DEVICE void write_number(void* to, size_t at, float value) {
+    if (TYPE == 2) write((float*)to + at, value);
+    else write((u16*)to + at, (u16)(TYPE == 1 ? float_to_f16(value) : float_to_bf16(value)));
+}
+
+// Adds what the warps found, first warp first, and writes it: parts[warp][value of a lane][lane].
+// TOKENS_A_LANE is 2 where a lane's values are (row r: 2 tokens, row r + 8: 2 tokens), 1 where they are (r, r + 8).
+template <int TOKENS_A_LANE>
+DEVICE void add_and_write(const Product& p, const float* parts, int first, int token0) {
+    constexpr int VALUES = MT * NT * 2 * TOKENS_A_LANE, SPAN = 4 * TOKENS_A_LANE;
+    for (int e = threadIdx.y * 32 + threadIdx.x; e < 16 * MT * NT * SPAN; e += WARPS * 32) {
+        int r = e % (16 * MT), t = e / (16 * MT), n = first * 16 + r, m = token0 + t;
+        if (n >= p.rows || m >= p.tokens) continue;
+        int inside = t % SPAN, lane = (r & 7) * 4 + inside / TOKENS_A_LANE;
+        int value = ((r / 16) * NT + t / SPAN) * 2 * TOKENS_A_LANE + (r >> 3 & 1) * TOKENS_A_LANE + inside % TOKENS_A_LANE;
+        float sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += parts[(warp * VALUES + value) * 32 + lane];
+        if (p.x_scale) sum *= read(p.x_scale + m);
+        if (p.bias) sum += read_number(p.bias, n);
+        write_number(p.out, (size_t)m * p.rows + n, sum);
+    }
+}

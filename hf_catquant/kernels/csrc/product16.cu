@@ -1,0 +1,135 @@
+// The product with 16-bit activations as they are, for up to 8 * NT tokens a block.
+//
+// A code becomes a 16-bit float without a conversion: or-ed into the mantissa of 128 (bfloat16) or 1024 (float16) at bit
+// j it is 128 + code * 2^j, and one fused multiply-add makes it the code itself, exactly. The level's step and zero
+// and the offset are applied to whole groups: the sum of x over a group is one more row of ones on the tensor cores.
+//     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
+#include "product.cuh"
+
+constexpr bool HALF = TYPE == 1;
+constexpr u32 ONES = HALF ? 0x3c003c00u : 0x3f803f80u;
+
+DEVICE void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) {
+    if (HALF) mma_f16(c, a, b0, b1);
+    else mma_bf16(c, a, b0, b1);
+}
+
+DEVICE u32 both(u32 bits) { return bits << 16 | bits; }
+
+// Codes at bits BITS * field of both halves of a word, as two floats. 8-bit codes have 128 taken off: that is their level.
+// magic is the exponent of both halves.
+DEVICE u32 two_codes(u32 word, int field, u32 magic) {
+    constexpr int MANTISSA = HALF ? 10 : 7, WINDOW = BITS > MANTISSA ? BITS : MANTISSA / BITS * BITS;
+    if (BITS == 8 && !HALF) {
+        float low = bits_to_float(byte_permute(word, 0x4b000000u, 0x7540 + field)) - 8388736.0f;  // 2^23 + 128
+        float high = bits_to_float(byte_permute(word, 0x4b000000u, 0x7542 + field)) - 8388736.0f;
+        return pack_bf16(low, high);
+    }
+    int shift = BITS * field / WINDOW * WINDOW, j = BITS * field - shift;
+    u32 exponent_one = HALF ? (15 - j) << 10 : (127 - j) << 7;              // 2^-j
+    u32 exponent_base = HALF ? 0x8000u + ((25 - j) << 10) : 0x8000u + ((134 - j) << 7);  // -2^(10 - j) or -2^(7 - j)
+    if (BITS == 8) exponent_base = 0xe480u;                                // -1152 = -(1024 + 128)
+    u32 raised = (word >> shift & both(MASK << j)) | magic;
+    return HALF ? fma_f16(raised, both(exponent_one), both(exponent_base))
+                : fma_bf16(raised, both(exponent_one), both(exponent_base));
+}
+
+struct Sums {
+    float codes[MT][NT][4], x[NT][4];
+};
+
+DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) {
+        sums.x[i / 4][i % 4] = 0;
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) sums.codes[mt][i / 4][i % 4] = 0;
+    }
+}
+
+DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, const Cursor& cursor, u32 group) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        Pairs pairs = read_pairs(p, cursor, mt, group);
+#pragma unroll
+        for (int rh = 0; rh < 2; rh++) {
+            float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int c = 2 * rh; c < 2 * rh + 2; c++) {
+                    y[mt][nt][c] += step * sums.codes[mt][nt][c];
+                    if (BITS < 8) y[mt][nt][c] += zero * sums.x[nt][c];
+                }
+        }
+    }
+}
+
+struct Constants {
+    u32 magic, ones;
+};
+
+// x holds the lane's eight activations of a step, for each column tile.
+DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint4 (&x)[NT], Constants constant) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int field = step % FIELDS + half * FIELDS;
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            const uint4& word = codes.word[mt][step / FIELDS];
+            uint4 a = {two_codes(word.x, field, constant.magic), two_codes(word.y, field, constant.magic),
+                       two_codes(word.z, field, constant.magic), two_codes(word.w, field, constant.magic)};
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma(sums.codes[mt][nt], a, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+        }
+        uint4 ones = {constant.ones, constant.ones, constant.ones, constant.ones};
+        if (BITS < 8)
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) mma(sums.x[nt], ones, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Product p) {
+    __shared__ float parts[WARPS * MT * NT * 4 * 32];
+    const int lane = threadIdx.x, warp = threadIdx.y, row = lane >> 2, q = lane & 3;
+    const int first = blockIdx.x * MT, token0 = blockIdx.y * 8 * NT;
+    const Constants constant = {kept(p, HALF ? 0x64006400u : 0x43004300u), kept(p, ONES)};
+    float y[MT][NT][4] = {};
+    Sums sums;
+    Codes codes, next;
+    Cursor cursor = start(p, first, warp, lane);
+    const u16* x_at[NT];
+    bool there[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        int m = token0 + row + 8 * nt;
+        there[nt] = m < p.tokens;
+        x_at[nt] = (const u16*)p.x + (size_t)(u32)m * (u32)p.columns + 8 * q;
+    }
+    clear(sums);
+    read_codes(next, cursor, warp < p.chunks);
+    for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
+        codes = next;
+        read_codes(next, cursor, chunk + WARPS < p.chunks);
+#pragma unroll
+        for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
+            if (!BY_ROW) clear(sums);
+#pragma unroll
+            for (int s = sub * FLUSH; s < (sub + 1) * FLUSH; s++) {
+                u32 k = chunk * CHUNK + 32 * s;
+                bool inside = k + 8 * q < p.columns;
+                uint4 x[NT];
+#pragma unroll
+                for (int nt = 0; nt < NT; nt++)
+                    x[nt] = there[nt] && inside ? read((const uint4*)(x_at[nt] + k)) : uint4{0, 0, 0, 0};
+                one_step(sums, codes, s, x, constant);
+            }
+            if (!BY_ROW) add_group(y, sums, p, cursor, group_of(chunk, sub));
+        }
+    }
+    if (BY_ROW) add_group(y, sums, p, cursor, 0);
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) parts[(warp * MT * NT * 4 + i) * 32 + lane] = y[i / (4 * NT)][i / 4 % NT][i % 4];
+    sync_block();
+    add_and_write<2>(p, parts, first, token0);
+}

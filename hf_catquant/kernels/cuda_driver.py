@@ -1,0 +1,155 @@
+"""Kernels on a CUDA device: load machine code and launch it, through the driver library that every GPU machine has.
+
+Interface: https://docs.nvidia.com/cuda/cuda-driver-api. A kernel is loaded once a device, into the primary context,
+which is the one torch uses; loading is not allowed while a CUDA graph is captured. Launches go to torch's current stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+
+from .cuda_compile import Unserved, Variant, machine_code
+
+_lock = threading.Lock()
+_functions: dict[tuple[Variant, int], tuple[int, int]] = {}  # (kernel, device) -> handles of context and function
+_failures: dict[tuple[Variant, int], str] = {}
+OLDEST = 80  # compute capability with bfloat16 and 8-bit tensor cores, and redux
+
+
+def launch(
+    variant: Variant,
+    device: torch.device,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    form: struct.Struct,
+    arguments: tuple[Any, ...],
+) -> None:
+    """Run ``variant`` on torch's current stream of ``device``.
+
+    Args:
+        variant: the kernel; loaded, and compiled if no cache has it, at its first launch on a device.
+        device: a CUDA device.
+        grid: blocks along x and y.
+        block: threads along x and y.
+        form: how the kernel's one parameter, a struct, lies in memory.
+        arguments: its fields: tensors on the device (None is a null pointer), then numbers.
+
+    Raises:
+        Unserved: the kernel cannot be compiled or loaded here.
+        RuntimeError: the driver refuses the launch.
+    """
+    index = _index(device)
+    context, function = _functions.get((variant, index)) or _load(variant, index)
+    driver = _driver()
+    current = ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(current)))
+    entered = current.value != context
+    if entered:  # another device's, or none yet in this thread
+        _check(driver.cuCtxPushCurrent_v2(context))
+    try:
+        held = form.pack(*[a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments])
+        parameters = (ctypes.c_char_p * 1)(held)  # the driver copies what they point to before it returns
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _check(driver.cuLaunchKernel(function, *grid, 1, *block, 1, 0, stream, parameters, None), variant)
+    finally:
+        if entered:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(current))
+
+
+def _load(variant: Variant, index: int) -> tuple[int, int]:
+    key = variant, index
+    with _lock:
+        if key in _functions:
+            return _functions[key]
+        if key in _failures:
+            raise Unserved(_failures[key])
+        if torch.cuda.is_current_stream_capturing():
+            raise Unserved(f"{variant.source} is first used while a CUDA graph is captured: run it once before")
+        try:
+            _functions[key] = made = _context(index), _function(variant, index)
+        except Unserved as error:
+            _failures[key] = str(error)
+            raise
+        return made
+
+
+def _function(variant: Variant, index: int) -> int:
+    arch, driver = _arch(index), _driver()
+    if arch < OLDEST:
+        raise Unserved(f"CUDA kernels need compute capability {OLDEST / 10} or newer, the device has {arch / 10}")
+    image = machine_code(variant, arch)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuCtxPushCurrent_v2(_context(index)))
+    try:
+        result = driver.cuModuleLoadData(ctypes.byref(module), image)
+        if result:
+            raise Unserved(f"the driver does not load {variant.source}: {_text(result)}")
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, variant.source.encode()))
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    return function.value or 0
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@cache
+def _context(index: int) -> int:
+    driver = _driver()
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuDeviceGet(ctypes.byref(device), index))
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    return context.value or 0
+
+
+@cache
+def _driver() -> ctypes.PyDLL:
+    try:
+        # PyDLL keeps the interpreter's lock: a launch takes a few microseconds, less than handing the lock over.
+        driver = ctypes.PyDLL("libcuda.so.1")
+    except OSError as error:
+        raise Unserved(f"CUDA kernels need NVIDIA's driver library libcuda.so.1: {error}") from error
+    driver.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p,
+        *[ctypes.c_uint] * 7,
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.c_void_p,
+    ]
+    driver.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
+    driver.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    driver.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+    if driver.cuInit(0):
+        raise Unserved("NVIDIA's driver does not start (cuInit failed): see nvidia-smi")
+    return driver
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _check(result: int, variant: Variant | None = None) -> None:
+    if result:
+        where = "" if variant is None else f" in {variant.source} {' '.join(variant.options)}"
+        raise RuntimeError(f"CUDA driver error {result}{where}: {_text(result)}")
+
+
+def _text(result: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(result, ctypes.byref(text))
+    return (text.value or b"unknown").decode()

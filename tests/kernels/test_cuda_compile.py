@@ -1,0 +1,267 @@
+"""NVRTC without a GPU: every kernel for every architecture within its registers, the cache, and what happens without."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table
+from hf_catquant.kernels.cuda_compile import Unserved, Variant
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+
+
+def found() -> bool:
+    try:
+        cuda_compile.library()
+    except Unserved:
+        return False
+    return True
+
+
+needs_nvrtc = pytest.mark.skipif(not found(), reason="NVRTC is not here: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CATQUANT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def products() -> dict[str, Variant]:
+    """The variants that large matrices on a device of 132 multiprocessors use, and the ones with most registers."""
+    made = {}
+    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 64), (False, True)):
+        for rows in (2048, 8192, 28672):
+            layout = shape_of(rows, bits, group_steps)
+            variant, *_ = cuda_table.product(layout, tokens, 0, integer, processors=132)
+            made[" ".join((variant.source, *variant.options))] = variant
+    return made
+
+
+def shape_of(rows: int, bits: int, group_steps: int) -> cuda_layout.Layout:
+    """A layout of a weight (``rows``, 8192), without its memory."""
+    chunks = 8192 // cuda_layout.chunk_width(bits)
+    groups = 8192 // (32 * group_steps) if group_steps else 1
+    tiles = torch.empty(rows // 16, 8192 * bits // 256, 512, dtype=torch.uint8, device="meta")
+    scales = torch.empty(rows // 16, groups, 8, 2, 2, dtype=torch.float16, device="meta")
+    return cuda_layout.Layout(tiles, scales, rows, 8192, bits, group_steps, chunks, None, 1.0, 0.0)
+
+
+def others() -> dict[str, Variant]:
+    made = {
+        "rows": Variant("rows", (("TYPE", 0), ("AFFINE", 1))),
+        "cluster": Variant("cluster", (("TYPE", 0), ("PROJECT", 1))),
+    }
+    for radix, digits, nbytes in ((2, 8, 1), (3, 5, 1), (8, 8, 3), (256, 1, 1)):
+        names = ("RADIX", "DIGITS", "NBYTES", "SCALE32", "TYPE", "INDEX")
+        made[f"weight {radix}"] = Variant("weight", tuple(zip(names, (radix, digits, nbytes, 0, 1, 64), strict=True)))
+    return made
+
+
+def check_budget(variants: dict[str, Variant], arch: int) -> None:
+    if arch not in cuda_compile.supported():
+        pytest.skip(f"NVRTC {cuda_compile.version()} does not know sm_{arch}")
+    for name, variant in variants.items():
+        registers, spilled = cuda_compile.budget(cuda_compile.compile_variant(variant, arch).log)
+        threads = 32 * dict(variant.constants).get("WARPS", 8)
+        assert registers * threads <= 65536, (
+            f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
+        )
+        assert spilled == 0, f"{name} spills {spilled} bytes on sm_{arch}"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile_without_spills(arch):
+    check_budget({**dict(list(products().items())[:: len(ARCHITECTURES) * 2 + 1]), **others()}, arch)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_product_compiles_without_spills(arch):
+    check_budget(products(), arch)
+
+
+@needs_nvrtc
+def test_structs_are_as_long_as_the_kernels_take_them():
+    sizes = {"Product": "product16", "Quantization": "rows", "Rows": "weight", "Correction": "cluster"}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in cuda_compile.CSRC.glob("*.cu*")}
+    fields = {"const": "P", "u8*": "P", "float*": "P", "void*": "P", "int": "i", "float": "f"}
+    for name, source in sizes.items():
+        text = next(text for text in texts.values() if f"struct {name} {{" in text)
+        body = text.split(f"struct {name} {{")[1].split("};")[0]
+        form = ""
+        for line in filter(None, (line.split("//")[0].strip() for line in body.splitlines())):
+            form += fields[line.split()[0]] * len(line.split(","))
+        assert form == "".join(c * n for n, c in form_of(cuda_calls.FORMS[source].format))
+
+
+def form_of(text: str) -> list[tuple[int, str]]:
+    count, found = "", []
+    for letter in text.removesuffix("0P"):
+        if letter.isdigit():
+            count += letter
+        else:
+            found.append((int(count or 1), letter))
+            count = ""
+    return found
+
+
+@needs_nvrtc
+def test_code_is_compiled_once_and_damage_is_repaired(cache, monkeypatch):
+    variant = others()["rows"]
+    image = cuda_compile.machine_code(variant, 90)
+    assert image[:4] == b"\x7fELF"
+    (file,) = cache.iterdir()
+    assert file.name.startswith("rows-sm_90-")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert cuda_compile.machine_code(variant, 90) == image
+    monkeypatch.setattr(cuda_compile, "compile_variant", None)  # what is cached is not compiled
+    assert cuda_compile.machine_code(variant, 90) == image
+    with pytest.raises(TypeError):
+        cuda_compile.machine_code(variant, 80)
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_to_costs_only_time(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    monkeypatch.setenv("CATQUANT_CACHE", str(blocked))
+    assert cuda_compile.machine_code(others()["rows"], 90)
+
+
+def compile_rows(_: int) -> bytes:
+    return cuda_compile.machine_code(others()["rows"], 90)
+
+
+@needs_nvrtc
+def test_processes_share_the_cache(cache):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert len(set(pool.map(compile_rows, range(6)))) == 1
+    assert [file.suffix for file in cache.iterdir()] == [".bin"]
+
+
+@needs_nvrtc
+def test_devices_newer_than_nvrtc_get_code_that_the_driver_finishes(monkeypatch):
+    monkeypatch.setattr(cuda_compile, "supported", lambda: (75, 80, 90))
+    code = cuda_compile.compile_variant(others()["rows"], 100)
+    assert b".target sm_90" in code.image
+
+
+@needs_nvrtc
+def test_devices_older_than_nvrtc_are_left_to_the_reference():
+    with pytest.raises(Unserved, match=r"does not compile for compute capability 3\.0"):
+        cuda_compile.machine_code(others()["rows"], 30)
+
+
+@needs_nvrtc
+def test_source_that_does_not_compile_is_shown(monkeypatch, tmp_path):
+    (tmp_path / "rows.cu").write_text("int x = nothing;")
+    monkeypatch.setattr(cuda_compile, "CSRC", tmp_path)
+    with pytest.raises(Unserved, match=r'NVRTC .* refuses rows.cu for sm_90(.|\n)*identifier "nothing" is undefined'):
+        cuda_compile.compile_variant(others()["rows"], 90)
+
+
+def test_without_nvrtc_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cuda_compile, "_candidates", lambda: iter(["/nowhere/libnvrtc.so"]))
+    with pytest.raises(Unserved, match=r"NVRTC 11.2 or newer .* found /nowhere/libnvrtc.so: install torch with CUDA"):
+        cuda_compile.library.__wrapped__()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
+def test_without_a_driver_kernels_are_not_served():
+    with pytest.raises(Unserved, match="libcuda"):
+        cuda_driver._driver()
+
+
+class FakeDriver:
+    """Records what is called, and answers as the driver does."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.stack = [0]
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return getattr(type(self), f"do_{name}", lambda *a: 0)(self, *arguments)
+
+        return call
+
+    def do_cuCtxGetCurrent(self, out):
+        out._obj.value = self.stack[-1]
+        return 0
+
+    def do_cuCtxPushCurrent_v2(self, context):
+        self.stack.append(context)
+        return 0
+
+    def do_cuCtxPopCurrent_v2(self, out):
+        self.stack.pop()
+        return 0
+
+    def do_cuDevicePrimaryCtxRetain(self, out, device):
+        out._obj.value = 100 + device.value
+        return 0
+
+    def do_cuDeviceGet(self, out, index):
+        out._obj.value = index
+        return 0
+
+    def do_cuModuleGetFunction(self, out, module, name):
+        out._obj.value = 7
+        self.name = name
+        return 0
+
+    def do_cuLaunchKernel(self, function, *arguments):
+        *sizes, _, stream, parameters, _ = arguments
+        self.launched = function, tuple(sizes), stream, ctypes.string_at(parameters[0], 8), self.stack[-1]
+        return 0
+
+
+def test_a_launch_enters_the_context_of_its_device_and_leaves_it(monkeypatch):
+    driver, variant = FakeDriver(), others()["rows"]
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "_functions", {})
+    monkeypatch.setattr(cuda_driver, "_arch", lambda index: 90)
+    monkeypatch.setattr(cuda_driver, "machine_code", lambda variant, arch: b"code")
+    monkeypatch.setattr(cuda_driver, "_context", cuda_driver._context.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 55}))
+    codes, form = torch.zeros(4, dtype=torch.int8), cuda_calls.FORMS["rows"]
+    for _ in range(2):
+        arguments = (codes, codes, None, 1, 2, 3.0, 4.0)
+        cuda_driver.launch(variant, torch.device("cuda", 1), (5, 6), (32, 8), form, arguments)
+        assert driver.launched == (7, (5, 6, 1, 32, 8, 1), 55, codes.data_ptr().to_bytes(8, sys.byteorder), 101)
+        assert driver.stack == [0]
+    assert driver.name == b"rows"
+    assert driver.calls.count("cuModuleLoadData") == 1
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(cuda_driver, "_driver", FakeDriver)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(Unserved, match="rows is first used while a CUDA graph is captured: run it once before"):
+        cuda_driver._load(others()["rows"], 77)
+
+
+def test_importing_the_package_touches_no_cuda():
+    code = (
+        "import torch, ctypes\n"
+        "def forbidden(*a, **k): raise SystemExit('CUDA was touched')\n"
+        "torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.get_device_capability = forbidden\n"
+        "import hf_catquant\n"
+        "from hf_catquant.kernels import cuda_compile, cuda_driver\n"
+        "assert not cuda_compile.library.cache_info().currsize and not cuda_driver._driver.cache_info().currsize\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,279 @@
+"""The ops of kernels/cuda.py on the host: dequantization, embedding, correction, dispatch, the life of a layout."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cuda_emulator import compiler, emulated
+from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
+from hf_catquant.formats import FORMATS, Format
+from hf_catquant.kernels import cuda, cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
+from hf_catquant.kernels.cuda_compile import Unserved
+from hf_catquant.layers import QuantizedModule, Scheme, layer_for
+from hf_catquant.ops import SCHEMAS
+from hf_catquant.weight import QuantizedWeight
+
+emulator = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
+FORMAT = pytest.mark.parametrize("name", ALL_FORMATS)
+DTYPES = list(cuda_calls.TYPES)
+
+
+@pytest.fixture
+def device(folder):
+    """A device that is emulated, whose tensors are on the CPU."""
+    with emulated(folder):
+        yield torch.device("cpu")
+
+
+def half(case: Case) -> Case:
+    offset = None if case.offset is None else case.offset.half()
+    return replace(case, scale=case.scale.half(), offset=offset)
+
+
+@emulator
+@pytest.mark.parametrize("scale", [torch.float16, torch.float32], ids=str)
+@FORMAT
+def test_dequantize_is_the_reference_bit_for_bit(name, scale, device):
+    for dtype, (rows, columns, group_size) in zip([*DTYPES, DTYPES[0], DTYPES[0]], SHAPES, strict=True):
+        case = random_case(name, rows, columns, group_size)
+        stored = (half(case) if scale == torch.float16 else case).stored
+        arguments = (*stored, name, group_size, columns, dtype)
+        assert torch.equal(cuda.dequantize(*arguments), reference.dequantize(*arguments))
+
+
+@emulator
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", ["ternary", "int3", "int8"])
+def test_embedding_is_the_reference_bit_for_bit(name, index, device):
+    case, indices = half(random_case(name, 9, 40, 16)), torch.tensor([[8, 0, 3], [3, 3, 7]], dtype=index)
+    arguments = (indices, *case.stored, name, 16, 40, torch.bfloat16)
+    assert torch.equal(cuda.embedding(*arguments), reference.embedding(*arguments))
+    assert cuda.embedding(indices[:0], *arguments[1:]).shape == (0, 3, 40)
+
+
+@emulator
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_embedding_of_a_row_that_is_not_there_stops(wrong, device):
+    case = half(random_case("int8", 9, 40, 16))
+    with pytest.raises(RuntimeError, match="the kernel refuses its arguments"):
+        cuda.embedding(torch.tensor([wrong]), *case.stored, "int8", 16, 40, torch.bfloat16)
+
+
+@emulator
+@pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "projected before"])
+@pytest.mark.parametrize("projected", [False, True], ids=["whole", "projected"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cluster_affine(dtype, projected, fused, device, generator, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(cuda_table, "PROJECT_ROWS", 0)
+    y = torch.randn(2, 5, 70, generator=generator).to(dtype)
+    basis = torch.randn(70, 40, generator=generator) if projected else None
+    centroids = torch.randn(11, 40 if projected else 70, generator=generator)
+    gamma, beta = torch.randn(2, 11, 70, generator=generator)
+    arguments = (y, basis, centroids, gamma, beta)
+    assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+
+
+@emulator
+def test_cluster_affine_takes_the_first_of_equal_centroids(device):
+    centroids = torch.tensor([[1.0], [-1.0]] * 9)  # more than a block has warps
+    beta = torch.arange(18.0)[:, None]
+    y = torch.tensor([[0.0], [2.0], [-2.0]])
+    out = cuda.cluster_affine(y, None, centroids, torch.zeros_like(beta), beta)
+    assert out.flatten().tolist() == [0.0, 0.0, 1.0]
+
+
+@emulator
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_linear_takes_the_same_way_twice(rows, activations, device, generator):
+    case = half(random_case("ternary", 20, 200, 64))
+    x, bias = torch.randn(rows, 1, 200, generator=generator).bfloat16(), torch.randn(20, generator=generator)
+    arguments = (x, *case.stored, None, None, bias, "ternary", 64, activations)
+    first, then = cuda.linear(*arguments), cuda.linear(*arguments)  # dequantized, from tiles
+    x_hat = reference.quantize_activation(x, FORMATS["int8"]) if activations else x
+    expected = x_hat.double() @ case.dense.T + bias.double()
+    magnitude = 2 * (x_hat.double().abs() @ case.dense.abs().T + bias.abs())  # x_hat is rounded once more in the first
+    for out in (first, then):
+        assert (out.shape, out.dtype) == ((rows, 1, 20), torch.bfloat16)
+        assert_product(out, expected, magnitude)
+    assert not torch.equal(first, then) or rows == 100 or activations
+
+
+@emulator
+def test_linear_in_pieces(device, generator, monkeypatch):
+    monkeypatch.setattr(cuda_table, "DENSE_BYTES", 1)
+    case, x = half(random_case("int4", 150, 40, 8)), torch.randn(3, 40, generator=generator)
+    for bias in (None, torch.randn(150, generator=generator)):
+        out = cuda.linear(x, *case.stored, None, None, bias, "int4", 8, None)
+        torch.testing.assert_close(out, reference.linear(x, *case.stored, None, None, bias, "int4", 8, None))
+
+
+@emulator
+def test_linear_of_nothing(device):
+    case = half(random_case("int4", 5, 40, 8))
+    for x in (torch.empty(0, 40), torch.empty(0, 40).bfloat16()):
+        assert cuda.linear(x, *case.stored, None, None, None, "int4", 8, None).shape == (0, 5)
+
+
+@emulator
+def test_conv_is_the_reference_bit_for_bit(device, generator):
+    case, x = half(random_case("int3", 6, 18, 8)), torch.randn(2, 4, 7, 6, generator=generator)
+    geometry = ((3, 3), (2, 1), (1, 1), (1, 1), 2)
+    arguments = (x, *case.stored, torch.tensor(0.02), None, None, "int3", 8, "int8", *geometry)
+    assert torch.equal(cuda.conv(*arguments), reference.conv(*arguments))
+
+
+def test_a_layout_is_built_at_the_second_use_and_dropped_with_the_weight():
+    case, held = half(random_case("int4", 20, 64, 32)), cuda_layout.Layouts()
+    arguments = ("int4", 32, 64)
+    assert held.of(*case.stored, *arguments) is None
+    layout = held.of(*case.stored, *arguments)
+    assert layout is not None
+    assert held.of(*case.stored, *arguments) is layout
+    case.scale.mul_(2)
+    again = held.of(*case.stored, *arguments)
+    assert again is not None
+    assert torch.equal(again.scales[..., 0], layout.scales[..., 0] * 2)
+    assert len(held) == 1
+    del case
+    gc.collect()
+    assert len(held) == 0
+
+
+def test_layouts_of_shared_and_copied_weights():
+    held, layer = cuda_layout.Layouts(), quantized_linear()
+    shared, copied = quantized_linear(), copy.deepcopy(layer)
+    shared.share(layer)
+    first, second, third = (
+        held.of(*module.packed_tensors(), "int4", 32, 64, build_now=True) for module in (layer, shared, copied)
+    )
+    assert first is second
+    assert third is not first
+    assert len(held) == 2
+
+
+def test_layouts_of_inference_tensors():
+    with torch.inference_mode():
+        case = random_case("int8", 4, 64, 32)
+        held = cuda_layout.Layouts()
+        assert held.of(*case.stored, "int8", 32, 64, build_now=True) is not None
+
+
+def quantized_linear() -> QuantizedModule:
+    case = random_case("int4", 20, 64, 32)
+    linear = nn.Linear(64, 20, dtype=torch.bfloat16)
+    kind = layer_for(linear)
+    assert kind is not None
+    layer = kind(linear, Scheme("int4", 32))
+    layer.fill(QuantizedWeight(case.codes, case.scale, case.offset))
+    return layer
+
+
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """Every tensor says that it is on CUDA, where nothing is captured and NVRTC is there."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "library", lambda: None)
+    monkeypatch.setattr(cuda, "layouts", cuda_layout.Layouts())
+
+
+def test_a_linear_that_comes_to_cuda_gets_its_layout_and_is_saved_as_it_was(as_if_cuda, monkeypatch):
+    model = nn.Sequential(quantized_linear(), nn.ReLU(), nn.Linear(20, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to(torch.float16)
+    assert len(cuda.layouts) == 1
+    model.to(torch.bfloat16)
+    assert len(cuda.layouts) == 1
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("0.weight"))
+    monkeypatch.setenv("CATQUANT_CUDA", "reference")
+    assert cuda.place(*model[0].packed_tensors(), "int4", 32, 64) is None
+
+
+def test_no_layout_is_built_while_a_graph_is_captured(as_if_cuda, monkeypatch):
+    case = half(random_case("int4", 20, 64, 32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for _ in range(3):
+        assert cuda.layouts.of(*case.stored, "int4", 32, 64) is None
+
+
+def test_without_nvrtc_or_on_a_cpu_no_layout_is_built(monkeypatch):
+    layer = quantized_linear()
+    stored = (*layer.packed_tensors(), "int4", 32, 64)
+    assert cuda.place(*stored) is None
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(cuda, "library", Refusing(monkeypatch).launch)
+    assert cuda.place(*stored) is None
+
+
+def test_every_op_but_unpack_has_a_kernel_on_cuda():
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = {op for op in SCHEMAS if registered(f"catquant::{op}", "CUDA")}
+    assert found == set(SCHEMAS) - {"unpack"}
+
+
+def test_formats_without_a_layout_are_left_to_the_reference():
+    uneven = Format("uneven", (-1.0, 0.0, 3.0, 4.0), digits=4, nbytes=1, affine=True)
+    with pytest.raises(Unserved, match=r"evenly spaced levels, uneven has"):
+        cuda_layout.level_map(uneven)
+    wide = Format("wide", tuple(map(float, range(256))), digits=1, nbytes=1, affine=True)
+    with pytest.raises(Unserved, match="no layout for the 256 levels of wide"):
+        cuda_layout.code_bits(wide)
+
+
+class Refusing:
+    """A device whose kernels cannot be loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_driver, "launch", self.launch)
+        monkeypatch.setattr(cuda_driver, "processors", lambda device: 1)
+        cuda._say.cache_clear()
+        self.launches = 0
+
+    def launch(self, *arguments: object) -> None:
+        self.launches += 1
+        raise Unserved("NVRTC is not here")
+
+
+def test_what_cannot_be_compiled_runs_on_the_reference_and_says_so_once(monkeypatch):
+    device, case = Refusing(monkeypatch), half(random_case("int4", 5, 40, 8))
+    said: list[str] = []
+    monkeypatch.setattr(cuda.logger, "warning", said.append)
+    arguments = (*case.stored, "int4", 8, 40, torch.float32)
+    for _ in range(2):
+        assert torch.equal(cuda.dequantize(*arguments), reference.dequantize(*arguments))
+    assert said == ["dequantize runs on the reference: NVRTC is not here"]
+    assert device.launches == 2
+
+
+def test_the_switch(monkeypatch):
+    device, case = Refusing(monkeypatch), half(random_case("int4", 5, 40, 8))
+    arguments = (*case.stored, "int4", 8, 40, torch.float32)
+    monkeypatch.setenv("CATQUANT_CUDA", "cuda")
+    with pytest.raises(RuntimeError, match="CATQUANT_CUDA=cuda, but dequantize has no kernel here: NVRTC is not here"):
+        cuda.dequantize(*arguments)
+    monkeypatch.setenv("CATQUANT_CUDA", "reference")
+    assert torch.equal(cuda.dequantize(*arguments), reference.dequantize(*arguments))
+    assert device.launches == 1
+    monkeypatch.setenv("CATQUANT_CUDA", "fast")
+    with pytest.raises(ValueError, match="CATQUANT_CUDA must be auto, cuda or reference, got 'fast'"):
+        cuda.dequantize(*arguments)
+
+
+def test_launches_fit_the_device():
+    for row_tiles in (1, 7, 256, 3000):
+        for bits in (1, 2, 4, 8):
+            for column_tiles in (1, 2, 4):
+                tiles, warps = cuda_table.blocks(row_tiles, bits, column_tiles, chunks=32, processors=132)
+                assert 1 <= tiles <= 4
+                assert warps * tiles * column_tiles * 512 <= 48 << 10  # shared memory without asking for more
+                assert warps * 32 <= 1024

@@ -1,0 +1,171 @@
+"""Products from tiles, run on the host: every format, number of rows, group and tail against float64."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda_emulator import compiler, emulated
+from helpers import ALL_FORMATS, Case, assert_product, random_case
+from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_layout
+from hf_catquant.weight import quantize_activation
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
+FORMAT = pytest.mark.parametrize("name", ALL_FORMATS)
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 64]
+
+
+def stored(name: str, rows: int, columns: int, group_size: int, dtype: torch.dtype = torch.float16) -> Case:
+    case = random_case(name, rows, columns, group_size)
+    offset = None if case.offset is None else case.offset.to(dtype)
+    return replace(case, scale=case.scale.to(dtype), offset=offset)
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def check(
+    case: Case, x: torch.Tensor, folder: Path, activations: str | None = None, sources: Path | None = None
+) -> None:
+    weights, columns = case.fmt.name, x.shape[1]
+    bias = torch.randn(case.codes.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    layout = cuda_layout.build(*case.stored, weights, case.group_size, columns)
+    with emulated(folder, sources or cuda_compile.CSRC):
+        out = cuda_calls.multiply(x, layout, bias, activations)
+    x_hat = x if activations is None else quantize_activation(x.float(), FORMATS[activations])
+    expected = x_hat.double() @ case.dense.T + bias.double()
+    magnitude = x_hat.double().abs() @ case.dense.abs().T + bias.double().abs()
+    assert out.dtype == x.dtype
+    assert_product(out, expected, magnitude)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@FORMAT
+def test_rows_of_x(name, rows, folder):
+    check(stored(name, 40, 200, 64), inputs(rows, 200, torch.bfloat16), folder)
+
+
+GROUPS = pytest.mark.parametrize(
+    ("outputs", "columns", "group_size"),
+    [(16, 33, 8), (3, 1, 8), (17, 520, -1), (1, 300, 96), (50, 640, 128), (70, 576, 256), (33, 104, 32)],
+    ids=str,
+)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@GROUPS
+def test_groups_and_tails(outputs, columns, group_size, rows, folder):
+    check(stored("ternary", outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("rows", [1, 5, 12, 20])
+@GROUPS
+@FORMAT
+def test_groups_and_tails_of_every_format(name, outputs, columns, group_size, rows, activations, folder):
+    check(stored(name, outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder, activations)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [2, 6])
+@FORMAT
+def test_float16(name, rows, scale_dtype, folder):
+    check(stored(name, 20, 160, 32, scale_dtype), inputs(rows, 160, torch.float16), folder)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@FORMAT
+def test_activations_of_8_bits(name, dtype, rows, folder):
+    check(stored(name, 24, 200, 64, torch.float32), inputs(rows, 200, dtype), folder, "int8")
+
+
+@pytest.mark.parametrize("activations", ACTIVATION_FORMATS)
+@pytest.mark.parametrize("name", ["ternary", "int8"])
+def test_activations_of_few_bits(name, activations, folder):
+    x = inputs(3, 136, torch.float32)
+    x[0] = x[0].abs()  # all levels on one side
+    x[1] = 0
+    check(stored(name, 24, 136, -1, torch.float32), x, folder, activations)
+
+
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS)
+@pytest.mark.parametrize("dtype", list(cuda_calls.TYPES), ids=str)
+def test_codes_of_activations_are_those_of_the_reference(dtype, fmt, folder):
+    x = inputs(5, 77, dtype)
+    x[1], x[2] = x[1].abs(), 0
+    with emulated(folder):
+        codes, scale = cuda_calls.quantize_rows(x, FORMATS[fmt], 128)
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # columns of the bytes of each eight
+    straight = torch.empty_like(codes).view(5, 16, 8)
+    straight[..., order] = codes.view(5, 16, 8)
+    straight = straight.view(5, 128)
+    assert not straight[:, 77:].any()
+    expected = quantize_activation(x.float(), FORMATS[fmt])
+    # code * scale and (code + zero) * scale - zero * scale differ by the rounding of the latter
+    torch.testing.assert_close(straight[:, :77] * scale[:, None], expected, rtol=1e-6, atol=4e-6)
+
+
+def test_a_large_activation_costs_the_others_little(folder):
+    case, x = stored("ternary", 32, 512, 128), inputs(1, 512, torch.bfloat16)
+    x[0, [7, 300]] = torch.tensor([1000.0, -700.0], dtype=torch.bfloat16)
+    check(case, x, folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_what_is_not_finite_stays_so(rows, bad, folder):
+    case, x = stored("int4", 16, 128, 64), inputs(rows, 128, torch.bfloat16)
+    x[1, 5] = bad
+    layout = cuda_layout.build(*case.stored, "int4", 64, 128)
+    with emulated(folder):
+        out = cuda_calls.multiply(x, layout, None, None)
+    assert not out[1].isfinite().any()
+    assert out[0].isfinite().all()
+
+
+def test_the_same_twice(folder):
+    case, x = stored("int2", 40, 1024, 128), inputs(3, 1024, torch.bfloat16)
+    layout = cuda_layout.build(*case.stored, "int2", 128, 1024)
+    with emulated(folder):
+        assert torch.equal(cuda_calls.multiply(x, layout, None, None), cuda_calls.multiply(x, layout, None, None))
+
+
+MISTAKES = {
+    "field": ("product16.cu", "step % FIELDS + half * FIELDS", "step % FIELDS + (1 - half) * FIELDS", 5),
+    "row of a pair": ("product.cuh", "* 8 + (lane >> 2);", "* 8 + (lane >> 2 ^ 1);", 5),
+    "odd fields": ("product8.cu", "else mma_u8s8(sums.codes[plane]", "else mma_u8s8(sums.codes[0]", 1),
+    "bytes of x": ("product8.cu", "i & 2 ? high_of", "i & 1 ? high_of", 1),
+    "token": ("product8.cu", "x_scale = t == q ?", "x_scale = t == row ?", 2),
+    "missing barrier": ("product8.cu", "            sync_warp();\n        }", "        }", 2),
+    "warps": ("product.cuh", "for (int warp = 0; warp < WARPS;", "for (int warp = 1; warp < WARPS;", 5),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake, folder, tmp_path):
+    file, right, wrong, rows = MISTAKES[mistake]
+    shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    with pytest.raises(AssertionError, match="times the bound"):
+        check(stored("ternary", 40, 512, 128), inputs(rows, 512, torch.bfloat16), folder, sources=tmp_path / "csrc")
+
+
+def test_reading_past_the_end_is_found(folder):
+    case, x = stored("ternary", 40, 256, 128), inputs(1, 256, torch.bfloat16)
+    layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
+    short = replace(layout, tiles=layout.tiles[:-1].clone(), rows=40)
+    with emulated(folder), pytest.raises(RuntimeError, match=r"product8 .*read out of bounds"):
+        _ = cuda_calls.multiply(
+            x, replace(short, scales=layout.scales[:-1].clone(), chunks=layout.chunks + 1), None, None
+        )
