@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity generate evaluation_table",
+    "formats discrimination version log integrity fields generate evaluation_table",
     "rotation",
     "packing request_checks",
     "weight",
@@ -29,7 +29,7 @@ ROWS = [
     "entries",
     "config",
     "model resolve",
-    "model_inputs padding",
+    "model_inputs padding load_checks",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
