@@ -8,6 +8,7 @@ every number of a header is checked before anything is read or allocated by it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -85,6 +86,15 @@ def file_checksums(path: str | Path) -> dict[str, int]:
             return {name: _span(view, stored) for name, stored in header.items()}
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal; it is read in pieces of a megabyte."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def read_header(path: str | Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name; none of their bytes is read.
 
@@ -133,7 +143,9 @@ def _header(path: str | Path, file: BinaryIO) -> dict[str, Stored]:
         header = json.loads(file.read(length), object_pairs_hook=_once)
         if not isinstance(header, dict):
             raise TypeError(f"it must be an object, got {header!r:.100}")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError(f"its metadata must be texts by name, got {metadata!r:.100}")
         found = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: the safetensors header is damaged: {error}") from error

@@ -112,6 +112,7 @@ class CatQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        model.add_model_tags([QUANT_METHOD])  # what model.push_to_hub writes on a card of its own
         if not self.pre_quantized:
             self.quantization_config = quantize_model(model, self.quantization_config)
             model.config.quantization_config = self.quantization_config
@@ -180,10 +181,15 @@ class CatQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know ``quant_method="catquant"``; a second call changes nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(CatQuantConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(CatQuantizer)
+    # What hf_catquant_autoload put there stands in for these two until now.
+    for table, name, add, entry in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "LateConfig", register_quantization_config, CatQuantConfig),
+        (AUTO_QUANTIZER_MAPPING, "late_quantizer", register_quantizer, CatQuantizer),
+    ):
+        if getattr(table.get(QUANT_METHOD), "__name__", None) == name:
+            del table[QUANT_METHOD]
+        if QUANT_METHOD not in table:
+            add(QUANT_METHOD)(entry)
 
 
 def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:

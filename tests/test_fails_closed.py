@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_without_the_package_loading_raises(name, root):
         str(quantized(name, root)),
         type(tiny_models.build(name)).__name__,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    env = {**os.environ, "CATQUANT_AUTOLOAD": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
     assert "REFUSED RuntimeError" in done.stdout, done.stdout + done.stderr
 
 

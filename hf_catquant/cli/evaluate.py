@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the quantized model")
     parser.add_argument("--float", dest="teacher", required=True, help="folder or Hub id of the float model")
     parser.add_argument("--dataset", required=True, help="file of test rows")
+    parser.add_argument("--dataset-name", help="what the rows are called on the model card, if not by their file")
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument("--label-column", default="label", help="column of the classes")
     parser.add_argument(
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
     table = evaluate(args)
     print(table)
-    for path, text in ((args.json, json.dumps(table.to_dict(), indent=2)), (args.markdown, table.to_markdown())):
+    made = {**table.to_dict(), "dataset": args.dataset_name or Path(args.dataset).name}
+    for path, text in ((args.json, json.dumps(made, indent=2)), (args.markdown, table.to_markdown())):
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
 
