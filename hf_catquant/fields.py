@@ -68,7 +68,7 @@ def check_depth(config: Mapping[str, Any], tensors: int) -> None:
         ValueError: naming the field and its value.
     """
     for name, value in config.items():
-        if isinstance(value, Mapping) and name != "quantization_config":
+        if _is_config(value):
             check_depth(value, tensors)
         numbers = value if isinstance(value, list | tuple) else [value]
         for number in numbers if _DEPTH.search(str(name)) else []:
@@ -85,4 +85,9 @@ def _kept(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _stripped(value: Any) -> Any:
     """A config inside a config without the fields that are free there too."""
-    return dict(_kept(value)) if isinstance(value, Mapping) and "model_type" in value else value
+    return dict(_kept(value)) if _is_config(value) else value
+
+
+def _is_config(value: Any) -> bool:
+    """Whether this is the config of a part of the model: a table of classes may have one that is called "stage"."""
+    return isinstance(value, Mapping) and "model_type" in value

@@ -307,7 +307,8 @@ def test_a_changed_field_that_changes_outputs_is_said(folder, caplog, field, val
 
 def test_fields_that_change_no_output_are_not_mentioned(folder, caplog):
     caplog.set_level("WARNING", logger="hf_catquant")
-    edit_field(folder, id2label={str(i): f"name {i}" for i in range(5)}, use_cache=False, dtype="bfloat16")
+    names = {i: f"name {i}" for i in range(4)} | {4: "stage"}
+    edit_field(folder, id2label=names, label2id={"stage": 10**6}, use_cache=False, dtype="bfloat16")
     load(folder)
     assert "not what was saved" not in caplog.text
 
