@@ -4,7 +4,8 @@
 
 Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
 and one in ``--loads`` through ``from_pretrained`` as well. Workers have a limit of memory and of seconds for each case;
-one that dies is a find, and the campaign goes on behind the case that killed it. The log is ``benchmarks/results/fuzz.json``.
+one that dies is a find, and the campaign goes on behind the case that killed it.
+The log is ``benchmarks/results/fuzz.json``.
 """
 
 from __future__ import annotations

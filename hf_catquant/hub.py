@@ -6,6 +6,7 @@ one that the repository already has, so a repository that was pushed from here s
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from .card import EVALUATION, REPORT, model_card
 from .evaluation_table import Evaluation
 from .log import logger
-from .report import Report
+from .report import Report, report
 from .report_page import draw_errors, draw_sizes
+from .tasks import auto_class, load_config
 from .verify import PICKLES, Verification, read_object, verify
 
 CARD = "README.md"
@@ -36,7 +38,7 @@ def describe(
     """Write the plots and the card into a folder of a quantized model; returns the card's path.
 
     Args:
-        folder: as ``catquant quantize`` left it.
+        folder: as ``catquant quantize`` or ``save_pretrained`` left it; a report that is missing is made from the model.
         repo: Hub id that it will have.
         base_model: Hub id of the float model; None: what ``report.json`` says.
         license: Hub word for the licence of the weights.
@@ -48,10 +50,12 @@ def describe(
     folder = Path(folder)
     if evaluation is not None and Path(evaluation).resolve() != (folder / EVALUATION).resolve():
         shutil.copyfile(evaluation, folder / EVALUATION)
-    report = Report.from_dict(read_object(folder / REPORT))
+    if not (folder / REPORT).is_file():
+        _write_report(folder)
+    summary = Report.from_dict(read_object(folder / REPORT))
     mpl.use("Agg")
-    if any(layer.error for layer in report.layers):
-        draw_errors(report, folder / "errors.png")
+    if any(layer.error for layer in summary.layers):
+        draw_errors(summary, folder / "errors.png")
     if (folder / EVALUATION).is_file():
         draw_sizes(Evaluation.from_dict(read_object(folder / EVALUATION)), folder / "accuracy.png")
     card = model_card(folder, repo, base_model, license)
@@ -61,6 +65,12 @@ def describe(
         )
     card.save(folder / CARD)
     return folder / CARD
+
+
+def _write_report(folder: Path) -> None:
+    """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
+    model = auto_class(load_config(str(folder))).from_pretrained(folder)
+    (folder / REPORT).write_text(json.dumps(report(model).to_dict(), indent=2), encoding="utf-8")
 
 
 def push(

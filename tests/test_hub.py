@@ -95,6 +95,15 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_a_report_that_is_missing_is_made_from_the_model(copy):
+    before = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").unlink()
+    assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 0
+    after = json.loads((copy / "report.json").read_text())
+    assert after == {name: value for name, value in before.items() if name not in ("model", "command")}
+    assert "catquant quantize" not in ModelCard.load(copy / "README.md").content
+
+
 def test_an_evaluation_of_another_model_is_refused(copy, capsys):
     edit(copy / "evaluation.json", lambda table: table["rows"][-1].update(bytes=1))
     assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 1
@@ -104,7 +113,6 @@ def test_an_evaluation_of_another_model_is_refused(copy, capsys):
 @pytest.mark.parametrize(
     ("damage", "words", "message"),
     [
-        (lambda f: (f / "report.json").unlink(), [], "report.json: there is no such file"),
         (lambda f: edit(f / "report.json", lambda r: r.pop("layers")), [], "the report is not one that this version"),
         (
             lambda f: edit(f / "evaluation.json", lambda t: t.pop("n")),
@@ -128,6 +136,21 @@ def test_a_damaged_folder_is_not_pushed(copy, capsys):
     (copy / "model.safetensors").write_bytes(data)
     assert main(["push", str(copy), "me/tiny"]) == 1
     assert "is not pushed" in capsys.readouterr().err
+
+
+def test_the_cards_of_the_repository_are_of_this_template():
+    assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == (
+        ROOT / "hf_catquant" / "card_template.md"
+    ).read_text()
+    cards = sorted((ROOT / "model_cards").glob("*/README.md"))
+    assert len(cards) >= 4
+    for path in cards:
+        card = ModelCard.load(path)
+        assert card.data.library_name == "transformers"
+        assert {"catquant", "quantized"} <= set(card.data.tags)
+        assert {metric["value"] for metric in card.data.to_dict()["model-index"][0]["results"][0]["metrics"]}
+        assert all((path.parent / f"{plot}.png").is_file() for plot in ("accuracy", "errors"))
+        assert all(f"## {part}" in card.content for part in ("Use", "What it cost", "How it was made", "Limits"))
 
 
 PUSH = """
