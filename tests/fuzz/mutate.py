@@ -278,7 +278,7 @@ def tensor_values(made: Checkpoint, rng: random.Random) -> None:
 
     def change(header: Any, payload: bytes) -> tuple[Any, bytes]:
         names = sorted(name for name in header if name != "__metadata__")
-        begin, end = header[rng.choice(names)]["data_offsets"]
+        begin, end = (min(value, len(payload)) for value in header[rng.choice(names)]["data_offsets"])
         return header, payload[:begin] + bytes([rng.choice((0, 1, 127, 250, 255))]) * (end - begin) + payload[end:]
 
     _edit_header(made, change)
