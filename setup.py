@@ -1,5 +1,5 @@
-"""Builds the CPU kernels of hf_catquant/kernels/csrc into one library with a C ABI; everything else is in
-pyproject.toml.
+"""Builds the CPU kernels of hf_catquant/kernels/csrc into one library with a C ABI, and puts hf_catquant_autoload.pth
+beside the package; everything else is in pyproject.toml.
 
 Every path is a file of its own, compiled with the instructions that it needs; the library asks the processor at run
 time which ones it may call. A path that the compiler does not know is left out. Without a compiler there is no
@@ -9,11 +9,13 @@ library: the package installs all the same and runs on plain torch, slower.
 import platform
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("hf_catquant/kernels/csrc")
+AUTOLOAD = "hf_catquant_autoload.pth"
 LIBRARY = "hf_catquant.kernels.libcatquant_cpu"
 # Floating point as it is written, but for what only signalling would see; no product and sum are joined by the
 # compiler.
@@ -82,6 +84,44 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class BuildAutoload(Command):
+    """Copies the .pth file to the top of what will be installed, where Python looks for such files.
+
+    A part of setuptools' ``build``, so that it is the same for wheels and for editable installations.
+    """
+
+    description = "copy the file that makes Python run hf_catquant_autoload"
+    user_options: list[tuple[str, str, str]] = []  # noqa: RUF012  as setuptools declares it
+    build_lib: str
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        """Nothing is asked."""
+
+    def finalize_options(self) -> None:
+        """An editable installation is not made from the build folder: there the file goes straight into the wheel."""
+        source, name = ("install", "install_lib") if self.editable_mode else ("build", "build_lib")
+        self.build_lib = getattr(self.get_finalized_command(source), name)
+
+    def run(self) -> None:
+        """Copy."""
+        Path(self.build_lib).mkdir(parents=True, exist_ok=True)
+        self.copy_file(AUTOLOAD, str(Path(self.build_lib) / AUTOLOAD))
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution needs."""
+        return [AUTOLOAD]
+
+    def get_outputs(self) -> list[str]:
+        """What is in the build folder afterwards."""
+        return [] if self.editable_mode else [str(Path(self.build_lib) / AUTOLOAD)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Where it comes from."""
+        return dict.fromkeys(self.get_outputs(), AUTOLOAD)
+
+
+build.sub_commands = [*build.sub_commands, ("build_autoload", None)]
 setup(
     ext_modules=[
         Extension(
@@ -91,5 +131,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel, "build_autoload": BuildAutoload},
 )

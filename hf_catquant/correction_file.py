@@ -17,6 +17,7 @@ from .integrity import checksums, verify_files
 
 FILE_NAME = "correction.safetensors"
 FILE_VERSION = "1"
+MAX_SIZE = 1 << 24  # channels, clusters or ranks: the bytes of no product of two overflow
 
 
 def save_correction(model: nn.Module, path: str | Path) -> Path:
@@ -85,8 +86,10 @@ def empty_correction(entry: dict[str, Any], device: Any = None) -> ClusterAffine
     if not isinstance(entry, dict) or set(entry) != {"width", "clusters", "rank", "dim"}:
         raise ValueError(f"a stored correction must have width, clusters, rank and dim, got {entry!r}")
     sizes = (entry["width"], entry["clusters"], 1 if entry["rank"] is None else entry["rank"])
-    if not all(is_count(size) for size in sizes) or entry["dim"] not in (-1, 1):
-        raise ValueError(f"a stored correction must have positive sizes and dim -1 or 1, got {entry}")
+    if not all(is_count(size) and size <= MAX_SIZE for size in sizes) or entry["dim"] not in (-1, 1):
+        raise ValueError(
+            f"a stored correction must have positive sizes of at most {MAX_SIZE} and dim -1 or 1, got {entry}"
+        )
     return ClusterAffine(entry["width"], entry["clusters"], entry["rank"], entry["dim"], device=device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from .rotation import ROTATIONS
 
 Entries = dict[str, dict[str, Any]]
 
+MAX_SIZE = 1 << 30  # rows, columns or ranks: the bytes of no product of two overflow
 _SCHEME = tuple(field.name for field in fields(Scheme))
 
 
@@ -43,6 +45,21 @@ def verify_entries(modules: Entries, corrections: Entries, expected: int) -> Non
         raise ValueError(
             f"quantization_config: modules and corrections are not those that were saved (CRC-32 {found:08x}, "
             f"expected {expected:08x}): the config.json was changed or damaged after the save, fetch it again"
+        )
+
+
+def check_tensors(modules: Entries, names: Iterable[str]) -> None:
+    """Refuse entries that are not as many as the packed weights among ``names``, the tensors of the checkpoint.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    packed = sum(name.endswith(".weight_packed") for name in names)
+    owners = sum(entry["tied_to"] is None for entry in modules.values())
+    if packed != owners:
+        raise ValueError(
+            f"quantization_config: checksums has {packed} packed weights, modules describes {owners}: the config.json "
+            "was changed or damaged after the save, fetch it again"
         )
 
 
@@ -79,7 +96,7 @@ def check_modules(modules: Any) -> None:
             ("low_rank", "the integers from 0", entry["low_rank"] == 0 or _size(entry["low_rank"])),
             ("rotation", f"null, {', '.join(ROTATIONS)}", entry["rotation"] in (None, *ROTATIONS)),
             ("shape", "two positive integers", isinstance(shape, list) and len(shape) == 2 and all(map(_size, shape))),
-            ("tied_to", "null, another of its modules", tied_to is None or (tied_to in modules and tied_to != name)),
+            ("tied_to", "null, another of its modules of the same shape", _is_owner(tied_to, name, modules)),
         )
         for field, rule, holds in rules:
             if not holds:
@@ -113,5 +130,14 @@ def check_checksums(checksums: Any, entries: Any) -> None:
         raise ValueError(f"quantization_config: entries_checksum must be a CRC-32, got {entries!r:.200}")
 
 
+def _is_owner(tied_to: Any, name: str, modules: Entries) -> bool:
+    """Whether a module may share this one's weight: a module of its own shape that shares nobody else's."""
+    if tied_to is None:
+        return True
+    if not isinstance(tied_to, str) or tied_to == name or tied_to not in modules:
+        return False
+    return modules[tied_to].get("tied_to") is None and modules[tied_to].get("shape") == modules[name]["shape"]
+
+
 def _size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE

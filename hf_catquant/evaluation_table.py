@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -55,6 +55,19 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-clean."""
         return {**asdict(self), "significantly_worse": self.significantly_worse}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Evaluation:
+        """Inverse of :meth:`to_dict`; what else ``values`` holds is left out.
+
+        Raises:
+            ValueError: a field is missing or of another kind.
+        """
+        try:
+            chosen = {field.name: values[field.name] for field in fields(cls)}
+            return cls(**{**chosen, "rows": tuple(Row(**row) for row in chosen["rows"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the evaluation is not one that this version writes: {error}") from error
 
     def to_markdown(self) -> str:
         """A table for a README."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
-from .entries import entries_checksum, verify_entries
+from .entries import check_tensors, entries_checksum, verify_entries
+from .fields import check_depth, field_checksums
 from .integrity import checksums, verify_files
+from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
 from .report import provenance, stored_bytes
@@ -50,8 +53,26 @@ class CatQuantizer(HfQuantizer):
                 "the checkpoint's quantization_config has no 'modules': it is a request, not a quantized model; "
                 "pass it as quantization_config to from_pretrained together with a float checkpoint"
             )
-        if not self.pre_quantized:
-            self.quantization_config.check_data()
+        if not isinstance(self.quantization_config.provenance, dict):
+            raise ValueError(
+                f"quantization_config: provenance must be an object, got {self.quantization_config.provenance!r:.100}"
+            )
+        config = self.quantization_config
+        if self.pre_quantized:
+            verify_entries(config.modules or {}, config.corrections, config.entries_checksum)
+            check_tensors(config.modules or {}, config.checksums)
+        else:
+            config.check_data()
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The config as it is: of all hooks this one sees it before a module is built, and refuses endless layers.
+
+        Raises:
+            ValueError: a field asks for more layers than the checkpoint has tensors.
+        """
+        if self.pre_quantized:
+            check_depth(config.to_dict(), len(self.quantization_config.checksums))
+        return config
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Quantizing needs the weights in memory: refuse to do it on a model that is partly offloaded.
@@ -72,7 +93,6 @@ class CatQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         stored = config.modules or {}
-        verify_entries(stored, config.corrections, config.entries_checksum)
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
         names = resolve_names(model, stored)
@@ -82,6 +102,9 @@ class CatQuantizer(HfQuantizer):
         prepare(model, config.modules)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
+        if checkpoint_files is not None:
+            check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
+        warn_of_changes(model, config.provenance.get("fields", {}))
         _untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
@@ -89,6 +112,7 @@ class CatQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        model.add_model_tags([QUANT_METHOD])  # what model.push_to_hub writes on a card of its own
         if not self.pre_quantized:
             self.quantization_config = quantize_model(model, self.quantization_config)
             model.config.quantization_config = self.quantization_config
@@ -98,12 +122,12 @@ class CatQuantizer(HfQuantizer):
             if entry["tied_to"] is not None:
                 share_weight(model, name, entry["tied_to"])
         for name, module in quantized_modules(model).items():
-            _check_loaded(name, module)
+            check_loaded(name, module)
             module.check_values()
-            if _stays_float32(model, name, module.dtype):
+            if stays_float32(model, name, module.dtype):
                 module.dtype = torch.float32
         for name, correction in corrections(model).items():
-            _check_loaded(f"{name}.correction", correction)
+            check_loaded(f"{name}.correction", correction)
             check_values(name, correction)
         check_complete(model, _parameters_as_written(model), self.quantization_config.checksums)
 
@@ -136,6 +160,7 @@ class CatQuantizer(HfQuantizer):
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
         config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)
         config.checksums = checksums(_as_written(model, state))
+        config.provenance["fields"] = field_checksums(model.config.to_dict())
         model.config.quantization_config = config
         return state, {}
 
@@ -156,10 +181,15 @@ class CatQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know ``quant_method="catquant"``; a second call changes nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(CatQuantConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(CatQuantizer)
+    # What hf_catquant_autoload put there stands in for these two until now.
+    for table, name, add, entry in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "LateConfig", register_quantization_config, CatQuantConfig),
+        (AUTO_QUANTIZER_MAPPING, "late_quantizer", register_quantizer, CatQuantizer),
+    ):
+        if getattr(table.get(QUANT_METHOD), "__name__", None) == name:
+            del table[QUANT_METHOD]
+        if QUANT_METHOD not in table:
+            add(QUANT_METHOD)(entry)
 
 
 def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
@@ -229,22 +259,5 @@ def _untie(model: PreTrainedModel) -> None:
     }
 
 
-def _stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
-    """Whether the float layer is loaded in float32 although the model is in ``dtype`` (T5's ``wo``)."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept)
-
-
 def _names_packed(target: str, source: str, packed: dict[str, Any]) -> bool:
     return any(name.removesuffix(".weight") in packed for name in (target, source))
-
-
-def _check_loaded(name: str, module: nn.Module) -> None:
-    """Refuse buffers that no file filled."""
-    for buffer_name, buffer in module.named_buffers(recurse=False):
-        if buffer_name in module._non_persistent_buffers_set or hasattr(module, "_hf_hook"):
-            continue
-        if not getattr(buffer, "_is_hf_initialized", False):
-            raise ValueError(f"the checkpoint has no tensor {name}.{buffer_name}: it is incomplete")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -76,6 +76,20 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All fields and the coverage, JSON-clean."""
         return {**asdict(self), "coverage": self.coverage}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """Inverse of :meth:`to_dict`; what else ``values`` holds is left out.
+
+        Raises:
+            ValueError: a field is missing or of another kind.
+        """
+        try:
+            chosen = {field.name: values[field.name] for field in fields(cls)}
+            layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in chosen.pop("layers"))
+            return cls(**{**chosen, "layers": layers, "notes": tuple(chosen["notes"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the report is not one that this version writes: {error}") from error
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)

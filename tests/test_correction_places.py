@@ -145,8 +145,8 @@ def entry(**changes) -> str:
         ({"version": "1", "sites": "[1]"}, "must be a JSON object, got"),
         ({"version": "1", "sites": {"": 1}}, "not a whole correction file"),
         ({"version": "1", "sites": '{"": 3}'}, "must have width, clusters, rank and dim, got 3"),
-        ({"version": "1", "sites": entry(dim=[])}, "positive sizes and dim"),
-        ({"version": "1", "sites": entry(width=10**12)}, r"must be \(1, 1000000000000\) float32, got \(1, 4\)"),
+        ({"version": "1", "sites": entry(dim=[])}, "positive sizes of at most 16777216 and dim"),
+        ({"version": "1", "sites": entry(width=10**6)}, r"must be \(1, 1000000\) float32, got \(1, 4\)"),
         ({"version": "1", "sites": entry(clusters=2)}, r"centroids must be \(2, 4\) float32, got \(1, 4\)"),
     ],
 )

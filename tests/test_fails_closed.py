@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_without_the_package_loading_raises(name, root):
         str(quantized(name, root)),
         type(tiny_models.build(name)).__name__,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    env = {**os.environ, "CATQUANT_AUTOLOAD": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
     assert "REFUSED RuntimeError" in done.stdout, done.stdout + done.stderr
 
 
@@ -160,7 +162,7 @@ def test_bytes_that_no_code_packs_to_are_refused(folder):
         ({"format_version": 2}, "format_version must be 1, got 2"),
         ({"colour": "red"}, "no field 'colour'"),
         ({"modules": None}, "no 'modules'"),
-        ({"checksums": {}}, "unexpected tensors"),
+        ({"checksums": {}}, "checksums has 0 packed weights, modules describes 17"),
         ({"weights": "int5"}, "weights must be one of"),
     ],
 )
@@ -181,12 +183,16 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
         ({"group_size": "x"}, "group_size must be -1 or a positive multiple of 8, got 'x'"),
         ({"group_size": 32}, CHANGED),
         ({"weights": "int2"}, CHANGED),
-        ({"tied_to": "classifier"}, CHANGED),
+        (
+            {"tied_to": "classifier"},
+            "tied_to must be one of null, another of its modules of the same shape; got 'clas",
+        ),
+        ({"tied_to": f"{QUERY[:-5]}key"}, CHANGED),
         ({"weights": "int5"}, "weights must be one of binary.* got 'int5'"),
         ({"activations": "int5"}, "activations must be one of null"),
         ({"scale_dtype": "float64"}, "scale_dtype must be one of float16, float32; got 'float64'"),
         ({"shape": [0, "a"]}, "shape must be one of two positive integers"),
-        ({"tied_to": "nobody"}, "tied_to must be one of null, another of its modules; got 'nobody'"),
+        ({"tied_to": "nobody"}, "tied_to must be one of null, another of its modules of the same shape; got 'nobody'"),
         ({"colour": "red"}, "must have activations, .*, got activations, colour"),
     ],
 )
@@ -263,3 +269,88 @@ def test_the_correction_of_a_resized_head_is_left_out(name, head, root, tmp_path
     assert not corrections(resized)
     assert "classifier: its correction is left out" in caplog.text
     assert tiny_models.main_output(resized(**tiny_models.batch(name))).shape[-1] == 7
+
+
+def edit_field(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_same_bytes_as_another_dtype_are_another_tensor(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    changed = data.replace(b'"F16"', b'"I16"')
+    assert changed != data
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match="are not those that were saved"):
+        load(folder)
+
+
+def test_a_name_that_comes_twice_is_refused(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    header = header[:-1] + b',"classifier.bias":' + json.dumps(json.loads(header)["classifier.bias"]).encode() + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(ValueError, match="a name is there twice"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_act", "relu"), ("layer_norm_eps", 0.5)])
+def test_a_changed_field_that_changes_outputs_is_said(folder, caplog, field, value):
+    edit_field(folder, **{field: value})
+    caplog.set_level("WARNING", logger="hf_catquant")
+    load(folder)
+    assert f"{field} of config.json are not what was saved" in caplog.text
+
+
+def test_fields_that_change_no_output_are_not_mentioned(folder, caplog):
+    caplog.set_level("WARNING", logger="hf_catquant")
+    names = {i: f"name {i}" for i in range(4)} | {4: "stage"}
+    edit_field(folder, id2label=names, label2id={"stage": 10**6}, use_cache=False, dtype="bfloat16")
+    load(folder)
+    assert "not what was saved" not in caplog.text
+
+
+def test_layers_without_end_are_refused_before_one_is_built(folder):
+    edit_field(folder, num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match=r"num_hidden_layers must be at most the \d+ tensors .* got 1000000000"):
+        load(folder)
+
+
+def resigned(folder: Path, edit) -> None:
+    """What an attacker does: change the entries, and make their checksum right again."""
+    from hf_catquant.entries import entries_checksum
+
+    def change(config):
+        edit(config)
+        config["entries_checksum"] = entries_checksum(config["modules"], config["corrections"])
+
+    edit_config(folder, change)
+
+
+def test_entries_that_describe_more_than_the_files_hold_take_no_memory(folder):
+    resigned(folder, lambda config: config["modules"][QUERY].update(low_rank=1 << 29))
+    with pytest.raises(ValueError, match=r"describe 68,\d+,\d+,\d+ bytes, but the files of the checkpoint have"):
+        load(folder)
+
+
+def test_a_correction_larger_than_the_files_takes_no_memory(folder):
+    huge = {"width": 5, "clusters": 1 << 24, "rank": 1 << 12, "dim": -1}
+    resigned(folder, lambda config: config.update(corrections={"classifier": huge}))
+    with pytest.raises(ValueError, match="but the files of the checkpoint have"):
+        load(folder)
+
+
+@pytest.mark.parametrize("tied", [["classifier"], "classifier"])
+def test_a_weight_is_shared_by_its_like_only(folder, tied):
+    resigned(folder, lambda config: config["modules"][QUERY].update(tied_to=tied))
+    with pytest.raises(ValueError, match="tied_to must be one of null"):
+        load(folder)
+
+
+def test_a_weight_that_an_entry_does_without_is_missed(folder):
+    resigned(folder, lambda config: config["modules"][QUERY].update(tied_to="bert.pooler.dense"))
+    with pytest.raises(ValueError, match="checksums has 17 packed weights, modules describes 16"):
+        load(folder)

@@ -1,4 +1,4 @@
-"""The command line: ``catquant demo | quantize | inspect | eval | bench``."""
+"""The command line: ``catquant demo | quantize | inspect | eval | verify | push | bench``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, evaluate, inspect, quantize
+from . import bench, demo, evaluate, inspect, push, quantize, verify
 
-VERBS = (demo, quantize, inspect, evaluate, bench)
+VERBS = (demo, quantize, inspect, evaluate, verify, push, bench)
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,9 @@ def add_verbs(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns 0, or 1 after printing one line that says what is wrong."""
-    return run(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    args.words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

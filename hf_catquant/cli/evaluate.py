@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the quantized model")
     parser.add_argument("--float", dest="teacher", required=True, help="folder or Hub id of the float model")
     parser.add_argument("--dataset", required=True, help="file of test rows")
+    parser.add_argument("--dataset-name", help="what the rows are called on the model card, if not by their file")
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument("--label-column", default="label", help="column of the classes")
     parser.add_argument(
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
     table, layers = evaluate(args)
     print(table)
-    values = table.to_dict()
+    values = {**table.to_dict(), "dataset": args.dataset_name or Path(args.dataset).name}
     if layers is not None:
         print(f"\n{layers}")
         layers.draw(args.discrimination)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
     if processor is not None:
         processor.save_pretrained(out)
     summary = report(model)
-    (out / "report.json").write_text(json.dumps(summary.to_dict(), indent=2), encoding="utf-8")
+    made = {"model": _without_folder(args.model), "command": _command(args.words)}
+    (out / "report.json").write_text(json.dumps({**summary.to_dict(), **made}, indent=2), encoding="utf-8")
     print(summary)
     print(f"saved to {out}")
 
@@ -131,6 +133,16 @@ def _samples(args: argparse.Namespace, processor: Any, auto: Any) -> Any:
     written = generate_samples(model, args.generate, seed=args.seed)
     texts = processor.batch_decode([row["input_ids"] for row in written], skip_special_tokens=True)
     return texts if rows is None else [*rows[args.column], *texts]
+
+
+def _command(words: list[str]) -> str:
+    """The command as it was given, for the card."""
+    return shlex.join(["catquant", *map(_without_folder, words)])
+
+
+def _without_folder(word: str) -> str:
+    """Of files and folders on this machine the name: where they are is nobody else's business."""
+    return Path(word).name if Path(word).exists() or Path(word).is_absolute() else word
 
 
 def _option(text: str) -> tuple[str, int | float]:

@@ -271,7 +271,7 @@ def test_data_is_needed_unless_rounding(folder, tmp_path, capsys):
 
 
 def test_help_of_every_verb(capsys):
-    for verb in ("demo", "quantize", "inspect", "eval"):
+    for verb in ("demo", "quantize", "inspect", "eval", "verify", "push"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

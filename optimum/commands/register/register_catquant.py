@@ -16,7 +16,9 @@ class CatQuantCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Take all words as they are: importing the verbs here would slow down every other command."""
-        parser.add_argument("words", nargs="...", help="demo, quantize, inspect or eval; --help behind one of them")
+        parser.add_argument(
+            "words", nargs="...", help="demo, quantize, inspect, eval, verify or push; --help behind one"
+        )
 
     def run(self) -> None:
         """Run the verb and leave with its exit status."""

@@ -1,0 +1,160 @@
+"""A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
+
+    python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
+
+Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
+and one in ``--loads`` through ``from_pretrained`` as well. Workers have a limit of memory and of seconds for each case;
+one that dies is a find, and the campaign goes on behind the case that killed it.
+The log is ``benchmarks/results/fuzz.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, made
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+MEMORY = 2 << 30  # bytes that a worker may take beyond what it has when it starts to judge
+SECONDS = 20  # that a case may take: it takes milliseconds, on a machine that does nothing else
+CHUNK = 20_000  # cases of one worker process
+
+
+def main() -> None:
+    """Run the campaign and write its log."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
+    parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.chunk:
+        work(*args.chunk, args.loads)
+    else:
+        campaign(args)
+
+
+def campaign(args: argparse.Namespace) -> None:
+    """Hand out chunks to processes until all cases are judged."""
+    start, end = time.perf_counter(), args.first + args.cases
+    waiting = [(at, min(end, at + CHUNK)) for at in range(args.first, end, CHUNK)]
+    running: list[tuple[subprocess.Popen, Any]] = []
+    total: Counter[str] = Counter()
+    finds: list[dict] = []
+    peak = 0
+    while waiting or running:
+        while waiting and len(running) < args.workers:
+            running.append(started(waiting.pop(0), args.loads))
+        time.sleep(0.2)
+        for process, out in [pair for pair in running if pair[0].poll() is not None]:
+            running.remove((process, out))
+            out.seek(0)
+            lines = [json.loads(line) for line in out.read().splitlines() if line.startswith("{")]
+            last = lines[-1] if lines else {}
+            total.update(last.get("counts", {}))
+            peak = max(peak, last.get("peak", 0))
+            finds += [line for line in lines if "find" in line]
+            if process.returncode and last:
+                finds.append({"case": last["at"], "find": f"the process died with status {process.returncode}"})
+                waiting.insert(0, (last["at"] + 1, last["end"]))
+            elif process.returncode:
+                raise SystemExit(f"a worker did not start: status {process.returncode}")
+            done = sum(n for name, n in total.items() if name.startswith("verify"))
+            print(f"{done} cases, {len(finds)} finds", flush=True)
+    log(args, dict(sorted(total.items())), finds, peak, time.perf_counter() - start)
+
+
+def started(chunk: tuple[int, int], loads: int) -> tuple[subprocess.Popen, Any]:
+    """A worker process and the file that it writes to."""
+    out = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process runs
+    words = [sys.executable, __file__, "--loads", str(loads), "--chunk", *map(str, chunk)]
+    return subprocess.Popen(words, stdout=out, stderr=subprocess.DEVNULL), out
+
+
+def work(first: int, end: int, loads: int) -> None:
+    """Judge cases; one line of JSON before each, so that what kills the process is known."""
+    import transformers
+
+    from fuzz.judge import Said, bases, judge_load, judge_verify, write
+    from fuzz.mutate import mutated
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    said, logger = Said(), logging.getLogger("hf_catquant")
+    logger.handlers = [said]
+    signal.signal(signal.SIGALRM, _late)
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        place = Path(folder) / "case"
+        made_of = bases(Path(folder))
+        limit = resident() + MEMORY
+        for number in range(first, end):
+            case, base = mutated(made_of[number % len(made_of)].checkpoint, number), made_of[number % len(made_of)]
+            write(case, place)
+            print(json.dumps({"at": number, "end": end, "counts": counts, "peak": peak_bytes()}), flush=True)
+            judges = [("verify", lambda b, c: judge_verify(b, c, place))]
+            if number % loads == 0:
+                judges.append(("load", lambda b, c: judge_load(b, c, place, said)))
+            for name, judge in judges:
+                signal.alarm(SECONDS)
+                outcome, find = judge(base, case)
+                signal.alarm(0)
+                counts[f"{name}: {outcome}"] += 1
+                if peak_bytes() > limit:
+                    raise SystemExit(9)
+                if find:
+                    print(json.dumps({"case": number, "kinds": case.kinds, "signed": case.is_signed, "find": find}))
+        print(json.dumps({"at": end, "end": end, "counts": counts, "peak": peak_bytes()}), flush=True)
+
+
+def resident() -> int:
+    """Peak memory until now; from here on address space is limited, so that no allocation brings the machine down."""
+    now = peak_bytes()
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * MEMORY, resource.RLIM_INFINITY))
+    return now
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _late(*args: Any) -> None:
+    raise SystemExit(8)
+
+
+def log(args: argparse.Namespace, counts: dict[str, int], finds: list[dict], peak: int, seconds: float) -> None:
+    """Write what was found; a campaign with finds ends with an error."""
+    result = {
+        "cases": args.cases,
+        "first": args.first,
+        "loads_one_in": args.loads,
+        "outcomes": counts,
+        "finds": finds,
+        "peak_bytes_of_a_worker": peak,
+        "seconds": round(seconds),
+        "workers": args.workers,
+        **made(),
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{RESULTS}: {len(finds)} finds")
+    sys.exit(bool(finds))
+
+
+if __name__ == "__main__":
+    main()

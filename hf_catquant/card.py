@@ -1,0 +1,261 @@
+"""The model card of a quantized folder, made from its files: config.json, report.json, evaluation.json, the weights.
+
+Nothing on it is typed by hand: what was measured is shown with its rows and interval, what was not is said to be missing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .config import QUANT_METHOD, CatQuantConfig
+from .evaluation_table import Evaluation
+from .integrity import sha256
+from .report import Report
+from .verify import read_object, stored_config, weight_files
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+REPORT, EVALUATION = "report.json", "evaluation.json"
+# What the class name of a model ends in, and the Hub's word for its task.
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForCTC": "automatic-speech-recognition",
+}
+_WORST = 5  # layers of the table of errors
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a request says beside the defaults is on the card; what quantizing found is in the tables.
+_REQUEST = (
+    "weights",
+    "group_size",
+    "activations",
+    "solver",
+    "solver_options",
+    "correction",
+    "num_samples",
+    "batch_size",
+    "seed",
+    "edge_weights",
+    "modules_to_not_convert",
+    "overrides",
+    "low_rank",
+    "rotation",
+    "average_bits",
+)
+
+
+def model_card(
+    folder: str | Path, repo: str | None = None, base_model: str | None = None, license: str | None = None
+) -> ModelCard:
+    """The card of the quantized model in ``folder``.
+
+    Args:
+        folder: as ``save_pretrained`` wrote it, with ``report.json`` and, if it was evaluated, ``evaluation.json``.
+        repo: Hub id that the folder is pushed to.
+        base_model: Hub id of the float model; None: what ``report.json`` says, if that is an id.
+        license: Hub word for the licence of the weights, which is that of the base model.
+
+    Raises:
+        ValueError: the folder holds no model quantized by this package, a file is missing or has other fields, or
+            ``base_model`` is no Hub id.
+    """
+    folder = Path(folder)
+    config = read_object(folder / "config.json")
+    quantization = stored_config(config, folder)
+    raw = read_object(folder / REPORT)
+    report = Report.from_dict(raw)
+    base = _base_model(base_model, raw.get("model"))
+    raw_table = read_object(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    table = None if raw_table is None else Evaluation.from_dict(raw_table)
+    _check_same(table, report)
+    data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
+    architecture = (config.get("architectures") or ["A model"])[0]
+    task = next((tag for ending, tag in TASKS.items() if architecture.endswith(ending)), None)
+    title = f"{(base or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
+    return ModelCard.from_template(
+        _metadata(quantization, title, base, license, task, table, data),
+        template_path=str(TEMPLATE),
+        title=title,
+        architecture=architecture,
+        base=None if base is None else f"[{base}](https://huggingface.co/{base})",
+        weights=quantization.weights,
+        repo=repo or folder.name,
+        bits=f"{report.bits_per_parameter:.2f}",
+        size_before=_megabytes(report.bytes_before),
+        size_after=_megabytes(report.bytes_after),
+        usage=_usage(config, task, repo or folder.name),
+        evaluation=None if table is None else table.to_markdown(),
+        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.",
+        plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
+        stored=_stored(quantization, report),
+        skipped=[(name, _cell(reason)) for name, reason in report.skipped.items()],
+        worst=_worst(report),
+        corrections=[f"`{name}`: {_cell(_correction(fit))}" for name, fit in report.corrections.items()],
+        command=raw.get("command"),
+        request=_request(quantization),
+        calibration=_calibration(quantization),
+        versions=_versions(quantization),
+        files=files_of(folder),
+        limits=_limits(quantization, table, report),
+    )
+
+
+def files_of(folder: Path) -> list[dict[str, Any]]:
+    """Name, bytes and SHA-256 of the files that hold the model: config.json and the weights."""
+    paths = (folder / "config.json", *weight_files(folder))
+    return [{"name": p.name, "bytes": f"{p.stat().st_size:,}", "sha256": sha256(p)} for p in paths]
+
+
+def _check_same(table: Evaluation | None, report: Report) -> None:
+    """Refuse an evaluation that was made of another checkpoint, an older one of the same folder for instance."""
+    if table is not None and (len(table.rows) < 2 or table.rows[-1].bytes != report.bytes_after):
+        size = f"{table.rows[-1].bytes:,}" if table.rows else "no"
+        raise ValueError(
+            f"{EVALUATION} is of another model: it has {size} bytes, {REPORT} says {report.bytes_after:,}; evaluate again"
+        )
+
+
+def _base_model(asked: str | None, reported: Any) -> str | None:
+    if asked is not None and not _REPO_ID.fullmatch(asked):
+        raise ValueError(f"base_model must be a Hub id like owner/name, got {asked!r}")
+    if asked is not None:
+        return asked
+    return reported if isinstance(reported, str) and _REPO_ID.fullmatch(reported) else None
+
+
+def _metadata(
+    config: CatQuantConfig,
+    title: str,
+    base: str | None,
+    license: str | None,
+    task: str | None,
+    table: Evaluation | None,
+    dataset: str | None,
+) -> ModelCardData:
+    more: dict[str, Any] = {} if base is None else {"base_model": base, "base_model_relation": "quantized"}
+    results = []
+    for row in table.rows if table is not None else ():
+        percent = table is not None and table.metric == "accuracy"
+        results.append(
+            EvalResult(
+                task_type=task or "other",
+                dataset_type=_slug(dataset or ""),
+                dataset_name=f"{dataset} ({table.n if table is not None else 0} rows)",
+                metric_type=table.metric if table is not None else "",
+                metric_value=round(row.metric / 100, 4) if percent else round(row.metric, 3),
+                metric_name=f"{row.name}, 95 % interval {row.low:.2f} to {row.high:.2f}{' %' if percent else ''}",
+                verified=False,
+            )
+        )
+    if results:
+        more |= {"model_name": title, "eval_results": results}
+    return ModelCardData(
+        library_name="transformers",
+        license=license,
+        pipeline_tag=task,
+        tags=[QUANT_METHOD, "quantized", "post-training-quantization", config.weights],
+        **more,
+    )
+
+
+def _usage(config: dict[str, Any], task: str | None, repo: str) -> str:
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    if task is not None:
+        return f'from transformers import pipeline\n\nrun = pipeline("{task}", model="{repo}"{trust})'
+    return f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{repo}"{trust})'
+
+
+def _stored(config: CatQuantConfig, report: Report) -> list[tuple[str, str]]:
+    counts: dict[str, int] = {}
+    for layer in report.layers:
+        counts[layer.weights] = counts.get(layer.weights, 0) + 1
+    ratio = report.bytes_before / max(1, report.bytes_after)
+    return [
+        ("parameters quantized", f"{report.coverage:.2f} % of {report.parameters:,}"),
+        ("bits a parameter, everything included", f"{report.bits_per_parameter:.3f}"),
+        ("bytes", f"{report.bytes_after:,}, {ratio:.2f} times less than {report.bytes_before:,}"),
+        ("layers", ", ".join(f"{count} {name}" for name, count in counts.items())),
+        ("columns that share a scale", "whole rows" if config.group_size == -1 else str(config.group_size)),
+        ("inputs", config.activations or "float"),
+        ("format version", str(config.format_version)),
+    ]
+
+
+def _worst(report: Report) -> list[dict[str, str]]:
+    layers = sorted((la for la in report.layers if la.error is not None), key=lambda la: -(la.error or 0))[:_WORST]
+    return [
+        {"name": la.name, "weights": la.weights, "bits": f"{la.bits:.3f}", "error": f"{la.error:.4f}"} for la in layers
+    ]
+
+
+def _correction(fit: dict[str, Any]) -> str:
+    if not fit.get("clusters"):
+        return "off, by cross-validation it would not have helped"
+    gain = f"{fit['gain']:.4f} [{fit['gain_low']:.4f}, {fit['gain_high']:.4f}]"
+    return f"{fit['clusters']} clusters, alpha {fit['alpha']}; held-out {fit['metric']} lower by {gain}"
+
+
+def _request(config: CatQuantConfig) -> str:
+    """The Python of the request, everything that is not a default spelled out."""
+    default = CatQuantConfig().to_dict()
+    fields = {name: config.to_dict()[name] for name in _REQUEST}
+    said = {name: value for name, value in fields.items() if name in _REQUEST[:4] or value != default[name]}
+    words = [f"    {name}={value!r}," for name, value in said.items()]
+    if config.provenance.get("calibration"):
+        words.append("    dataset=samples,")
+    return "\n".join(["CatQuantConfig(", *words, ")"])
+
+
+def _calibration(config: CatQuantConfig) -> str:
+    data = config.provenance.get("calibration")
+    if not isinstance(data, dict):
+        return "No calibration data was used."
+    return (
+        f"Calibration data: {_cell(data.get('source'))}, {data.get('num_samples')} samples, fingerprint "
+        f"`{data.get('fingerprint')}`, seed {config.seed}; the data itself is not part of the checkpoint."
+    )
+
+
+def _versions(config: CatQuantConfig) -> str:
+    versions = config.provenance.get("versions")
+    known = versions if isinstance(versions, dict) else {}
+    return f"Versions: {', '.join(f'{name} {value}' for name, value in sorted(known.items()))}." if known else ""
+
+
+def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) -> list[str]:
+    """What a reader should not conclude from the card."""
+    found = ["It needs hf-catquant; other runtimes (llama.cpp, vLLM, ONNX) do not read these files."]
+    found.append("The licence, the biases and the intended use are those of the float model.")
+    if table is None:
+        found.append("Its quality was not measured.")
+    else:
+        first, last = table.rows[0], table.rows[-1]
+        change = f"{first.metric:.2f} to {last.metric:.2f}"
+        found.append(f"{table.metric} went from {change} on {table.n} rows; on other data it can be another number.")
+    if any(fit.get("clusters") for fit in report.corrections.values()):
+        found.append("The correction was fitted on the calibration data and is meant for data like it.")
+    found += [_cell(note) for note in report.notes]
+    return found
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _cell(value: Any) -> str:
+    """One line without the sign that ends a cell of a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-") or "rows"

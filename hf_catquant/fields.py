@@ -1,0 +1,93 @@
+"""The fields of a model's config.json: whether they are those that were saved, and none asks for more than there is.
+
+A checksum of the tensors does not see that ``hidden_act`` changed from "gelu" to "relu": the model would load and compute
+something else. So a CRC-32 of every field that can change an output is stored, and what differs is named. It is a warning,
+because ``from_pretrained(folder, rope_scaling=...)`` changes a field on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+# Names, words for the reader, and switches of what is returned: they change nothing that a model computes.
+_FREE = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+# How many modules a model builds follows from fields like num_hidden_layers, n_layer and depths.
+_DEPTH = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$")
+
+
+def field_checksums(config: Mapping[str, Any]) -> dict[str, int]:
+    """CRC-32 of every field of a config that can change what the model computes, by name."""
+    return {name: zlib.crc32(json.dumps(value, sort_keys=True, default=str).encode()) for name, value in _kept(config)}
+
+
+def changed_fields(config: Mapping[str, Any], stored: Any) -> list[str]:
+    """Names of the fields that are not those of ``stored``, which :func:`field_checksums` made when the model was saved.
+
+    A field that this version of transformers does not have, or that the one which saved did not have, is not compared.
+
+    Raises:
+        ValueError: ``stored`` is no such table.
+    """
+    if not isinstance(stored, dict) or not all(isinstance(value, int) for value in stored.values()):
+        raise ValueError(f"quantization_config: provenance.fields must be {{field: CRC-32}}, got {stored!r:.200}")
+    return sorted(name for name, value in field_checksums(config).items() if stored.get(name, value) != value)
+
+
+def check_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a config that asks for more layers than the checkpoint has tensors, before any is built.
+
+    Args:
+        config: of the model, as a dict; configs inside it are looked at too.
+        tensors: how many the checkpoint holds.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for name, value in config.items():
+        if _is_config(value):
+            check_depth(value, tensors)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        for number in numbers if _DEPTH.search(str(name)) else []:
+            if isinstance(number, int) and number > tensors:
+                raise ValueError(
+                    f"config.json: {name} must be at most the {tensors} tensors of the checkpoint, got {number}: "
+                    "the config.json was changed or damaged after the save, fetch it again"
+                )
+
+
+def _kept(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, _stripped(value)) for name, value in sorted(config.items()) if name not in _FREE]
+
+
+def _stripped(value: Any) -> Any:
+    """A config inside a config without the fields that are free there too."""
+    return dict(_kept(value)) if _is_config(value) else value
+
+
+def _is_config(value: Any) -> bool:
+    """Whether this is the config of a part of the model: a table of classes may have one that is called "stage"."""
+    return isinstance(value, Mapping) and "model_type" in value

@@ -1,0 +1,75 @@
+"""What is checked between a model that is being filled and its checkpoint: room, fields of the config, filled buffers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .correction import corrections
+from .fields import changed_fields
+from .log import logger
+from .model import quantized_modules
+
+
+def check_room(model: nn.Module, size: int) -> None:
+    """Refuse entries that ask for more memory than the files hold, before any of it is taken.
+
+    Args:
+        model: prepared and empty, on the meta device.
+        size: of all files, bytes.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    held = (*quantized_modules(model).values(), *corrections(model).values())
+    wanted = sum(
+        buffer.nbytes
+        for module in held
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    )
+    if wanted > size:
+        raise ValueError(
+            f"quantization_config: modules and corrections describe {wanted:,} bytes, but the files of the checkpoint "
+            f"have {size:,}: it is incomplete, or its config.json was changed"
+        )
+
+
+def warn_of_changes(model: PreTrainedModel, fields: Any) -> None:
+    """Say which fields of the model's config are not those that were saved: they can change what it computes.
+
+    Raises:
+        ValueError: ``fields`` is no table of checksums.
+    """
+    changed = changed_fields(model.config.to_dict(), fields)
+    if changed:
+        logger.warning(
+            "%s of config.json are not what was saved: unless you changed them, the file is damaged, and the model does "
+            "not compute what was saved",
+            ", ".join(changed),
+        )
+
+
+def check_loaded(name: str, module: nn.Module) -> None:
+    """Refuse buffers that no file filled.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for buffer_name, buffer in module.named_buffers(recurse=False):
+        if buffer_name in module._non_persistent_buffers_set or hasattr(module, "_hf_hook"):
+            continue
+        if not getattr(buffer, "_is_hf_initialized", False):
+            raise ValueError(f"the checkpoint has no tensor {name}.{buffer_name}: it is incomplete")
+
+
+def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether the float layer is loaded in float32 although the model is in ``dtype`` (T5's ``wo``)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept)

@@ -1,0 +1,278 @@
+"""Whether a stored model is whole, before anything is built from it: format, entries, hashes, shapes, ranges, provenance.
+
+Only JSON and safetensors headers are parsed, and tensors are read one at a time: a file is checked without the memory of
+its model, and no code that comes with it runs. Loading checks the same and, beyond it, that the model's class fits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from .config import QUANT_METHOD, CatQuantConfig
+from .entries import Entries, check_tensors, verify_entries
+from .fields import changed_fields, check_depth
+from .formats import get_format, group_count
+from .integrity import Stored, read_header, sha256, verify_files
+from .packing import check_bytes, packed_width
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
+_SCALES = {"float16": "F16", "float32": "F32"}
+
+Kind = tuple[tuple[str, tuple[int, ...]] | None, ...]  # dtype and shape of each of _BUFFERS, None where there is none
+
+
+@dataclass
+class Verification:
+    """What was found in a folder.
+
+    Attributes:
+        folder: that was looked at.
+        problems: why the model must not be used; empty if it may.
+        remarks: what a careful user wants to know, and does no harm.
+        files: SHA-256 of config.json and of every file of weights, by name.
+        tensors, modules: how many were checked.
+        provenance: how the model was made, as it says.
+    """
+
+    folder: str
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: int = 0
+    modules: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean."""
+        return {**asdict(self), "is_whole": self.is_whole}
+
+    def __str__(self) -> str:
+        lines = [f"{digest}  {name}" for name, digest in self.files.items()]
+        lines += [f"made by: {name}: {value}" for name, value in self.provenance.items()]
+        lines += [f"remark: {text}" for text in self.remarks]
+        lines += [f"PROBLEM: {text}" for text in self.problems]
+        verdict = "whole" if self.is_whole else f"{len(self.problems)} problems, do not use it"
+        return "\n".join([*lines, f"{self.folder}: {self.modules} modules, {self.tensors} tensors: {verdict}"])
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check the quantized model in ``folder``; what is wrong with it is in the result, not raised.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    found = Verification(str(folder))
+    try:
+        raw = read_object(folder / "config.json")
+        config = stored_config(raw, folder)
+        files = weight_files(folder)
+        headers = check_stored(config, raw, files)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        found.problems.append(" ".join(str(error).split()))
+        return found
+    found.files = {path.name: sha256(path) for path in (folder / "config.json", *files)}
+    found.tensors, found.modules = len(headers), len(config.modules or {})
+    _look_around(folder, files, found)
+    _check_fields(folder, config, found)
+    _provenance(config, found)
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: there is no such file, or something else in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must hold a JSON object, got {found!r:.100}")
+    return found
+
+
+def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:
+    """The ``quantization_config`` of a config.json.
+
+    Raises:
+        ValueError, TypeError: it has none of this package, or one that breaks a rule.
+    """
+    found = raw.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{folder}: config.json has no quantization_config of hf_catquant: it is not a quantized model"
+        )
+    config: Any = CatQuantConfig.from_dict(found)
+    if config.modules is None:
+        raise ValueError(f"{folder}: quantization_config has no 'modules': it is a request, not a quantized model")
+    if not isinstance(config.provenance, dict):
+        raise ValueError(
+            f"{folder}: quantization_config: provenance must be an object, got {config.provenance!r:.100}"
+        )
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers would read.
+
+    Raises:
+        ValueError: there are none, or the index names something that is no file of this folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    names = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{folder}: there is neither {WEIGHTS} nor an {INDEX} with a weight_map")
+    files = []
+    for name in sorted({str(value) for value in names.values()}):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX}: {name!r:.100} is no safetensors file of this folder")
+        files.append(folder / name)
+    return files
+
+
+def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path]) -> dict[str, Stored]:
+    """Refuse anything that loading would refuse and that needs no model to see; the headers of all files.
+
+    Raises:
+        ValueError, TypeError: naming what is wrong.
+    """
+    modules = config.modules or {}
+    verify_entries(modules, config.corrections, config.entries_checksum)
+    check_tensors(modules, config.checksums)
+    check_depth(raw, len(config.checksums))
+    verify_files(files, config.checksums)
+    headers: dict[str, Stored] = {}
+    for path in files:
+        header = read_header(path)
+        both = sorted(header.keys() & headers.keys())
+        if both:
+            raise ValueError(f"{path}: tensor {both[0]!r} is in another file of the checkpoint too")
+        headers |= header
+    formats = match(modules, headers)
+    for path in files:
+        _check_values(path, formats)
+    return headers
+
+
+def expected_kind(entry: dict[str, Any]) -> Kind:
+    """Dtype and shape of the tensors that hold the weight of an entry, in the order of ``_BUFFERS``."""
+    fmt, (rows, columns), size = get_format(entry["weights"]), entry["shape"], entry["group_size"]
+    scale = (_SCALES[entry["scale_dtype"]], (rows, group_count(columns, size)))
+    rank = entry["low_rank"]
+    return (
+        ("U8", (rows, packed_width(fmt, columns, size))),
+        scale,
+        scale if fmt.affine else None,
+        ("F16", (rows, rank)) if rank else None,
+        ("F16", (rank, columns)) if rank else None,
+    )
+
+
+def match(modules: Entries, headers: dict[str, Stored]) -> dict[str, str]:
+    """Format of every packed weight, by the name that its tensors have in the files before the last dot.
+
+    Some architectures have other names in files than in memory; their modules are found by the sizes of their tensors.
+
+    Raises:
+        ValueError: the tensors of a module have another dtype or shape, or are not there.
+    """
+    kinds = {stem: _kind(stem, headers) for stem in _stems(headers)}
+    wanted = {name: expected_kind(entry) for name, entry in modules.items() if entry["tied_to"] is None}
+    named = {name for name in wanted if name in kinds}
+    for name in named:
+        if kinds[name] != wanted[name]:
+            raise ValueError(f"{name}: its tensors are {kinds[name]}, but its entry says {wanted[name]}")
+    rest = {wanted[name]: modules[name]["weights"] for name in wanted.keys() - named}
+    renamed = kinds.keys() - named
+    if Counter(kinds[stem] for stem in renamed) != Counter(wanted[name] for name in wanted.keys() - named):
+        names = ", ".join(sorted(wanted.keys() - named)[:5]) or ", ".join(sorted(renamed)[:5])
+        raise ValueError(f"the tensors and the entries of modules do not have the same dtypes and shapes, see {names}")
+    return {stem: rest[kinds[stem]] if stem in renamed else modules[stem]["weights"] for stem in kinds}
+
+
+def _stems(names: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
+
+
+def _kind(stem: str, headers: dict[str, Stored]) -> Kind:
+    held = [headers.get(f"{stem}.{buffer}") for buffer in _BUFFERS]
+    return tuple(None if stored is None else (stored.dtype, stored.shape) for stored in held)
+
+
+def _check_values(path: Path, formats: dict[str, str]) -> None:
+    """Refuse numbers that are not finite, and bytes that no codes pack to."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dict
+            stem, _, buffer = name.rpartition(".")
+            if buffer == "weight_packed" and stem in formats:
+                try:
+                    check_bytes(file.get_tensor(name), get_format(formats[stem]))
+                except ValueError as error:
+                    raise ValueError(f"{path}: {name}: {error}") from error
+            elif stem in formats or ".correction." in name or buffer in ("input_scale", "input_offset"):
+                value = file.get_tensor(name)
+                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{path}: {name} has values that are not finite")
+
+
+def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLES:
+            found.remarks.append(
+                f"{path.name} may hold Python objects, which run when they are loaded; nothing reads it"
+            )
+        elif path.suffix == ".py":
+            found.remarks.append(f"{path.name} is code; it runs only with trust_remote_code=True")
+        elif path.suffix == ".safetensors" and path not in files:
+            found.remarks.append(f"{path.name} is not part of the model")
+
+
+def _check_fields(folder: Path, config: CatQuantConfig, found: Verification) -> None:
+    """Compare the other fields of config.json with those that were saved, as transformers reads them."""
+    fields = config.provenance.get("fields")
+    if fields is None:
+        found.remarks.append("provenance has no fields: whether config.json was changed after the save cannot be told")
+        return
+    try:
+        changed = changed_fields(transformers.AutoConfig.from_pretrained(folder).to_dict(), fields)
+    except Exception as error:  # of the model's own config class: whatever it raises, the fields stay unchecked
+        found.remarks.append(f"the fields of config.json were not checked: {' '.join(str(error).split())[:200]}")
+        return
+    if changed:
+        found.problems.append(f"{', '.join(changed)} of config.json are not what was saved")
+
+
+def _provenance(config: CatQuantConfig, found: Verification) -> None:
+    known = config.provenance
+    data = known.get("calibration")
+    found.provenance = {
+        "solver": known.get("solver", "not said"),
+        "calibration": "none" if data is None else data,
+        "versions": known.get("versions", "not said"),
+    }
+    if not known.get("versions"):
+        found.remarks.append("provenance does not say with which versions it was made")

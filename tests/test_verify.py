@@ -1,0 +1,155 @@
+"""`catquant verify`: a whole folder passes, everything that is wrong is named, and nothing is raised or built on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import tiny_models
+from hf_catquant import CatQuantConfig
+from hf_catquant.cli import main
+from hf_catquant.integrity import file_checksums
+from hf_catquant.verify import verify
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verify")
+
+
+def saved(name: str, root: Path, **options) -> Path:
+    folder = root / "-".join([name, *map(str, options.values())])
+    if not folder.exists():
+        config = CatQuantConfig(weights="ternary", group_size=16, solver="rtn", correction=None, low_rank=2)
+        source = tiny_models.folder_of(name, str(root / "float"))
+        model = type(tiny_models.build(name)).from_pretrained(source, quantization_config=config)
+        model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture
+def folder(root, tmp_path) -> Path:
+    return Path(shutil.copytree(saved("bert", root), tmp_path / "bert"))
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, **tensors) -> None:
+    """Change tensors and make their checksums right again, as an attacker would."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    for name, change in tensors.items():
+        full = f"{QUERY}.{name}"
+        held[full] = change(held[full])
+        if held[full] is None:
+            del held[full]
+    save_file(held, path, metadata={"format": "pt"})
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit(folder, quantization_config=quantization | {"checksums": file_checksums(path)})
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "llama_tied", "whisper"])
+def test_what_was_saved_is_whole(name, root):
+    found = verify(saved(name, root))
+    assert found.is_whole, str(found)
+    assert not found.remarks
+    assert set(found.files) == {"config.json", "model.safetensors"}
+    assert found.modules
+    assert found.provenance["solver"] == "rtn"
+
+
+def test_shards_are_read_together(root):
+    found = verify(saved("bert", root, max_shard_size="8KB"))
+    assert found.is_whole, str(found)
+    assert len(found.files) > 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight_packed": lambda t: t.clone().fill_(250)}, "packed ternary byte must be at most 242, got 250"),
+        ({"weight_scale": lambda t: t * float("nan")}, "weight_scale has values that are not finite"),
+        ({"weight_scale": lambda t: t.float()}, "its tensors are .*F32.*, but its entry says .*F16"),
+        ({"weight_packed": lambda t: t[:, 1:].contiguous()}, "its tensors are .*, but its entry says"),
+        ({"low_rank_in": lambda t: None}, "its tensors are .*, but its entry says"),
+        ({"weight_packed": lambda t: None}, "checksums has 16 packed weights, modules describes 17"),
+    ],
+)
+def test_tensors_that_cannot_be_are_named(folder, tensors, message):
+    edit_tensors(folder, **tensors)
+    found = verify(folder)
+    assert len(found.problems) == 1
+    assert re.search(message, found.problems[0]), found.problems
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most"),
+        ({"quantization_config": None}, "not a quantized model"),
+        ({"quantization_config": {"quant_method": "catquant"}}, "it is a request, not a quantized model"),
+    ],
+)
+def test_a_config_that_was_changed_is_named(folder, fields, message):
+    edit(folder, **fields)
+    found = verify(folder)
+    assert any(message in problem for problem in found.problems), str(found)
+
+
+def test_what_is_no_checkpoint_is_said(folder, tmp_path):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "it is no JSON" in str(verify(folder))
+    (folder / "config.json").write_text("[]")
+    assert "must hold a JSON object" in str(verify(folder))
+    (folder / "config.json").unlink()
+    assert "there is no such file" in str(verify(folder))
+    with pytest.raises(ValueError, match="there is no folder"):
+        verify(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("target", ["../outside.safetensors", "/etc/passwd", "other.bin", "nowhere.safetensors", 3])
+def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
+    folder = Path(shutil.copytree(saved("bert", root, max_shard_size="8KB"), tmp_path / "bert"))
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    content["weight_map"][name] = target
+    index.write_text(json.dumps(content))
+    assert "is no safetensors file of this folder" in str(verify(folder))
+
+
+def test_a_careful_user_is_told_what_lies_beside(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    (folder / "modeling_x.py").write_text("")
+    save_file({"x": torch.zeros(1)}, folder / "old.safetensors")
+    found = verify(folder)
+    assert found.is_whole
+    assert len(found.remarks) == 3
+
+
+def test_the_verb_fails_when_something_is_wrong(folder, capsys):
+    assert main(["verify", str(folder)]) == 0
+    assert "whole" in capsys.readouterr().out
+    digest = verify(folder).files["model.safetensors"]
+    assert main(["verify", str(folder), "--expect", f"sha256:{digest}"]) == 0
+    assert main(["verify", str(folder), "--expect", "0" * 64]) == 1
+    assert "no file of the model has the SHA-256" in capsys.readouterr().err
+    edit(folder, hidden_act="relu")
+    assert main(["verify", str(folder), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["is_whole"] is False
+    assert "1 problems, the first: hidden_act" in printed.err
