@@ -30,7 +30,7 @@ def embedding(
     if not inside or dtype not in DTYPES or not readable(packed, scale, offset):
         return reference.embedding(indices, packed, scale, offset, weights, group_size, columns, dtype)
     out = packed.new_empty((*indices.shape, columns), dtype=dtype)
-    _dequantize_into(out, rows, packed, scale, offset, weights, group_size, columns)
+    dequantize_into(out, rows, packed, scale, offset, weights, group_size, columns)
     return out
 
 
@@ -48,11 +48,11 @@ def dequantize(
     if dtype not in DTYPES or not readable(packed, scale, offset):
         return reference.dequantize(packed, scale, offset, weights, group_size, columns, dtype)
     out = packed.new_empty((packed.shape[0], columns), dtype=dtype)
-    _dequantize_into(out, None, packed, scale, offset, weights, group_size, columns)
+    dequantize_into(out, None, packed, scale, offset, weights, group_size, columns)
     return out
 
 
-def _dequantize_into(
+def dequantize_into(
     out: Tensor,
     rows: Tensor | None,
     packed: Tensor,
@@ -62,6 +62,7 @@ def _dequantize_into(
     group_size: int,
     columns: int,
 ) -> None:
+    """Write w_hat at ``rows`` (int64, None for all of them) into ``out``, contiguous; tensors must be readable."""
     state = native.loaded().cq_dequantize(
         FORMAT_NUMBERS[weights],
         packed.data_ptr(),
