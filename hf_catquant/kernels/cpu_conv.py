@@ -56,7 +56,9 @@ def conv(
     if groups == 1 and _few(x, math.prod(spatial), activations, input_scale, input_offset):
         rows = _patches(x, kernel_size, stride, padding, dilation)
         out = linear(rows, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
-        return out.transpose(1, 2).contiguous().view(x.shape[0], packed.shape[0], *spatial)
+        maps = out.new_empty((x.shape[0], packed.shape[0], *spatial))  # no view: the caller may write into it
+        maps.flatten(2).copy_(out.transpose(1, 2))
+        return maps
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     shape = torch.Size((packed.shape[0], x.shape[1] // groups, *kernel_size))

@@ -170,3 +170,15 @@ def test_a_child_after_fork_has_threads_of_its_own():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_what_a_convolution_returns_can_be_written_into(kernel):
+    columns = 6 * kernel[0] * kernel[1]
+    case = random_case("ternary", 4, columns, 8)
+    x = torch.randn(1, 6, 3, 3, requires_grad=True)
+    geometry = (list(kernel), [1, 1], [0, 0], [1, 1], 1)
+    out = torch.ops.catquant.conv(x, *case.stored, None, None, None, "ternary", 8, None, *geometry)
+    out += 1
+    out.sum().backward()
+    assert x.grad is not None

@@ -224,7 +224,9 @@ class FakeDriver:
 
     def do_cuLaunchKernel(self, function, *arguments):
         *sizes, _, stream, parameters, _ = arguments
-        self.launched = function, tuple(sizes), stream, ctypes.string_at(parameters[0], 8), self.stack[-1]
+        # Not parameters[0], which ends at the first zero byte.
+        where = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
+        self.launched = function, tuple(sizes), stream, ctypes.string_at(where, 8), self.stack[-1]
         return 0
 
 
