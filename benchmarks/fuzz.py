@@ -1,6 +1,7 @@
 """A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
 
     python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
+    python benchmarks/fuzz.py --again        # judges the finds of the log again, after they were mended
 
 Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
 and one in ``--loads`` through ``from_pretrained`` as well. Workers have a limit of memory and of seconds for each case;
@@ -41,8 +42,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
     parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help="judge only what the log calls a find")
     args = parser.parse_args()
-    if args.chunk:
+    if args.again:
+        judge_again(args.loads)
+    elif args.chunk:
         work(*args.chunk, args.loads)
     else:
         campaign(args)
@@ -76,6 +80,28 @@ def campaign(args: argparse.Namespace) -> None:
             done = sum(n for name, n in total.items() if name.startswith("verify"))
             print(f"{done} cases, {len(finds)} finds", flush=True)
     log(args, dict(sorted(total.items())), finds, peak, time.perf_counter() - start)
+
+
+def judge_again(loads: int) -> None:
+    """Judge the finds of the log with the code of today; what is none any more moves to ``mended``."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    finds, counts = [], Counter(result["outcomes"])
+    for find in result["finds"]:
+        process, out = started((find["case"], find["case"] + 1), loads)
+        status = process.wait()
+        out.seek(0)
+        lines = [json.loads(line) for line in out.read().splitlines() if line.startswith("{")]
+        still = [line for line in lines if "find" in line]
+        if status or still:
+            finds.append(still[0] if still else find)
+            continue
+        result.setdefault("mended", []).append(find)
+        if "died" in find["find"]:  # it was not counted
+            counts.update(lines[-1]["counts"])
+    result |= {"finds": finds, "outcomes": dict(sorted(counts.items()))}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{RESULTS}: {len(finds)} finds left")
+    sys.exit(bool(finds))
 
 
 def started(chunk: tuple[int, int], loads: int) -> tuple[subprocess.Popen, Any]:
