@@ -24,11 +24,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, made
+from common import ROOT, made, sources, table, write
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+PAGE = ROOT / "docs" / "fuzz.md"
 MEMORY = 2 << 30  # bytes that a worker may take beyond what it has when it starts to judge
 SECONDS = 20  # that a case may take: it takes milliseconds, on a machine that does nothing else
 CHUNK = 20_000  # cases of one worker process
@@ -99,7 +100,7 @@ def judge_again(loads: int) -> None:
         if "died" in find["find"]:  # it was not counted
             counts.update(lines[-1]["counts"])
     result |= {"finds": finds, "outcomes": dict(sorted(counts.items()))}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result)
     print(f"{RESULTS}: {len(finds)} finds left")
     sys.exit(bool(finds))
 
@@ -177,9 +178,30 @@ def log(args: argparse.Namespace, counts: dict[str, int], finds: list[dict], pea
         "workers": args.workers,
         **made(),
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result)
     print(f"{RESULTS}: {len(finds)} finds")
     sys.exit(bool(finds))
+
+
+def save(result: dict) -> None:
+    """Write the log, and the page that says what is in it."""
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    mended = [[find["case"], find["find"]] for find in result.get("mended", [])]
+    lines = [
+        "# The fuzzing campaign",
+        "",
+        "Made by `python benchmarks/fuzz.py`; the log is `benchmarks/results/fuzz.json`;",
+        f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number {result['first']:,} on, one in",
+        f"{result['loads_one_in']} loaded as well; finds that are left: {len(result['finds'])}.",
+        "",
+        *table(["judge and outcome", "cases"], [[name, f"{n:,}"] for name, n in result["outcomes"].items()]),
+        "",
+        f"A worker took at most {result['peak_bytes_of_a_worker'] / 1e6:.0f} MB, torch and transformers included.",
+    ]
+    if mended:
+        lines += ["", "Finds that were judged again after something was mended, and are none any more:", ""]
+        lines += table(["case", "what was found"], mended)
+    write(PAGE, [*lines, *sources([result])])
 
 
 if __name__ == "__main__":
