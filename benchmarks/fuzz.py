@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 PAGE = ROOT / "docs" / "fuzz.md"
 MEMORY = 2 << 30  # bytes that a worker may take beyond what it has when it starts to judge
-SECONDS = 20  # that a case may take: it takes milliseconds, on a machine that does nothing else
+SECONDS = 20  # of CPU time that a case may take: it takes milliseconds
 CHUNK = 20_000  # cases of one worker process
 
 
@@ -123,7 +123,7 @@ def work(first: int, end: int, loads: int) -> None:
     transformers.logging.disable_progress_bar()
     said, logger = Said(), logging.getLogger("hf_catquant")
     logger.handlers = [said]
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         place = Path(folder) / "case"
@@ -137,9 +137,9 @@ def work(first: int, end: int, loads: int) -> None:
             if number % loads == 0:
                 judges.append(("load", lambda b, c: judge_load(b, c, place, said)))
             for name, judge in judges:
-                signal.alarm(SECONDS)
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
                 outcome, find = judge(base, case)
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 counts[f"{name}: {outcome}"] += 1
                 if peak_bytes() > limit:
                     raise SystemExit(9)
@@ -191,8 +191,9 @@ def save(result: dict) -> None:
         "# The fuzzing campaign",
         "",
         "Made by `python benchmarks/fuzz.py`; the log is `benchmarks/results/fuzz.json`;",
-        f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number {result['first']:,} on, one in",
-        f"{result['loads_one_in']} loaded as well; finds that are left: {len(result['finds'])}.",
+        f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number",
+        f"{result['first']:,} on, one in {result['loads_one_in']} loaded as well;",
+        f"finds that are left: {len(result['finds'])}.",
         "",
         *table(["judge and outcome", "cases"], [[name, f"{n:,}"] for name, n in result["outcomes"].items()]),
         "",
