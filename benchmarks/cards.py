@@ -31,14 +31,14 @@ class Facts:
     license: str | None = None
 
 
-IMAGES = "ImageNet-1k validation, 700 images"
+IMAGES = "ImageNet-1k validation, Acuity's images"
 FACTS = {
     "minilm-l6-sst2": Facts("SST-2 validation", license="apache-2.0"),
     "resnet-18-pq": Facts(IMAGES, license="cc-by-nc-4.0"),
     "mobilenet_v2_1.0_224": Facts(IMAGES, "google/mobilenet_v2_1.0_224"),
     "deit-tiny-patch16-224": Facts(IMAGES, "facebook/deit-tiny-patch16-224"),
-    "kwt1-speech-commands-12": Facts("Speech Commands, 106 rows of 12 words", license="apache-2.0"),
-    "stories260K": Facts("TinyStories, 120 stories"),
+    "kwt1-speech-commands-12": Facts("Speech Commands, 12 words", license="apache-2.0"),
+    "stories260K": Facts("TinyStories"),
     "ast-tiny-fsdd": Facts("Free Spoken Digit Dataset, other takes than the calibration"),
 }
 DIGITS = Case(

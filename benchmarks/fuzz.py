@@ -1,6 +1,7 @@
 """A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
 
     python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
+    python benchmarks/fuzz.py --again        # judges the finds of the log again, after they were mended
 
 Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
 and one in ``--loads`` through ``from_pretrained`` as well. Workers have a limit of memory and of seconds for each case;
@@ -23,13 +24,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, made
+from common import ROOT, made, sources, table, write
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+PAGE = ROOT / "docs" / "fuzz.md"
 MEMORY = 2 << 30  # bytes that a worker may take beyond what it has when it starts to judge
-SECONDS = 20  # that a case may take: it takes milliseconds, on a machine that does nothing else
+SECONDS = 20  # of CPU time that a case may take: it takes milliseconds
 CHUNK = 20_000  # cases of one worker process
 
 
@@ -41,8 +43,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
     parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help="judge only what the log calls a find")
     args = parser.parse_args()
-    if args.chunk:
+    if args.again:
+        judge_again(args.loads)
+    elif args.chunk:
         work(*args.chunk, args.loads)
     else:
         campaign(args)
@@ -78,6 +83,28 @@ def campaign(args: argparse.Namespace) -> None:
     log(args, dict(sorted(total.items())), finds, peak, time.perf_counter() - start)
 
 
+def judge_again(loads: int) -> None:
+    """Judge the finds of the log with the code of today; what is none any more moves to ``mended``."""
+    result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    finds, counts = [], Counter(result["outcomes"])
+    for find in result["finds"]:
+        process, out = started((find["case"], find["case"] + 1), loads)
+        status = process.wait()
+        out.seek(0)
+        lines = [json.loads(line) for line in out.read().splitlines() if line.startswith("{")]
+        still = [line for line in lines if "find" in line]
+        if status or still:
+            finds.append(still[0] if still else find)
+            continue
+        result.setdefault("mended", []).append(find)
+        if "died" in find["find"]:  # it was not counted
+            counts.update(lines[-1]["counts"])
+    result |= {"finds": finds, "outcomes": dict(sorted(counts.items()))}
+    save(result)
+    print(f"{RESULTS}: {len(finds)} finds left")
+    sys.exit(bool(finds))
+
+
 def started(chunk: tuple[int, int], loads: int) -> tuple[subprocess.Popen, Any]:
     """A worker process and the file that it writes to."""
     out = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process runs
@@ -96,7 +123,7 @@ def work(first: int, end: int, loads: int) -> None:
     transformers.logging.disable_progress_bar()
     said, logger = Said(), logging.getLogger("hf_catquant")
     logger.handlers = [said]
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         place = Path(folder) / "case"
@@ -110,9 +137,9 @@ def work(first: int, end: int, loads: int) -> None:
             if number % loads == 0:
                 judges.append(("load", lambda b, c: judge_load(b, c, place, said)))
             for name, judge in judges:
-                signal.alarm(SECONDS)
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
                 outcome, find = judge(base, case)
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 counts[f"{name}: {outcome}"] += 1
                 if peak_bytes() > limit:
                     raise SystemExit(9)
@@ -151,9 +178,31 @@ def log(args: argparse.Namespace, counts: dict[str, int], finds: list[dict], pea
         "workers": args.workers,
         **made(),
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result)
     print(f"{RESULTS}: {len(finds)} finds")
     sys.exit(bool(finds))
+
+
+def save(result: dict) -> None:
+    """Write the log, and the page that says what is in it."""
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    mended = [[find["case"], find["find"]] for find in result.get("mended", [])]
+    lines = [
+        "# The fuzzing campaign",
+        "",
+        "Made by `python benchmarks/fuzz.py`; the log is `benchmarks/results/fuzz.json`;",
+        f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number",
+        f"{result['first']:,} on, one in {result['loads_one_in']} loaded as well;",
+        f"finds that are left: {len(result['finds'])}.",
+        "",
+        *table(["judge and outcome", "cases"], [[name, f"{n:,}"] for name, n in result["outcomes"].items()]),
+        "",
+        f"A worker took at most {result['peak_bytes_of_a_worker'] / 1e6:.0f} MB, torch and transformers included.",
+    ]
+    if mended:
+        lines += ["", "Finds that were judged again after something was mended, and are none any more:", ""]
+        lines += table(["case", "what was found"], mended)
+    write(PAGE, [*lines, *sources([result])])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing on it is typed by hand: what was measured is shown with its rows and int
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -210,10 +211,15 @@ def _request(config: CatQuantConfig) -> str:
     default = CatQuantConfig().to_dict()
     fields = {name: config.to_dict()[name] for name in _REQUEST}
     said = {name: value for name, value in fields.items() if name in _REQUEST[:4] or value != default[name]}
-    words = [f"    {name}={value!r}," for name, value in said.items()]
+    words = [f"    {name}={_literal(value)}," for name, value in said.items()]
     if config.provenance.get("calibration"):
         words.append("    dataset=samples,")
     return "\n".join(["CatQuantConfig(", *words, ")"])
+
+
+def _literal(value: Any) -> str:
+    """Python with the quotes that people type."""
+    return json.dumps(value) if isinstance(value, str) else repr(value).replace("'", '"')
 
 
 def _calibration(config: CatQuantConfig) -> str:
@@ -241,7 +247,9 @@ def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) ->
     else:
         first, last = table.rows[0], table.rows[-1]
         change = f"{first.metric:.2f} to {last.metric:.2f}"
-        found.append(f"{table.metric} went from {change} on {table.n} rows; on other data it can be another number.")
+        found.append(
+            f"{table.metric.capitalize()} went from {change} on {table.n} rows; on other data it can be another number."
+        )
     if any(fit.get("clusters") for fit in report.corrections.values()):
         found.append("The correction was fitted on the calibration data and is meant for data like it.")
     found += [_cell(note) for note in report.notes]
