@@ -114,6 +114,13 @@ def test_features_without_spread_are_not_modelled():
         np.testing.assert_array_equal(getattr(found, name), [0.5, np.inf])
 
 
+def test_features_far_apart_are_not_modelled():
+    found = predict([[1 + 1e-9], [1 - 1e-9], [-1 + 1e-9], [-1 - 1e-9]], [0, 0, 1, 1])
+    assert found.mu == 1
+    assert found.discrimination == found.binary == found.ternary == np.inf
+    assert found.measured > 1e16
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
