@@ -137,6 +137,12 @@ def test_accuracy_learns_from_the_training_folds_only():
     assert alone > 0.25  # what leaking would give
 
 
+def test_a_classifier_named_twice_counts_once():
+    x, y = random_features()
+    twice = feature_discrimination(x, y, accuracy=["knn", "knn"])
+    assert twice == feature_discrimination(x, y, accuracy="knn")
+
+
 def test_integers_and_strings_do_not_mix_over_batches():
     statistics = FeatureStatistics()
     statistics.add([[1.0], [2.0]], [0, 1])
@@ -175,6 +181,8 @@ def test_batches_are_checked_as_they_come():
         ),
         ({"accuracy": "svm"}, "accuracy must name classifiers of knn, linear, got 'svm'"),
         ({"accuracy": ["knn", 3]}, "accuracy must name classifiers of knn, linear, got 3"),
+        ({"accuracy": None}, "accuracy must name classifiers of knn, linear, got None"),
+        ({"accuracy": True}, "accuracy must name classifiers of knn, linear, got True"),
         ({"bootstrap": -1}, "bootstrap must be an integer of at least 0, got -1"),
         ({"bootstrap": 1.5}, "bootstrap must be an integer of at least 0, got 1.5"),
         ({"seed": "0"}, "seed must be an integer of at least 0, got '0'"),

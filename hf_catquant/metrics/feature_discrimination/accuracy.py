@@ -5,7 +5,7 @@ Means, deviations and thresholds are those of the training folds: nothing is kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,16 @@ SVM_C = 0.01  # regularised enough that the 0/1 and the -1/0/1 codes of hundreds
 
 
 def checked_classifiers(value: Any) -> tuple[str, ...]:
-    """The names in ``value``, one or several.
+    """The names in ``value``, one or several, each once.
 
     Raises:
-        ValueError: one is not a classifier.
+        ValueError: one is not a classifier, or they are no names at all.
     """
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     unknown = [name for name in names if name not in CLASSIFIERS]
     if unknown:
         raise ValueError(f"accuracy must name classifiers of {', '.join(CLASSIFIERS)}, got {unknown[0]!r}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def accuracies(
