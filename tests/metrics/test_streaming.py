@@ -143,6 +143,13 @@ def test_a_classifier_named_twice_counts_once():
     assert twice == feature_discrimination(x, y, accuracy="knn")
 
 
+def test_accuracy_needs_three_samples_of_a_class():
+    x, y = random_features(rows=11)
+    with pytest.raises(ValueError, match="accuracy needs at least 3 samples of every class, class b has 2: add some"):
+        feature_discrimination(x[:5], list("abaab"), accuracy="knn")
+    assert 0 <= feature_discrimination(x, y, accuracy=("knn", "linear"))["linear_accuracy"] <= 1  # 3 folds
+
+
 def test_integers_and_strings_do_not_mix_over_batches():
     statistics = FeatureStatistics()
     statistics.add([[1.0], [2.0]], [0, 1])

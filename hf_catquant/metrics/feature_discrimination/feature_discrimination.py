@@ -45,7 +45,8 @@ Args:
     ternary_threshold: a number in deviations, "mean" or "best".
     per_feature: add D of every feature on its own.
     pairs: add D of every pair of classes.
-    accuracy: "knn", "linear" or both: add their accuracy in 5-fold cross-validation.
+    accuracy: "knn", "linear" or both: add their accuracy in 5-fold cross-validation (fewer folds where a class
+        has fewer than 5 samples, of which it needs 3).
     bootstrap: add 95 % intervals from so many resamples.
     seed: of the folds and the resamples.
 Returns:
