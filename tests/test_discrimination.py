@@ -254,6 +254,20 @@ def test_order_scale_and_place_of_the_data_do_not_matter():
     assert moved == pytest.approx(found, rel=1e-6)
 
 
+def test_features_of_small_values_keep_their_discrimination():
+    x, y = random_features()
+    expected = feature_discrimination(x, y, per_feature=True, pairs=True)
+    small = np.hstack([x * 1e-156, np.zeros((len(x), 1)), np.ones((len(x), 1))])
+    found = feature_discrimination(small, y, per_feature=True, pairs=True)
+    np.testing.assert_allclose(found["pairs"], expected["pairs"], rtol=1e-9)
+    np.testing.assert_allclose(found["per_feature"][:-2], expected["per_feature"], rtol=1e-9)
+    for size in (1e-156, 1e-170):
+        with pytest.raises(
+            ValueError, match=r"must not all be less than 1e-150 in size, got .* from row 0 on: multiply"
+        ):
+            feature_discrimination(x * size, y)
+
+
 def test_rows_in_parts_give_the_same_moments(monkeypatch):
     x, y = random_features()
     x[:, 0] = 0.1

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIMIT = 1e150  # squares of larger values overflow
+SMALL = 1 / LIMIT  # squares of smaller values are 0
 
 
 def as_array(values: Any) -> Any:
@@ -76,10 +77,18 @@ def checked_pair(features: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]
 def check_rows(rows: NDArray[Any], start: int) -> None:
     """Refuse rows (n, d), the first of which is row ``start`` of all, with a value that is not finite or too large.
 
+    So are rows that are all too small, but not all 0.
+
     Raises:
         ValueError: naming the value and its row.
     """
-    if float(rows.min()) > -LIMIT and float(rows.max()) < LIMIT:  # false for nan
+    low, high = float(rows.min()), float(rows.max())
+    if 0 < max(-low, high) < SMALL:
+        raise ValueError(
+            f"features (predictions) must not all be less than {SMALL:g} in size, got {max(-low, high):g} at most from "
+            f"row {start} on: multiply them by one large number, which leaves D what it is"
+        )
+    if low > -LIMIT and high < LIMIT:  # false for nan
         return
     good = np.abs(rows.astype(np.float64)) < LIMIT
     row = int(np.flatnonzero(~good.all(1))[0])
