@@ -14,7 +14,7 @@ import evaluate
 
 from .accuracy import CLASSIFIERS
 from .bootstrap import intervals
-from .inputs import checked_number
+from .inputs import EXACT, checked_labels
 from .measure import feature_discrimination as measure
 from .moments import Moments
 from .streaming import FeatureStatistics
@@ -26,7 +26,6 @@ __all__ = [
     "FeatureDiscrimination",
     "FeatureStatistics",
     "Moments",
-    "checked_number",
     "intervals",
     "search",
 ]
@@ -95,15 +94,23 @@ class FeatureDiscrimination(evaluate.Metric):
         """Add rows and their labels, at least one: ``evaluate`` reads the form of the labels off the first."""
         if predictions is not None and len(predictions) == 0:
             raise ValueError("features (predictions) must be (n, d) with at least one row and column, got no row")
+        references = _labels(references)
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add a row and its label."""
+        super().add(prediction=prediction, reference=_labels([reference])[0], **kwargs)
+
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return measure(predictions, [_label(label) for label in references], **options)
+        return measure(predictions, references, **options)
 
 
-def _label(label: Any) -> Any:
-    if isinstance(label, str):
-        return label
-    if int(label) != label:
-        raise ValueError(f"labels (references) must be (n,) integers or strings, got {label}")
-    return int(label)
+def _labels(references: Any) -> list[Any]:
+    """Labels as integers or strings, checked before ``evaluate`` makes them float64 or strings."""
+    labels = checked_labels(references).tolist()
+    large = [label for label in labels if not isinstance(label, str) and abs(label) > EXACT]
+    if large:
+        raise ValueError(
+            f"labels (references) must be integers up to 2**53 in size, got {large[0]}: pass them as strings"
+        )
+    return labels
