@@ -141,6 +141,14 @@ def test_the_metric_stays_usable_after_bad_input(metric, data):
     assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_labels_of_another_length_and_form_leave_nothing_behind(data, tmp_path, kept):
+    metric = evaluate.load(FEATURE_DISCRIMINATION, cache_dir=str(tmp_path), keep_in_memory=kept)
+    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+        metric.compute(predictions=data[0], references=["a"] * 10)
+    assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
+
+
 def test_copied_elsewhere_it_needs_nothing_of_the_package(data, tmp_path, monkeypatch):
     folder = tmp_path / "feature_discrimination"
     folder.mkdir()

@@ -77,6 +77,9 @@ _ROWS = datasets.Sequence(datasets.Value("float64"))
 class FeatureDiscrimination(evaluate.Metric):
     """The metric that ``evaluate.load`` returns."""
 
+    writer: Any
+    selected_feature_format: Any
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -95,7 +98,19 @@ class FeatureDiscrimination(evaluate.Metric):
         if predictions is not None and len(predictions) == 0:
             raise ValueError("features (predictions) must be (n, d) with at least one row and column, got no row")
         references = _labels(references)
-        super().add_batch(predictions=predictions, references=references, **kwargs)
+        first = self.writer is None
+        try:
+            super().add_batch(predictions=predictions, references=references, **kwargs)
+        except ValueError:
+            if first and self.num_process == 1:
+                self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Drop the file that was begun for rows that were refused, and the form of labels that it was begun for."""
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = self.selected_feature_format = None
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add a row and its label."""
