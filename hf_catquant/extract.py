@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import samples as data
 from .fitting import correction_dim, evaluating, placed, tensor_of
-from .logits import logits_site
+from .logits import find_logits, named_logits, observed, step_sites
 from .model import stacks
 from .replay import hooked, run
 
@@ -73,18 +73,22 @@ def extract_features(
 
 @dataclass(frozen=True)
 class Place:
-    """Where features are taken: what ``module`` returns, or what enters it; ``name`` is that of the result."""
+    """Where features are taken: what ``module`` returns, or what enters it; ``name`` is that of the result.
+
+    ``pooling`` is the model's own of the steps, where it pools them after the head; None: as asked for.
+    """
 
     name: str
     module: str
     entering: bool = False
+    pooling: str | None = None
 
 
 def places(model: nn.Module, at: str | Sequence[str], batch: dict[str, Tensor]) -> list[Place]:
     """The places that ``at`` names, as :func:`extract_features` reads it, in the order they are named.
 
     Raises:
-        ValueError: one is not in the model, or it has no repeated blocks.
+        ValueError: one is not in the model, it has no repeated blocks, or no module returns its logits.
     """
     names = dict(model.named_modules())
     found: list[Place] = []
@@ -104,9 +108,28 @@ def places(model: nn.Module, at: str | Sequence[str], batch: dict[str, Tensor]) 
 
 
 def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
-    """What enters the module that returns the logits; without logits, what the model returns."""
-    site = logits_site(model, placed(batch, model))
-    return Place(HEAD, "") if site is None else Place(HEAD, site, entering=True)
+    """What enters the module that returns the logits; without logits, what the model returns.
+
+    Raises:
+        ValueError: there are logits, but no module that returns them.
+    """
+    batch = placed(batch, model)
+    output, returned = observed(model, batch)
+    site = find_logits(output, returned)
+    if site is not None:
+        return Place(HEAD, site, entering=True)
+    logits = named_logits(output)
+    if logits is None:
+        return Place(HEAD, "")
+    for name, steps in step_sites(logits, returned):  # decoders that classify every step and keep one
+        mask = _mask(batch, model, name, steps)
+        for pooling in ("last", "cls"):
+            if torch.equal(_of_sequence(steps, mask, pooling).float(), logits.float()):
+                return Place(HEAD, name, entering=True, pooling=pooling)
+    raise ValueError(
+        f'at="head": no module of {type(model).__name__} returns its logits {tuple(logits.shape)}, so that what enters '
+        "its head is not known: name a module"
+    )
 
 
 def catch(
@@ -156,10 +179,14 @@ def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor],
         dim = correction_dim(model.get_submodule(site.module), hidden)
     if dim != -1 or hidden.dim() > 3:
         return hidden.float().movedim(dim, -1).flatten(1, -2).mean(1).cpu()
-    mask = data.padding_mask(batch, model, site.module, hidden)
-    if mask is None:
-        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    return _of_sequence(hidden.float(), mask, pooling).cpu()
+    mask = _mask(batch, model, site.module, hidden)
+    return _of_sequence(hidden.float(), mask, site.pooling or pooling).cpu()
+
+
+def _mask(batch: dict[str, Tensor], model: nn.Module, site: str, hidden: Tensor) -> Tensor:
+    """What of ``hidden`` (B, T, D) at the module ``site`` is no padding, (B, T) bool."""
+    mask = data.padding_mask(batch, model, site, hidden)
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask
 
 
 def _of_sequence(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -24,7 +24,7 @@ from .metrics.feature_discrimination.measure import DEFAULT_ETA
 from .metrics.feature_discrimination.moments import Moments
 from .metrics.feature_discrimination.streaming import CHUNK, Coder
 from .metrics.feature_discrimination.thresholds import search
-from .packing import pack, packed_width, unpack
+from .packing import check_bytes, pack, packed_width, unpack
 
 WORDS = ("mean", "discrimination")
 
@@ -91,6 +91,8 @@ class _Quantizer(TransformerMixin, BaseEstimator):
                 f"packed codes must be (n, {width}) uint8 of a quantizer that packs, got {packed.dtype} of shape "
                 f"{packed.shape} with packing={self.packing!r}"
             )
+        if self.packing == "base3":
+            check_bytes(torch.from_numpy(packed), get_format("ternary"))
         return self._unpack(packed)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[Any]:
@@ -129,6 +131,8 @@ class _Quantizer(TransformerMixin, BaseEstimator):
             return _unpacked(packed, "ternary", self.n_features_in_) - np.int8(1)
         if self._ternary:
             used, negative = (_unpacked(part, "binary", self.n_features_in_) for part in np.hsplit(packed, 2))
+            if (negative > used).any():
+                raise ValueError('packed codes must have no bit "negative" where the bit "not 0" is unset')
             return used - 2 * negative
         return _unpacked(packed, "binary", self.n_features_in_)
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .metrics.feature_discrimination.inputs import as_array, checked_count
+
 BLOCK = 2**15  # rows whose scores are held at a time: a word of each is 256 KiB
 
 Words = NDArray[np.uint64]
@@ -42,11 +44,11 @@ class PackedIndex:
     def __init__(
         self, packed: Any, num_features: int, *, ternary: bool = False, num_threads: int | None = None
     ) -> None:
-        if not 1 <= num_features < 2**14:
+        self.num_features = checked_count(num_features, "num_features", 1)
+        if self.num_features >= 2**14:
             raise ValueError(f"num_features must be from 1 to {2**14 - 1}, got {num_features}")
-        self.num_features = num_features
         self.ternary = ternary
-        self.num_threads = num_threads or _processors()
+        self.num_threads = _processors() if num_threads is None else checked_count(num_threads, "num_threads", 1)
         self._planes = self._words(packed, "packed")
 
     def __len__(self) -> int:
@@ -88,10 +90,9 @@ class PackedIndex:
         Raises:
             ValueError: an argument does not fit the index.
         """
-        if not 1 <= k <= len(self):
+        if checked_count(k, "k", 1) > len(self):
             raise ValueError(f"k must be from 1 to the {len(self)} rows, got {k}")
-        if oversample < 1:
-            raise ValueError(f"oversample must be at least 1, got {oversample}")
+        oversample = checked_count(oversample, "oversample", 1)
         if (embeddings is None) != (float_queries is None):
             raise ValueError("embeddings and float_queries go together, got one of them")
         asked = self._words(queries, "queries")
@@ -101,7 +102,7 @@ class PackedIndex:
         rows, scores = _top(rows, scores, wanted)
         if embeddings is None:
             return rows, scores
-        float_queries = np.asarray(float_queries, np.float32)
+        embeddings, float_queries = _matrix(embeddings), _matrix(float_queries).astype(np.float32)
         if len(embeddings) != len(self) or float_queries.shape != (len(rows), embeddings.shape[1]):
             raise ValueError(
                 f"embeddings and float_queries must be ({len(self)}, e) and ({len(rows)}, e), got {embeddings.shape} and "
@@ -110,6 +111,12 @@ class PackedIndex:
         near = np.stack(
             [np.asarray(embeddings[chosen], np.float32) @ q for chosen, q in zip(rows, float_queries, strict=True)]
         )
+        if not np.isfinite(near).all():
+            query, place = np.argwhere(~np.isfinite(near))[0]
+            raise ValueError(
+                f"embeddings and float_queries must be finite, got a product of {near[query, place]} of query {query} "
+                f"with row {rows[query, place]}"
+            )
         return _top(rows, near, k)
 
     def _words(self, packed: Any, name: str) -> Words:
@@ -121,6 +128,8 @@ class PackedIndex:
                 f"{name} must be (n, {planes * width}) uint8, {'two planes' if self.ternary else 'a plane'} of "
                 f'{self.num_features} bits as packing="bits" gives, got {packed.dtype} of shape {packed.shape}'
             )
+        used = np.packbits(np.arange(8 * width) < self.num_features, bitorder="little")
+        packed = np.ascontiguousarray(packed & np.tile(used, planes))  # bits behind the last feature are no codes
         padded = np.zeros((len(packed), planes, -(-width // 8) * 8), np.uint8)
         padded[:, :, :width] = packed.reshape(len(packed), planes, width)
         return np.ascontiguousarray(padded.view(np.uint64).transpose(1, 2, 0))
@@ -209,6 +218,16 @@ def _top(rows: NDArray[np.int64], scores: Any, k: int) -> tuple[NDArray[np.int64
     """The ``k`` best of each line."""
     best = [_best_of(*line, k) for line in zip(rows, scores, strict=True)]
     return np.stack([line[0] for line in best]), np.stack([line[1] for line in best])
+
+
+def _matrix(values: Any) -> NDArray[Any]:
+    """Embeddings (n, e): an array, memory-mapped or not, a tensor or rows."""
+    found = np.asanyarray(as_array(values))
+    if found.ndim != 2 or found.dtype.kind not in "fiub":
+        raise ValueError(
+            f"embeddings and float_queries must be (n, e) of real numbers, got {found.dtype} of shape {found.shape}"
+        )
+    return found
 
 
 def _processors() -> int:

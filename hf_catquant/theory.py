@@ -163,7 +163,7 @@ def predict(features: Any, labels: Any, ternary_threshold: float | None = None) 
     deviation = np.sqrt(np.square(half) + inside)
     inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
     mu = half * inverse
-    modelled = (inside > 0) & (mu > 0)
+    modelled = (inside > 0) & (mu > 0) & (mu < 1)  # classes far apart round to 1
     safe = np.where(modelled, mu, 0.5)
     if ternary_threshold is None:
         tau = np.where(modelled, best_ternary_threshold(safe), 0.0)

@@ -254,6 +254,20 @@ def test_order_scale_and_place_of_the_data_do_not_matter():
     assert moved == pytest.approx(found, rel=1e-6)
 
 
+def test_features_of_small_values_keep_their_discrimination():
+    x, y = random_features()
+    expected = feature_discrimination(x, y, per_feature=True, pairs=True)
+    small = np.hstack([x * 1e-156, np.zeros((len(x), 1)), np.ones((len(x), 1))])
+    found = feature_discrimination(small, y, per_feature=True, pairs=True)
+    np.testing.assert_allclose(found["pairs"], expected["pairs"], rtol=1e-9)
+    np.testing.assert_allclose(found["per_feature"][:-2], expected["per_feature"], rtol=1e-9)
+    for size in (1e-156, 1e-170):
+        with pytest.raises(
+            ValueError, match=r"must not all be less than 1e-150 in size, got .* from row 0 on: multiply"
+        ):
+            feature_discrimination(x * size, y)
+
+
 def test_rows_in_parts_give_the_same_moments(monkeypatch):
     x, y = random_features()
     x[:, 0] = 0.1
@@ -305,6 +319,14 @@ def test_integers_and_their_input_are_left_alone():
     np.testing.assert_array_equal(x, before)
 
 
+@pytest.mark.parametrize("labels", [[1.0, 1.0, 2.0, 2.0], np.array([1, 1, 2, 2], object), [np.int64(1), 1, 2, 2]])
+def test_whole_numbers_are_labels_however_they_are_stored(labels):
+    x = [[1.0], [2.0], [2.5], [4.0]]
+    found = feature_discrimination(x, labels, pairs=True)
+    assert found == feature_discrimination(x, [1, 1, 2, 2], pairs=True)
+    assert found["classes"] == [1, 2]
+
+
 ONES = np.ones((4, 2))
 
 
@@ -324,7 +346,11 @@ ONES = np.ones((4, 2))
         (ONES, [0, 0, 1], "of one length, got 4 and 3"),
         (ONES, [5, 5, 5, 5], "at least two classes, got only 5"),
         (ONES, [0, 0, 0, 3], "at least two samples, class 3 has one"),
-        (ONES, [0, 0, 1, 1.5], r"\(n,\) integers or strings, got float64 of shape \(4,\)"),
+        (ONES, [0, 0, 1, 1.5], r"\(n,\) integers or strings, got 1.5 in float64"),
+        (ONES, [0, 0, 1, math.nan], r"\(n,\) integers or strings, got nan in float64"),
+        (ONES, [0, 0, 1, None], r"\(n,\) integers or strings, got None"),
+        (ONES, [1, "1", 2, "2"], "all integers or all strings, got both"),
+        (ONES, [0, 0, 1, 2**70], "must be integers of 64 bits, got 1180591620717411303424: pass them as strings"),
         (ONES, [[0], [0], [1], [1]], r"\(n,\) integers or strings, got int64 of shape \(4, 1\)"),
         (ONES, [[0], [0, 1], [1], [1]], r"\(n,\) integers or strings, got rows of several lengths"),
     ],

@@ -119,6 +119,48 @@ def test_plain_torch_models():
     torch.testing.assert_close(extract_features(model, samples), model.layers[:4](rows).detach())
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_head_of_decoders_that_classify_is_entered_at_the_step_they_keep(kind, side):
+    sizes = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    if kind == "gpt2":
+        model = tf.GPT2ForSequenceClassification(tf.GPT2Config(**sizes, pad_token_id=0)).eval()
+    else:
+        model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**sizes, intermediate_size=24, pad_token_id=0)).eval()
+    samples = []
+    for sample in texts([4, 9, 6, 12, 7, 5]):
+        ids, rest = sample["input_ids"], 12 - len(sample["input_ids"])
+        pads = (rest, 0) if side == "left" else (0, rest)
+        mask = nn.functional.pad(torch.ones_like(ids), pads)
+        samples.append({"input_ids": nn.functional.pad(ids, pads), "attention_mask": mask})
+    found = extract_features(model, samples, batch_size=3)
+    assert found.shape == (6, 16)
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(found), model(**batch).logits)
+
+
+class Answers(nn.Module):
+    """Returns its logits by name; ``scale`` 1 leaves them what the head returned."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.body, self.head, self.scale = nn.Linear(3, 4), nn.Linear(4, 2), scale
+
+    def forward(self, x):
+        logits = self.head(self.body(x))
+        return {"logits": logits if self.scale == 1 else self.scale * logits}
+
+
+def test_logits_in_a_mapping_are_those_of_a_head_or_refused():
+    rows = torch.randn(4, 3)
+    samples = [{"x": row} for row in rows]
+    model = Answers(1)
+    torch.testing.assert_close(extract_features(model, samples), model.body(rows).detach())
+    with pytest.raises(ValueError, match=r"no module of Answers returns its logits \(4, 2\).*: name a module"):
+        extract_features(Answers(2), samples)
+
+
 class Flattens(nn.Module):
     """A layer that sees all steps in one list, one that returns no vector a sample, and one that is not run."""
 

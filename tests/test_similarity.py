@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from hf_catquant import BinaryQuantizer, TernaryQuantizer, similarity
 from hf_catquant.similarity import PackedIndex
@@ -71,19 +72,70 @@ def test_scoring_again_sorts_the_nearest_by_their_floats():
 
 
 X = embeddings(20, 12)
-INDEX = PackedIndex(packed(BinaryQuantizer, X), 12)
+CODES = packed(BinaryQuantizer, X)
+INDEX = PackedIndex(CODES, 12)
+
+
+@pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
+def test_bits_behind_the_last_feature_are_not_counted(kind):
+    codes = packed(kind, X)
+    dirty = codes.copy()
+    dirty[:, 1::2] |= 0b11110000
+    ternary = kind is TernaryQuantizer
+    expected = PackedIndex(codes, 12, ternary=ternary).scores(codes)
+    np.testing.assert_array_equal(PackedIndex(dirty, 12, ternary=ternary).scores(dirty), expected)
+
+
+def test_embeddings_may_be_rows_or_tensors():
+    expected = INDEX.search(CODES, 3, embeddings=X, float_queries=X)
+    for form in (X.tolist(), torch.tensor(X)):
+        found = INDEX.search(CODES, 3, embeddings=form, float_queries=form)
+        np.testing.assert_array_equal(found[0], expected[0])
+    half = torch.tensor(X).bfloat16()
+    assert INDEX.search(CODES, 3, embeddings=half, float_queries=half)[1].shape == (20, 3)
+
+
+def test_bytes_that_are_no_ternary_codes_are_refused():
+    base3 = TernaryQuantizer(packing="base3").fit(X)
+    with pytest.raises(ValueError, match="a packed ternary byte must be at most 242, got 255"):
+        base3.unpack(np.full((2, 3), 255, np.uint8))
+    bits = TernaryQuantizer(packing="bits").fit(X)
+    with pytest.raises(ValueError, match='no bit "negative" where the bit "not 0" is unset'):
+        bits.unpack(np.array([[0, 0, 1, 0]], np.uint8))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 0), "num_features must be from 1 to 16383, got 0"),
+        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 0), "num_features must be an integer of at least 1, got 0"),
+        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 10.0), "num_features must be an integer .*, got 10.0"),
+        (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 2**14), "num_features must be from 1 to 16383, got 16384"),
+        (lambda: PackedIndex(CODES, 12, num_threads=2.5), "num_threads must be an integer of at least 1, got 2.5"),
+        (lambda: PackedIndex(CODES, 12, num_threads=-1), "num_threads must be an integer of at least 1, got -1"),
+        (lambda: INDEX.search(CODES, 2.5), "k must be an integer of at least 1, got 2.5"),
+        (lambda: INDEX.search(CODES, "3"), "k must be an integer of at least 1, got '3'"),
+        (lambda: INDEX.search(CODES, True), "k must be an integer of at least 1, got True"),
+        (
+            lambda: INDEX.search(CODES, 2, embeddings=X, float_queries=X, oversample=1.5),
+            "oversample must be an integer of at least 1, got 1.5",
+        ),
+        (
+            lambda: INDEX.search(CODES, 2, embeddings=X[:, 0], float_queries=X),
+            r"must be \(n, e\) of real numbers, got float32 of shape \(20,\)",
+        ),
+        (
+            lambda: INDEX.search(CODES, 2, embeddings=X * np.nan, float_queries=X),
+            "embeddings and float_queries must be finite, got a product of nan of query 0",
+        ),
         (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 17), r"packed must be \(n, 3\) uint8, a plane of 17 bits"),
         (lambda: PackedIndex(np.zeros((3, 3), np.uint8), 12, ternary=True), r"must be \(n, 4\) uint8, two planes"),
         (lambda: PackedIndex(np.zeros((0, 2), np.uint8), 12), r"got uint8 of shape \(0, 2\)"),
         (lambda: INDEX.scores(X), r"queries must be \(n, 2\) uint8.*got float32 of shape \(20, 12\)"),
         (lambda: INDEX.search(packed(BinaryQuantizer, X), 21), "k must be from 1 to the 20 rows, got 21"),
-        (lambda: INDEX.search(packed(BinaryQuantizer, X), 2, oversample=0), "oversample must be at least 1, got 0"),
+        (
+            lambda: INDEX.search(packed(BinaryQuantizer, X), 2, oversample=0),
+            "oversample must be an integer of at least 1, got 0",
+        ),
         (lambda: INDEX.search(packed(BinaryQuantizer, X), 2, embeddings=X), "go together, got one"),
         (
             lambda: INDEX.search(packed(BinaryQuantizer, X), 2, embeddings=X, float_queries=X[:3]),

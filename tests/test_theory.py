@@ -114,6 +114,21 @@ def test_features_without_spread_are_not_modelled():
         np.testing.assert_array_equal(getattr(found, name), [0.5, np.inf])
 
 
+def test_features_of_small_values_are_predicted():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(40, 2)) + np.arange(40)[:, None] % 2, np.arange(40) % 2
+    expected, found = predict(x, y), predict(x * [1, 1e-156], y)
+    np.testing.assert_allclose(found.measured, expected.measured, rtol=1e-9)
+    np.testing.assert_allclose(found.mu, expected.mu, rtol=1e-9)
+
+
+def test_features_far_apart_are_not_modelled():
+    found = predict([[1 + 1e-9], [1 - 1e-9], [-1 + 1e-9], [-1 - 1e-9]], [0, 0, 1, 1])
+    assert found.mu == 1
+    assert found.discrimination == found.binary == found.ternary == np.inf
+    assert found.measured > 1e16
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

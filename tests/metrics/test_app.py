@@ -64,6 +64,13 @@ def test_a_file_is_measured(app, tmp_path):
     assert "5-NN" not in table
 
 
+def test_classes_too_small_for_accuracy_are_measured_without(app, tmp_path):
+    file = csv(tmp_path, a=[1.0, 2.0, 3.0, 4.0, 7.0], kind=["s", "s", "t", "t", "t"])
+    table, _, _ = app.measure("", file, "", 0.75, True)
+    assert len(table) == 3
+    assert "5-NN" not in table
+
+
 @pytest.mark.parametrize(
     ("columns", "label", "message"),
     [

@@ -113,6 +113,15 @@ def test_two_processes(data, tmp_path):
         ([[1.0], [2.0], [math.inf], [1.0]], [0, 0, 1, 1], "got inf in row 2"),
         ([[1.0], [2.0], [3.0]], [4, 4, 4], "at least two classes, got only 4"),
         ([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, 1.5], r"integers or strings, got 1\.5"),
+        ([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, math.nan], r"integers or strings, got nan"),
+        ([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, math.inf], r"integers or strings, got inf"),
+        ([[1.0], [2.0], [3.0], [4.0]], [0, 0, 1, None], r"integers or strings, got None"),
+        ([[1.0], [2.0], [3.0], [4.0]], [1, 1, "a", "a"], "all integers or all strings, got both"),
+        (
+            [[1.0], [2.0], [3.0], [4.0]],
+            [2**53, 2**53, 2**53 + 1, 2**53 + 1],
+            "up to 2\\*\\*53 in size, got 9007199254740993",
+        ),
         ([[1.0], [2.0], [3.0]], [0, 0], "Mismatch in the number of predictions"),
     ],
 )
@@ -129,6 +138,14 @@ def test_a_threshold_that_is_none_is_refused(metric, data):
 def test_the_metric_stays_usable_after_bad_input(metric, data):
     with pytest.raises(ValueError, match="got nan"):
         metric.compute(predictions=[[1.0], [math.nan], [1.0], [1.0]], references=[0, 0, 1, 1])
+    assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_labels_of_another_length_and_form_leave_nothing_behind(data, tmp_path, kept):
+    metric = evaluate.load(FEATURE_DISCRIMINATION, cache_dir=str(tmp_path), keep_in_memory=kept)
+    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+        metric.compute(predictions=data[0], references=["a"] * 10)
     assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from feature_helpers import all_pairs, pooled_pairs, random_features, standardise
 from helpers import global_rng_untouched
 from hf_catquant.discrimination import FeatureStatistics, feature_discrimination, stream_discrimination
+from hf_catquant.metrics.feature_discrimination import streaming
 from hf_catquant.metrics.feature_discrimination.accuracy import NEIGHBORS
 
 
@@ -137,6 +138,19 @@ def test_accuracy_learns_from_the_training_folds_only():
     assert alone > 0.25  # what leaking would give
 
 
+def test_a_classifier_named_twice_counts_once():
+    x, y = random_features()
+    twice = feature_discrimination(x, y, accuracy=["knn", "knn"])
+    assert twice == feature_discrimination(x, y, accuracy="knn")
+
+
+def test_accuracy_needs_three_samples_of_a_class():
+    x, y = random_features(rows=11)
+    with pytest.raises(ValueError, match="accuracy needs at least 3 samples of every class, class b has 2: add some"):
+        feature_discrimination(x[:5], list("abaab"), accuracy="knn")
+    assert 0 <= feature_discrimination(x, y, accuracy=("knn", "linear"))["linear_accuracy"] <= 1  # 3 folds
+
+
 def test_integers_and_strings_do_not_mix_over_batches():
     statistics = FeatureStatistics()
     statistics.add([[1.0], [2.0]], [0, 1])
@@ -164,6 +178,52 @@ def test_batches_are_checked_as_they_come():
         FeatureStatistics().compute()
 
 
+def test_statistics_of_other_codes_do_not_merge():
+    x, y = random_features()
+    plain = FeatureStatistics()
+    plain.add(x, y)
+    low, high, binary = plain.quantized(0.3, True), plain.quantized(0.6, True), plain.quantized(0.3, False)
+    for part in (low, high, binary):
+        part.add(x, y)
+    for one, other in ((plain, low), (low, plain), (low, high), (low, binary)):
+        with pytest.raises(ValueError, match="cannot take in those of"):
+            one.merge(other)
+    again = pickle.loads(pickle.dumps(low))
+    low.merge(again)
+    assert low.count == 2 * len(x)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "ternary", "message"),
+    [
+        (math.nan, True, "threshold must be a finite number of at least 0, got nan"),
+        (-3, True, "threshold must be a finite number of at least 0, got -3"),
+        ("mean", True, "threshold must be a finite number of at least 0, got 'mean'"),
+        (np.ones(4), False, r"threshold must be a number or \(5,\), one a feature, got shape \(4,\)"),
+        (-np.ones(5), True, "threshold must be finite and at least 0 for ternary codes, got -1.0"),
+        (np.full(5, np.nan), False, "threshold must be finite, got nan"),
+    ],
+)
+def test_thresholds_of_codes_are_checked(threshold, ternary, message):
+    statistics = FeatureStatistics()
+    statistics.add(*random_features())
+    with pytest.raises(ValueError, match=message):
+        statistics.quantized(threshold, ternary)
+
+
+def test_a_batch_that_is_refused_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 10)
+    x, y = random_features()
+    statistics = FeatureStatistics()
+    bad = x.copy()
+    bad[40, 1] = math.nan
+    with pytest.raises(ValueError, match="got nan in row 40"):
+        statistics.add(np.hstack([bad, bad]), y)
+    assert (statistics.count, statistics.classes) == (0, [])
+    statistics.add(x, y)
+    assert statistics.compute()["discrimination"] == feature_discrimination(x, y)["discrimination"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -175,6 +235,8 @@ def test_batches_are_checked_as_they_come():
         ),
         ({"accuracy": "svm"}, "accuracy must name classifiers of knn, linear, got 'svm'"),
         ({"accuracy": ["knn", 3]}, "accuracy must name classifiers of knn, linear, got 3"),
+        ({"accuracy": None}, "accuracy must name classifiers of knn, linear, got None"),
+        ({"accuracy": True}, "accuracy must name classifiers of knn, linear, got True"),
         ({"bootstrap": -1}, "bootstrap must be an integer of at least 0, got -1"),
         ({"bootstrap": 1.5}, "bootstrap must be an integer of at least 0, got 1.5"),
         ({"seed": "0"}, "seed must be an integer of at least 0, got '0'"),

@@ -43,10 +43,17 @@ def test_the_threshold_of_a_feature_is_the_best_there_is(ternary):
     found = search(x, y, np.bincount(y), (0.0, 1.0), ternary, per_feature=True)
     for z, threshold in zip(x.T, found, strict=True):
         sizes = np.unique(np.abs(z) if ternary else z)
-        tries = [pooled_pairs(codes(z, t, ternary)[:, None], y) for t in (sizes[1:] + sizes[:-1]) / 2]
+        cuts = [0.0, *(sizes[1:] + sizes[:-1]) / 2]
+        tries = [pooled_pairs(codes(z, t, ternary)[:, None], y) for t in cuts]
         reached = pooled_pairs(codes(z, threshold, ternary)[:, None], y)
         assert reached == pytest.approx(max(tries, default=0.5), rel=1e-10)
     assert found[2] == 0
+
+
+def test_the_ternary_threshold_of_a_feature_may_be_0():
+    z, y = np.array([[-2], [-1.9], [-1], [1], [1.9], [2]]), np.array([0, 0, 0, 1, 1, 1])
+    assert search(z, y, np.bincount(y), (0.0, 1.0), True, per_feature=True) == [0.0]
+    assert search(z, y, np.bincount(y), (0.0, 1.0), True, per_feature=False) == 0.0
 
 
 @pytest.mark.parametrize("ternary", [False, True])

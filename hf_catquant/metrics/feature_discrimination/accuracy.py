@@ -5,7 +5,7 @@ Means, deviations and thresholds are those of the training folds: nothing is kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,37 @@ from numpy.typing import NDArray
 from .moments import Matrix
 
 CLASSIFIERS = ("knn", "linear")
-FOLDS = 5
+FOLDS = 5  # at most: as many as the smallest class has samples
+LEAST = 3  # samples of a class, so that two are left to learn from
 NEIGHBORS = 5
 SVM_C = 0.01  # regularised enough that the 0/1 and the -1/0/1 codes of hundreds of features do not overfit
 
 
 def checked_classifiers(value: Any) -> tuple[str, ...]:
-    """The names in ``value``, one or several.
+    """The names in ``value``, one or several, each once.
 
     Raises:
-        ValueError: one is not a classifier.
+        ValueError: one is not a classifier, or they are no names at all.
     """
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     unknown = [name for name in names if name not in CLASSIFIERS]
     if unknown:
         raise ValueError(f"accuracy must name classifiers of {', '.join(CLASSIFIERS)}, got {unknown[0]!r}")
-    return names
+    return tuple(dict.fromkeys(names))
+
+
+def check_folds(labels: Sequence[Any], counts: Sequence[int]) -> None:
+    """Refuse a class of which a training fold would keep a single sample.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    least = int(np.argmin(counts))
+    if counts[least] < LEAST:
+        raise ValueError(
+            f"accuracy needs at least {LEAST} samples of every class, class {labels[least]} has {counts[least]}: add "
+            "some, drop it, or leave accuracy out"
+        )
 
 
 def accuracies(

@@ -26,6 +26,7 @@ DATA = {
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_VALUES = 5_000_000  # rows times columns of a file
 RESAMPLES = 200
+LEAST = 3  # samples of a class that accuracy needs
 COLORS = {"float": "#4c566a", "binary": "#d08770", "ternary": "#2e8b57"}
 INTRODUCTION = """
 # Feature discrimination
@@ -53,12 +54,21 @@ def measure(
     """
     try:
         x, y = read(file, label) if file else DATA[name](return_X_y=True)
-        options: dict[str, Any] = {"accuracy": ("knn", "linear")} if accuracy else {}
+        options: dict[str, Any] = {"accuracy": ("knn", "linear")} if accuracy and enough(y) else {}
         found = compute(x, y, eta=eta, pairs=True, bootstrap=RESAMPLES, **options)
         sweep = {value: compute(x, y, eta=value) for value in ETAS}
     except (ValueError, OSError) as error:
         raise gr.Error(str(error)) from error
     return table(found), draw_pairs(found), draw_sweep(sweep, eta, found)
+
+
+def enough(y: Any) -> bool:
+    """Whether every class has the samples that accuracy needs; if not, the page says so and shows the rest."""
+    classes, counts = np.unique(y, return_counts=True)
+    least = int(counts.argmin())
+    if counts[least] < LEAST:
+        gr.Warning(f"no accuracy: it needs {LEAST} samples of every class, class {classes[least]} has {counts[least]}")
+    return bool(counts[least] >= LEAST)
 
 
 def compute(x: Any, y: Any, **options: Any) -> dict[str, Any]:

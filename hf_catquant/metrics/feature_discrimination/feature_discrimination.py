@@ -14,7 +14,7 @@ import evaluate
 
 from .accuracy import CLASSIFIERS
 from .bootstrap import intervals
-from .inputs import checked_number
+from .inputs import EXACT, checked_labels
 from .measure import feature_discrimination as measure
 from .moments import Moments
 from .streaming import FeatureStatistics
@@ -26,7 +26,6 @@ __all__ = [
     "FeatureDiscrimination",
     "FeatureStatistics",
     "Moments",
-    "checked_number",
     "intervals",
     "search",
 ]
@@ -45,7 +44,8 @@ Args:
     ternary_threshold: a number in deviations, "mean" or "best".
     per_feature: add D of every feature on its own.
     pairs: add D of every pair of classes.
-    accuracy: "knn", "linear" or both: add their accuracy in 5-fold cross-validation.
+    accuracy: "knn", "linear" or both: add their accuracy in 5-fold cross-validation (fewer folds where a class
+        has fewer than 5 samples, of which it needs 3).
     bootstrap: add 95 % intervals from so many resamples.
     seed: of the folds and the resamples.
 Returns:
@@ -77,6 +77,9 @@ _ROWS = datasets.Sequence(datasets.Value("float64"))
 class FeatureDiscrimination(evaluate.Metric):
     """The metric that ``evaluate.load`` returns."""
 
+    writer: Any
+    selected_feature_format: Any
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -94,15 +97,35 @@ class FeatureDiscrimination(evaluate.Metric):
         """Add rows and their labels, at least one: ``evaluate`` reads the form of the labels off the first."""
         if predictions is not None and len(predictions) == 0:
             raise ValueError("features (predictions) must be (n, d) with at least one row and column, got no row")
-        super().add_batch(predictions=predictions, references=references, **kwargs)
+        references = _labels(references)
+        first = self.writer is None
+        try:
+            super().add_batch(predictions=predictions, references=references, **kwargs)
+        except ValueError:
+            if first and self.num_process == 1:
+                self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Drop the file that was begun for rows that were refused, and the form of labels that it was begun for."""
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = self.selected_feature_format = None
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add a row and its label."""
+        super().add(prediction=prediction, reference=_labels([reference])[0], **kwargs)
 
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return measure(predictions, [_label(label) for label in references], **options)
+        return measure(predictions, references, **options)
 
 
-def _label(label: Any) -> Any:
-    if isinstance(label, str):
-        return label
-    if int(label) != label:
-        raise ValueError(f"labels (references) must be (n,) integers or strings, got {label}")
-    return int(label)
+def _labels(references: Any) -> list[Any]:
+    """Labels as integers or strings, checked before ``evaluate`` makes them float64 or strings."""
+    labels = checked_labels(references).tolist()
+    large = [label for label in labels if not isinstance(label, str) and abs(label) > EXACT]
+    if large:
+        raise ValueError(
+            f"labels (references) must be integers up to 2**53 in size, got {large[0]}: pass them as strings"
+        )
+    return labels

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIMIT = 1e150  # squares of larger values overflow
+EXACT = 2**53  # the largest integer up to which every one is a float64
+SMALL = 1 / LIMIT  # squares of smaller values are 0
 
 
 def as_array(values: Any) -> Any:
@@ -41,22 +43,50 @@ def checked_features(features: Any) -> NDArray[Any]:
 
 
 def checked_labels(labels: Any) -> NDArray[Any]:
-    """Labels (n,): integers or strings.
+    """Labels (n,): integers or strings; whole numbers in floats count as integers.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they are something else, or some are integers and some strings.
     """
+    labels = as_array(labels)
     try:
-        y = np.asarray(as_array(labels))
+        y = np.asarray(labels)
     except ValueError as error:
         raise ValueError(
             "labels (references) must be (n,) integers or strings, got rows of several lengths"
         ) from error
-    if y.dtype.kind == "O" and all(isinstance(label, str) for label in y.ravel()):
-        y = y.astype(str)
+    if y.dtype.kind in "OU" and y.ndim == 1:
+        y = _of_objects(labels, y)
+    elif y.dtype.kind == "f":
+        y = _of_floats(y)
     if y.size and (y.ndim != 1 or y.dtype.kind not in "iubU"):
         raise ValueError(f"labels (references) must be (n,) integers or strings, got {y.dtype} of shape {y.shape}")
     return y
+
+
+def _of_objects(labels: Any, y: NDArray[Any]) -> NDArray[Any]:
+    """Labels that numpy takes for strings or for objects, as it should have taken them."""
+    kinds = [isinstance(label, str) for label in labels]
+    if all(kinds):
+        return y.astype(str)
+    if any(kinds) and all(isinstance(label, str | int | np.integer) for label in labels):
+        raise ValueError("labels (references) must be all integers or all strings, got both")
+    bad = [label for label in labels if not isinstance(label, str | int | np.integer)]
+    if bad:
+        raise ValueError(f"labels (references) must be (n,) integers or strings, got {bad[0]!r}")
+    large = [label for label in labels if not -(2**63) <= label < 2**63]
+    if large:
+        raise ValueError(f"labels (references) must be integers of 64 bits, got {large[0]}: pass them as strings")
+    return np.array([int(label) for label in labels], np.int64)
+
+
+def _of_floats(y: NDArray[Any]) -> NDArray[Any]:
+    """Floats that are whole, and small enough to be told apart, as integers."""
+    whole = np.isfinite(y) & (np.abs(y) <= EXACT)
+    bad = y[~whole | (np.where(whole, y, 0) % 1 != 0)]
+    if bad.size:
+        raise ValueError(f"labels (references) must be (n,) integers or strings, got {bad[0]} in {y.dtype}")
+    return y.astype(np.int64)
 
 
 def checked_pair(features: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -76,10 +106,18 @@ def checked_pair(features: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]
 def check_rows(rows: NDArray[Any], start: int) -> None:
     """Refuse rows (n, d), the first of which is row ``start`` of all, with a value that is not finite or too large.
 
+    So are rows that are all too small, but not all 0.
+
     Raises:
         ValueError: naming the value and its row.
     """
-    if float(rows.min()) > -LIMIT and float(rows.max()) < LIMIT:  # false for nan
+    low, high = float(rows.min()), float(rows.max())
+    if 0 < max(-low, high) < SMALL:
+        raise ValueError(
+            f"features (predictions) must not all be less than {SMALL:g} in size, got {max(-low, high):g} at most from "
+            f"row {start} on: multiply them by one large number, which leaves D what it is"
+        )
+    if low > -LIMIT and high < LIMIT:  # false for nan
         return
     good = np.abs(rows.astype(np.float64)) < LIMIT
     row = int(np.flatnonzero(~good.all(1))[0])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .accuracy import accuracies, checked_classifiers
+from .accuracy import accuracies, check_folds, checked_classifiers
 from .bootstrap import intervals
 from .inputs import check_classes, checked_count, checked_number, checked_pair
 from .moments import Matrix
@@ -84,7 +84,7 @@ def feature_discrimination(
         per_feature: add D of every feature on its own.
         pairs: add D of every pair of classes.
         accuracy: "knn" (5 neighbours), "linear" (a support vector machine, C = 0.01) or both: add their accuracies in
-            5-fold cross-validation. Needs scikit-learn.
+            5-fold cross-validation; fewer folds where a class has fewer than 5 samples, at least 3. Needs scikit-learn.
         bootstrap: add 95 % intervals from so many resamples, e.g. 1000.
         seed: of the folds and the resamples.
 
@@ -109,6 +109,8 @@ def feature_discrimination(
     thresholds = Thresholds.checked(eta, binary_threshold, ternary_threshold)
     classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
     check_classes(classes.tolist(), counts.tolist())
+    if names:
+        check_folds(classes.tolist(), counts.tolist())
     looks = _looks(x, y, index, thresholds)
     result = _summary(looks, per_feature, pairs)
     if names:

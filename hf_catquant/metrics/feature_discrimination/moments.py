@@ -56,7 +56,7 @@ class Moments:
 def pairwise(moments: Sequence[Moments], scale: float | Matrix = 1.0) -> Matrix:
     """D (pairs,) of every pair of classes, each feature times ``scale`` (d,): (0, 1), (0, 2), ..., (1, 2), ..."""
     means = np.stack([m.mean * scale for m in moments])
-    spread = np.array([float((m.squares * np.square(scale)).sum()) for m in moments])
+    spread = np.array([float(_scaled(m.squares, scale).sum()) for m in moments])
     counts = np.array([m.count for m in moments])
     return pairs_of(means, spread / counts, spread / (counts - 1))
 
@@ -74,11 +74,16 @@ def pairs_of(means: Matrix, population: Matrix, unbiased: Matrix) -> Matrix:
 def pooled(moments: Sequence[Moments], scale: float | Matrix = 1.0) -> Matrix:
     """D_j (d,) of every feature on its own; ``scale`` only tells a feature that counts as constant, where it is 0."""
     means = np.stack([m.mean * scale for m in moments])
-    squares = np.stack([m.squares * np.square(scale) for m in moments])
+    squares = np.stack([_scaled(m.squares, scale) for m in moments])
     counts = np.array([[m.count] for m in moments])
     classes = len(moments)
     between = (classes - 1) * (squares / counts).sum(0) + classes * np.square(means - means.mean(0)).sum(0)
     return ratio(between, 2 * (classes - 1) * (squares / (counts - 1)).sum(0))
+
+
+def _scaled(squares: Matrix, scale: float | Matrix) -> Matrix:
+    """Squares of deviations times ``scale``, whose own square overflows where they are small."""
+    return np.square(np.sqrt(squares) * scale)
 
 
 def ratio(between: Matrix, inside: Matrix) -> Matrix:

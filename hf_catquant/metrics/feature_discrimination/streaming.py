@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .inputs import check_classes, check_rows, checked_pair
+from .inputs import check_classes, check_rows, checked_number, checked_pair
 from .moments import Matrix, Moments, pairwise, pooled, square
 
 CHUNK = 2**22  # values that are looked at together: 32 MiB in float64
@@ -74,26 +74,42 @@ class FeatureStatistics:
             ValueError: they are not, differ in length, a value is not finite, or d is not that of the earlier batches.
         """
         x, y = checked_pair(features, labels)
-        self._take_width(x.shape[1])
+        self._check_width(x.shape[1])
+        for label, moments in self._counted(x, y).items():
+            self._classes.setdefault(label, Moments()).merge(moments)
+        self._width = x.shape[1]
+        self._rows += len(x)
+
+    def _counted(self, x: NDArray[Any], y: NDArray[Any]) -> dict[Any, Moments]:
+        """Moments of the classes of a batch, all of which is read before any of it is added."""
+        classes: dict[Any, Moments] = {}
+        done = self._rows
         for rows, part in chunks(x, y):
-            check_rows(rows, self._rows)
+            check_rows(rows, done)
             found, index, counts = np.unique(part, return_inverse=True, return_counts=True)
             rows = rows[np.argsort(index, kind="stable")]
             ends = np.cumsum(counts)
             for label, start, end in zip(found.tolist(), ends - counts, ends, strict=True):
                 members = rows[start:end].astype(np.float64)
-                self._classes.setdefault(label, Moments()).add(members if self.coder is None else self.coder(members))
-            self._rows += len(rows)
+                classes.setdefault(label, Moments()).add(members if self.coder is None else self.coder(members))
+            done += len(rows)
+        return classes
 
     def merge(self, other: FeatureStatistics) -> None:
         """Add all that ``other`` has seen.
 
         Raises:
-            ValueError: it has seen features of another width.
+            ValueError: it has seen features of another width, or makes other codes of them.
         """
+        if not _alike(self.coder, other.coder):
+            raise ValueError(
+                f"statistics of {_named(self.coder)} cannot take in those of {_named(other.coder)}: merge what was made "
+                "with the same means, deviations and threshold"
+            )
         if other._width is None:
             return
-        self._take_width(other._width)
+        self._check_width(other._width)
+        self._width = other._width
         for label, moments in other._classes.items():
             self._classes.setdefault(label, Moments()).merge(moments)
         self._rows += other._rows
@@ -143,8 +159,14 @@ class FeatureStatistics:
         return lambda rows: (rows - mean) * inverse
 
     def quantized(self, threshold: float | Matrix, ternary: bool) -> FeatureStatistics:
-        """Empty statistics of codes, for a second look at the data; ``threshold`` in deviations, a number or (d,)."""
-        return FeatureStatistics(Coder(*self.standard(), threshold, ternary))
+        """Empty statistics of codes, for a second look at the data; ``threshold`` in deviations, a number or (d,).
+
+        Raises:
+            ValueError: there are no rows yet, or the threshold is not finite, of another width or, of ternary codes,
+                negative.
+        """
+        mean, inverse = self.standard()
+        return FeatureStatistics(Coder(mean, inverse, _checked_threshold(threshold, ternary, len(mean)), ternary))
 
     def compute(self, per_feature: bool = False, pairs: bool = False) -> dict[str, Any]:
         """Discrimination of what was added.
@@ -185,10 +207,37 @@ class FeatureStatistics:
         check_classes(labels, [m.count for m in found])
         return found
 
-    def _take_width(self, width: int) -> None:
+    def _check_width(self, width: int) -> None:
         if self._width not in (None, width):
             raise ValueError(f"features (predictions) must be of one width, got {self._width} columns and now {width}")
-        self._width = width
+
+
+def _checked_threshold(threshold: Any, ternary: bool, width: int) -> Any:
+    least = 0.0 if ternary else -np.inf
+    if isinstance(threshold, str) or np.ndim(threshold) == 0:
+        return checked_number(threshold, "threshold", least)
+    values = np.asarray(threshold, np.float64)
+    if values.shape != (width,):
+        raise ValueError(f"threshold must be a number or ({width},), one a feature, got shape {values.shape}")
+    bad = values[~(np.isfinite(values) & (values >= least))]
+    if len(bad):
+        rule = " and at least 0 for ternary codes" if ternary else ""
+        raise ValueError(f"threshold must be finite{rule}, got {bad[0]}")
+    return values
+
+
+def _alike(one: Coder | None, other: Coder | None) -> bool:
+    """Whether two coders are the same but for rounding."""
+    if one is None or other is None:
+        return one is other
+    parts = [(coder.mean, coder.inverse, coder.threshold) for coder in (one, other)]
+    return one.ternary == other.ternary and all(
+        np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*parts, strict=True)
+    )
+
+
+def _named(coder: Coder | None) -> str:
+    return "float features" if coder is None else f"{'ternary' if coder.ternary else 'binary'} codes"
 
 
 def chunks(x: NDArray[Any], y: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:

@@ -33,11 +33,13 @@ class Curve:
     Attributes:
         values: (n,) z or |z|, ascending.
         between, inside: (n + 1,); entry i is for a threshold that the first i values do not exceed.
+        ternary: which codes.
     """
 
     values: Matrix
     between: Matrix
     inside: Matrix
+    ternary: bool
 
     def at(self, thresholds: Matrix) -> tuple[Matrix, Matrix]:
         """Numerators and denominators at ``thresholds`` (t,)."""
@@ -45,14 +47,19 @@ class Curve:
         return self.between[position], self.inside[position]
 
     def best(self) -> float:
-        """The threshold of highest D, halfway between two values; of equal ones the lowest. 0 for a constant."""
+        """The threshold of highest D, 0 or halfway between two values; of equal ones the lowest. 0 for a constant.
+
+        0 only of ternary codes that it leaves without a 0: a threshold below all values makes binary codes all alike.
+        """
         lower, upper = self.values[:-1], self.values[1:]
         candidates = np.flatnonzero(lower < upper) + 1
+        if self.ternary and self.values[0] > 0:
+            candidates = np.append(0, candidates)
         if not len(candidates):
             return 0.0
         score = quotient(self.between[candidates], self.inside[candidates])
         chosen = candidates[int(np.argmax(score))]
-        return float(0.5 * (self.values[chosen - 1] + self.values[chosen]))
+        return float(0.5 * (self.values[chosen - 1] + self.values[chosen])) if chosen else 0.0
 
 
 def curve(z: Matrix, index: NDArray[np.intp], counts: NDArray[np.intp], ternary: bool) -> Curve:
@@ -86,7 +93,7 @@ def curve(z: Matrix, index: NDArray[np.intp], counts: NDArray[np.intp], ternary:
     unbiased = _from((larger * (moments - np.square(start / counts))).sum(), larger[index] * growth)
     classes = len(counts)
     between = (classes - 1) * population + classes * of_squares - np.square(of_means)
-    return Curve(values[order], between, 2 * (classes - 1) * unbiased)
+    return Curve(values[order], between, 2 * (classes - 1) * unbiased, ternary)
 
 
 def search(
