@@ -36,6 +36,8 @@ from .metrics.feature_discrimination.moments import pooled
 from .metrics.feature_discrimination.streaming import Coder
 
 STEPS = 80  # halvings of a bracket of at most 40: to the last bit of a float64
+NEAR = 1e-6  # below it p - q has lost its digits, and the best ternary tau is its limit at mu = 0 to 1e-11
+LIMIT = 0.6120031809624809  # root of tau = phi(tau) / (2 Phi(-tau)), phi and Phi of N(0, 1)
 FAR = 30.0  # deviations; a tail of the normal distribution is 1e-197 there, and still a number
 
 Array = NDArray[np.float64]
@@ -78,7 +80,8 @@ def best_ternary_threshold(mu: ArrayLike) -> Array:
 
     # Of the smallest mu the bound is far out, where nothing is left of either tail.
     end = np.minimum(math.atanh(0.5) * np.square(sigma) / mu, FAR * sigma)
-    return _bisect(before_best, np.zeros_like(mu), end)
+    found = _bisect(before_best, np.zeros_like(mu), end)
+    return np.where(mu < NEAR, LIMIT, found)[()]
 
 
 def improving_thresholds(mu: ArrayLike, ternary: bool) -> tuple[Array, Array]:

@@ -84,7 +84,8 @@ def test_the_best_threshold_beats_every_other():
     assert best_ternary_threshold(np.array([0.8])) == pytest.approx([0.217], abs=5.1e-4)
     with np.errstate(all="raise", under="ignore"):
         assert best_ternary_threshold(1e-6) == pytest.approx(best_ternary_threshold(1e-3), abs=1e-3)
-        best_ternary_threshold(1e-300)
+        for mu in (1e-7, 1e-9, 1e-12, 1e-17, 1e-300):
+            assert best_ternary_threshold(mu) == pytest.approx(0.612003, abs=1e-6)
 
 
 def test_gaussian_features_do_as_predicted():

@@ -76,6 +76,8 @@ def test_classes_too_small_for_accuracy_are_measured_without(app, tmp_path):
     [
         ({"a": [1.0, 2.0], "b": [0, 1]}, "c", "there is no column 'c'; the file has a, b"),
         ({"a": ["x", "y"], "b": [0, 1]}, "", "the column 'a' is not of numbers"),
+        ({"a": [1.0, 2.0, 3.0], "b": ["s", None, "t"]}, "", "the column of classes 'b' is empty in row 1"),
+        ({"a": [], "b": []}, "", "the file has no rows below its header"),
         ({"a": [1.0, 2.0], "b": [0, 0]}, "", "at least two classes"),
         ({"a": [1.0, None, 1.0, 3.0], "b": ["s", "s", "t", "t"]}, "", "got nan in row 1"),
     ],

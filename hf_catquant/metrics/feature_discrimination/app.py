@@ -83,6 +83,8 @@ def read(file: str, label: str) -> tuple[np.ndarray, list[Any]]:
         ValueError: there is no such column, a feature is not a number, or the file is too large.
     """
     rows = pd.read_csv(file)
+    if rows.empty:
+        raise ValueError("the file has no rows below its header")
     label = label.strip() or str(rows.columns[-1])
     if label not in rows.columns:
         raise ValueError(f"there is no column {label!r}; the file has {', '.join(map(str, rows.columns))}")
@@ -95,6 +97,11 @@ def read(file: str, label: str) -> tuple[np.ndarray, list[Any]]:
     if text:
         raise ValueError(f"the column {text[0]!r} is not of numbers; drop it, or name it as the column of classes")
     classes = rows[label]
+    if classes.isna().any():
+        raise ValueError(
+            f"the column of classes {label!r} is empty in row {int(classes.isna().to_numpy().argmax())}: fill it in or drop "
+            "the row"
+        )
     if not pd.api.types.is_integer_dtype(classes):
         classes = classes.astype(str)
     return features.to_numpy(np.float64), classes.tolist()
