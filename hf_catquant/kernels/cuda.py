@@ -105,7 +105,7 @@ def _in_tiles(x: Tensor, activations: str | None, input_scale: Tensor | None) ->
     """Whether a product from tiles serves x (M, K)."""
     if activations is None:
         return x.dtype != torch.float32 and x.shape[0] <= cuda_table.EXACT_TOKENS
-    return input_scale is None and x.shape[0] <= cuda_table.INTEGER_TOKENS
+    return input_scale is None
 
 
 @served

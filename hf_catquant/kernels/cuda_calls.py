@@ -18,8 +18,11 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the constant 
 
 # The struct that each kernel takes: pointers, then ints, then floats, rounded up to whole pointers as C does.
 FORMS = {
-    "product16": struct.Struct("6P6i2f0P"),
-    "product8": struct.Struct("6P6i2f0P"),
+    "product16": struct.Struct("7P7i2f0P"),
+    "product8": struct.Struct("7P7i2f0P"),
+    "gemm": struct.Struct("7P7i2f0P"),
+    "sums": struct.Struct("2P3i0P"),
+    "partials": struct.Struct("4P3i0P"),
     "rows": struct.Struct("3P2i2f0P"),
     "weight": struct.Struct("5P7i2f0P"),
     "cluster": struct.Struct("7P3i0P"),
@@ -44,19 +47,31 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     columns = x.shape[1]
     if activations is not None:
         x, scale = quantize_rows(x, get_format(activations), layout.padded)
-    variant, held, tiles, warps = cuda_table.product(
-        layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device)
-    )
+    plan = cuda_table.product(layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device))
     row_tiles = layout.tiles.shape[0]
-    sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1])
-    _launch(
-        variant,
-        device,
-        (-(-row_tiles // tiles), -(-tokens // held)),
-        (32, warps),
-        (layout.tiles, layout.scales, x, scale, bias, out, *sizes, layout.level_step, layout.level_zero),
-    )
+    x_sums = _sum_runs(x, plan, scale is not None) if plan.runs else None
+    made = out if plan.splits == 1 else out.new_empty(plan.splits, tokens, layout.rows, dtype=torch.float32)
+    sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
+    arguments = (layout.tiles, layout.scales, x, scale, x_sums, bias, made, *sizes, layout.level_step, layout.level_zero)
+    _launch(plan.variant, device, plan.grid, plan.threads, arguments)
+    if plan.splits > 1:
+        adding = Variant("partials", (("TYPE", TYPES[dtype]),))
+        grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
+        sizes = (tokens, layout.rows, plan.splits)
+        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), (made, scale, bias, out, *sizes))
     return out
+
+
+def _sum_runs(x: Tensor, plan: cuda_table.Launch, integer: bool) -> Tensor:
+    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 2) float32."""
+    tokens, columns = x.shape
+    made = torch.empty(plan.runs, tokens + tokens % 2, dtype=torch.float32, device=x.device)
+    shared = dict(plan.variant.constants)
+    constants = tuple((name, shared[name]) for name in (*cuda_table.NAMES, "INTEGER"))
+    grid = (tokens, -(-plan.runs * 32 // cuda_table.SUM_THREADS))
+    arguments = (x, made, tokens, columns, plan.runs)
+    _launch(Variant("sums", constants), x.device, grid, (cuda_table.SUM_THREADS, 1), arguments)
+    return made
 
 
 def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
