@@ -31,12 +31,15 @@ ARGUMENTS = {
     "partials": "Partials",
     "rows": "Quantization",
     "weight": "Rows",
+    "untile": "Product",
+    "rotate": "Rotation",
     "cluster": "Correction",
 }
 PROCESSORS = 3  # of the device that is emulated: few, so that small matrices use every launch there is
 OUTPUTS = {
-    **dict.fromkeys(("product16", "product8", "gemm"), (6,)),
+    **dict.fromkeys(("product16", "product8", "gemm", "untile"), (6,)),
     "sums": (1,),
+    "rotate": (1,),
     "partials": (3,),
     "rows": (1, 2),
     "weight": (4,),

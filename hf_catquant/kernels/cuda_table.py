@@ -14,10 +14,16 @@ from .cuda_layout import STEP, Layout, chunk_width
 
 SPLIT_TOKENS = 4  # up to here 16-bit activations go through 8-bit products: fewer instructions a weight
 FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a block shares them
-EXACT_TOKENS = 256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
-DENSE_BYTES = 24 << 20  # dequantized at a time: stays in the second-level cache (50 MB on an H200)
+EXACT_TOKENS = (
+    256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
+)
+# Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
+# the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
+DENSE_BYTES = 64 << 20
 PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256  # of a correction that projects inside its one kernel
 CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
+ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
+UNTILE_WARPS = 4
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:

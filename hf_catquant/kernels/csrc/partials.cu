@@ -1,7 +1,7 @@
 // Adds the sums of gemm.cu's splits, first split first: out[m, n] = x_scale[m] * sum_s partial[s, m, n] + bias[n].
 //
 // Constants: TYPE of out and bias (0 bfloat16, 1 float16, 2 float32).
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 struct Partials {
     const float* partial;  // (splits, M, N)
@@ -11,12 +11,6 @@ struct Partials {
     int tokens, rows, splits;
 };
 
-DEVICE float number(const void* from, size_t at) {
-    if (TYPE == 2) return read((const float*)from + at);
-    u32 bits = read((const u16*)from + at);
-    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
-}
-
 extern "C" __global__ void __launch_bounds__(256) partials(const Partials p) {
     const int n = blockIdx.x * 256 + threadIdx.x, m = blockIdx.y;
     if (n >= p.rows) return;
@@ -25,7 +19,6 @@ extern "C" __global__ void __launch_bounds__(256) partials(const Partials p) {
 #pragma unroll 4
     for (int s = 0; s < p.splits; s++) sum += read(p.partial + s * one + at);
     if (p.x_scale) sum *= read(p.x_scale + m);
-    if (p.bias) sum += number(p.bias, n);
-    if (TYPE == 2) write((float*)p.out + at, sum);
-    else write((u16*)p.out + at, (u16)(TYPE == 1 ? float_to_f16(sum) : float_to_bf16(sum)));
+    if (p.bias) sum += read_number(p.bias, n);
+    write_number(p.out, at, sum);
 }

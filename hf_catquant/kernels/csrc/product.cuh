@@ -16,7 +16,7 @@
 // of the tile. So both the bytes of an 8-bit product and the 16-bit pairs of a 16-bit product come out with one mask, and
 // the lane's eight activations of a step are adjacent in memory.
 #pragma once
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 constexpr int TILE = 256 / BITS;
 constexpr int CHUNK = TILE > 128 ? TILE : 128;  // columns of one turn of a warp
@@ -98,17 +98,6 @@ DEVICE u32 kept(const Product& p, u32 value) { return value + ((u32)p.tokens >> 
 
 DEVICE int group_of(int chunk, int sub) {
     return BY_ROW ? 0 : GROUPS_IN_CHUNK > 1 ? chunk * GROUPS_IN_CHUNK + sub : chunk / CHUNKS_IN_GROUP;
-}
-
-DEVICE float read_number(const void* from, size_t at) {
-    if (TYPE == 2) return read((const float*)from + at);
-    u32 bits = read((const u16*)from + at);
-    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
-}
-
-DEVICE void write_number(void* to, size_t at, float value) {
-    if (TYPE == 2) write((float*)to + at, value);
-    else write((u16*)to + at, (u16)(TYPE == 1 ? float_to_f16(value) : float_to_bf16(value)));
 }
 
 // Adds what the warps found, first warp first, and writes it: parts[warp][value of a lane][lane].
