@@ -1,7 +1,7 @@
-"""Are the CUDA kernels right? Every check compares with the reference or float64; ``error`` above 1 is wrong.
+"""Are the CUDA kernels right? Checks compare with the reference or float64; an ``error`` above 1 is wrong.
 
-A check yields rows, one a case: what it was, and its error in units of what rounding allows (0 or infinite where results have
-to be equal).
+A check yields rows, one a case: what it was, and its error in units of what rounding allows (0 or infinite where results
+have to be equal).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def many(device: torch.device, quick: bool) -> Iterator[Row]:
     yield from product_cases(device, counts, shapes)
     if quick:
         return
-    with mock.patch.object(cuda_table, "cuts", lambda *_: 3):
+    with mock.patch.object(cuda_table, "cuts", return_value=3):
         cuda_table._shared.cache_clear()
         for row in product_cases(device, (9, 40, 100), ((280, 640, 128), (70, 1300, -1))):
             yield {**row, "parts": 3}

@@ -1,4 +1,4 @@
-"""Linear layers of other libraries, for ``gpu.py``: each makes one of random weights, or raises where it is not installed."""
+"""Linear layers of other libraries, for ``gpu.py``: each makes one of random weights, or raises where there is none."""
 
 from __future__ import annotations
 

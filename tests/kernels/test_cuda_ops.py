@@ -271,6 +271,10 @@ def quantized_linear() -> QuantizedModule:
 
 @pytest.fixture
 def as_if_cuda(monkeypatch):
+    come_to_cuda(monkeypatch)
+
+
+def come_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor says that it is on CUDA, where nothing is captured and NVRTC is there."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -291,6 +295,35 @@ def test_a_linear_that_comes_to_cuda_gets_its_layout_and_is_saved_as_it_was(as_i
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("0.weight"))
     monkeypatch.setenv("CATQUANT_CUDA", "reference")
     assert cuda.place(*model[0].packed_tensors(), "int4", 32, 64) is None
+
+
+@emulator
+def test_a_model_comes_to_cuda_and_back_unchanged(folder, monkeypatch, generator):
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 20), nn.Conv1d(4, 6, 3))  # over 4 tokens
+    for i, module in enumerate(model):
+        kind = layer_for(module)
+        if kind is not None:
+            case = random_case("int4", *kind.matrix_shape(module), 32)
+            model[i] = kind(module, Scheme("int4", 32, rotation="hadamard" if i == 1 else None))
+            model[i].fill(QuantizedWeight(case.codes, case.scale, case.offset))
+    model.bfloat16()
+    indices = torch.tensor([[8, 0, 3, 1]])
+    before, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(indices)
+    with monkeypatch.context() as patch, emulated(folder):
+        come_to_cuda(patch)
+        model._apply(torch.clone)  # what moving does: other tensors, which say that they are on CUDA
+        assert len(cuda.layouts) == 1
+        with torch.no_grad():
+            h = cuda.embedding(indices, *model[0].packed_tensors(), "int4", 32, 64, torch.bfloat16)
+            h = cuda.rotate(h, False)
+            out = cuda.linear(h, *model[1].packed_tensors(), None, None, model[1].bias, "int4", 32, None)
+    model._apply(torch.clone)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(indices), expected)
+    torch.testing.assert_close(out, model[:2](indices), rtol=0.02, atol=0.05)
 
 
 def test_no_layout_is_built_while_a_graph_is_captured(as_if_cuda, monkeypatch):
