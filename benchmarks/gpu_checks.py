@@ -162,6 +162,8 @@ def running(device: torch.device, quick: bool) -> Iterator[Row]:
         x.copy_(x.flip(0))
         graph.replay()
         yield {"check": "graph", "tokens": tokens, "error": same(found, linear(x, *stored, *rest))}
+        compiled = torch.compile(lambda x: linear(x, *stored, *rest), fullgraph=True, backend="aot_eager")
+        yield {"check": "compiled", "tokens": tokens, "error": same(compiled(x), linear(x, *stored, *rest))}
         y = x.clone().requires_grad_()
         out = linear(y, *stored, *rest)
         out += 1

@@ -116,8 +116,8 @@ def _shared(
     processors: int,
 ) -> Launch:
     """gemm: 128 tokens by 128 rows a block, or as few tokens as there are by 256 rows."""
-    tiles = 2
     column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    tiles = 1 if bits == 8 and column_tiles == 8 else 2  # more do not fit the registers of a thread
     token_warps = 1 if tokens <= 64 else 2
     row_warps = 8 // token_warps
     while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:

@@ -172,7 +172,7 @@ MISTAKES = {
     "token": ("product8.cu", "x_scale = t == q ?", "x_scale = t == row ?", 2),
     "missing barrier": ("product8.cu", "            sync_warp();\n        }", "        }", 2),
     "warps": ("product.cuh", "for (int warp = 0; warp < WARPS;", "for (int warp = 1; warp < WARPS;", 5),
-    "place in a stage": ("gemm.cu", "step % STAGE_STEPS * 4 + q)]", "step % STAGE_STEPS * 4 + (q ^ 1))]", 9),
+    "place in a stage": ("gemm.cu", "step % STAGE_STEPS * 4 + q)];", "step % STAGE_STEPS * 4 + (q ^ 1))];", 9),
     "copies not waited for": ("gemm.cu", "wait_async<STAGES - 2>", "wait_async<STAGES - 1>", 9),
     "stage not shared": ("gemm.cu", "            sync_block();", "            ", 9),
     "stage overwritten": ("gemm.cu", "slot == 0 ? STAGES - 1 : slot - 1", "slot", 9),

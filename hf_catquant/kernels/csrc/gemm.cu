@@ -60,47 +60,45 @@ DEVICE void fetch(uint4* stage, const Product& p, int token0, int first_column) 
 // A step of 16-bit x: the lane's eight activations are two turns of the tensor cores.
 DEVICE void multiply_step(float (&codes)[MT][NT][4], float (&ones)[SUMS ? 1 : NT][4], const Codes& held, int step, const uint4* stage, int token, u32 magic) {
     const int row = threadIdx.x >> 2, q = threadIdx.x & 3;
-    uint4 x[NT];
+    uint4 a[2][MT];
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) x[nt] = stage[place(token + row + 8 * nt, step % STAGE_STEPS * 4 + q)];
+    for (int i = 0; i < 2 * MT; i++) {
+        const int field = step % FIELDS + i / MT * FIELDS;
+        const uint4& word = held.word[i % MT][step / FIELDS];
+        a[i / MT][i % MT] = {two_codes(word.x, field, magic), two_codes(word.y, field, magic), two_codes(word.z, field, magic),
+                             two_codes(word.w, field, magic)};
+    }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int field = step % FIELDS + half * FIELDS;
+    for (int nt = 0; nt < NT; nt++) {
+        const uint4 x = stage[place(token + row + 8 * nt, step % STAGE_STEPS * 4 + q)];
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-            const uint4& word = held.word[mt][step / FIELDS];
-            uint4 a = {two_codes(word.x, field, magic), two_codes(word.y, field, magic), two_codes(word.z, field, magic),
-                       two_codes(word.w, field, magic)};
+        for (int half = 0; half < 2; half++) {
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) mma(codes[mt][nt], a, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
+            for (int mt = 0; mt < MT; mt++) mma(codes[mt][nt], a[half][mt], word_of(x, 2 * half), word_of(x, 2 * half + 1));
+            if (BITS < 8 && !SUMS)
+                mma(ones[SUMS ? 0 : nt], {ONES, ONES, ONES, ONES}, word_of(x, 2 * half), word_of(x, 2 * half + 1));
         }
-        if (BITS < 8 && !SUMS)
-#pragma unroll
-            for (int nt = 0; nt < NT; nt++)
-                mma(ones[SUMS ? 0 : nt], {ONES, ONES, ONES, ONES}, word_of(x[nt], 2 * half), word_of(x[nt], 2 * half + 1));
     }
 }
 
 DEVICE void multiply_step(int (&codes)[MT][NT][4], int (&ones)[SUMS ? 1 : NT][4], const Codes& held, int step, const uint4* stage, int token, u32) {
     const int row = threadIdx.x >> 2, q = threadIdx.x & 3, field = step % FIELDS;
-    uint2 x[NT];
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++)
-        x[nt] = ((const uint2*)(stage + place(token + row + 8 * nt, step % STAGE_STEPS * 2 + (q >> 1))))[q & 1];
+    uint4 a[MT];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
         const uint4& word = held.word[mt][step / FIELDS];
-        uint4 a = {four_codes(word.x, field), four_codes(word.y, field), four_codes(word.z, field), four_codes(word.w, field)};
-#pragma unroll
-        for (int nt = 0; nt < NT; nt++) {
-            if (BITS == 8) mma_s8s8(codes[mt][nt], a, x[nt].x, x[nt].y);
-            else mma_u8s8(codes[mt][nt], a, x[nt].x, x[nt].y);
-        }
+        a[mt] = {four_codes(word.x, field), four_codes(word.y, field), four_codes(word.z, field), four_codes(word.w, field)};
     }
-    if (BITS < 8 && !SUMS)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++)
-            mma_u8s8(ones[SUMS ? 0 : nt], {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u}, x[nt].x, x[nt].y);
+    for (int nt = 0; nt < NT; nt++) {
+        const uint2 x = ((const uint2*)(stage + place(token + row + 8 * nt, step % STAGE_STEPS * 2 + (q >> 1))))[q & 1];
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            if (BITS == 8) mma_s8s8(codes[mt][nt], a[mt], x.x, x.y);
+            else mma_u8s8(codes[mt][nt], a[mt], x.x, x.y);
+        }
+        if (BITS < 8 && !SUMS) mma_u8s8(ones[SUMS ? 0 : nt], {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u}, x.x, x.y);
+    }
 }
 
 // The sums of x over run `run` of columns, of the lane's two tokens of column tile nt: (runs, tokens, rounded up to 2).
@@ -110,31 +108,24 @@ DEVICE float2 read_sums(const Product& p, int run, int m) {
 }
 
 DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, const Cursor& cursor, u32 group, int run, int m) {
-    float x[NT][2];
+    float step[MT][2], zero[MT][2];
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-        if (BITS == 8) continue;
-        if (!SUMS) {
-            x[nt][0] = (float)sums.ones[SUMS ? 0 : nt][0], x[nt][1] = (float)sums.ones[SUMS ? 0 : nt][1];
-        } else if (BY_ROW) {
-            x[nt][0] = sums.x[SUMS && BY_ROW ? nt : 0][0], x[nt][1] = sums.x[SUMS && BY_ROW ? nt : 0][1];
-        } else {
-            float2 v = read_sums(p, run, m + 8 * nt);
-            x[nt][0] = v.x, x[nt][1] = v.y;
-        }
+    for (int i = 0; i < 2 * MT; i++) {
+        Pairs pairs = read_pairs(p, cursor, i / 2, group);
+        step[i / 2][i % 2] = pairs.scale[i % 2] * p.level_step;
+        zero[i / 2][i % 2] = pairs.scale[i % 2] * p.level_zero + pairs.offset[i % 2];
     }
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        Pairs pairs = read_pairs(p, cursor, mt, group);
+    for (int nt = 0; nt < NT; nt++) {
+        float2 x = {0, 0};
+        if (BITS < 8 && !SUMS) x = {(float)sums.ones[SUMS ? 0 : nt][0], (float)sums.ones[SUMS ? 0 : nt][1]};
+        else if (BITS < 8 && BY_ROW) x = {sums.x[SUMS && BY_ROW ? nt : 0][0], sums.x[SUMS && BY_ROW ? nt : 0][1]};
+        else if (BITS < 8) x = read_sums(p, run, m + 8 * nt);
 #pragma unroll
-        for (int rh = 0; rh < 2; rh++) {
-            float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
-#pragma unroll
-            for (int i = 0; i < 2 * NT; i++) {
-                int nt = i / 2, c = 2 * rh + i % 2;
-                y[mt][nt][c] += step * number(sums.codes[mt][nt][c]);
-                if (BITS < 8) y[mt][nt][c] += zero * x[nt][i % 2];
-            }
+        for (int i = 0; i < 4 * MT; i++) {
+            int mt = i / 4, c = i % 4, rh = c / 2;
+            y[mt][nt][c] += step[mt][rh] * number(sums.codes[mt][nt][c]);
+            if (BITS < 8) y[mt][nt][c] += zero[mt][rh] * (c % 2 ? x.y : x.x);
         }
     }
 }
