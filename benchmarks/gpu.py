@@ -206,11 +206,14 @@ def run(names: list[str], out: Path, minutes: float) -> int:
         "--only",
         *names,
     ]
-    done = subprocess.run(command, check=False, timeout=180)
+    try:
+        ahead = subprocess.run(command, check=False, timeout=150).returncode == 0
+    except subprocess.TimeoutExpired:
+        ahead = False  # what is missing is compiled when it is used
     supervise(names, out, until)
     results = Results(out)
     results.held.pop("in progress", None)
-    results.put("compiled ahead", done.returncode == 0)
+    results.put("compiled ahead", ahead)
     results.put("targets", targets(results.held))
     for row in results.held["targets"]:
         print(json.dumps(row))

@@ -115,17 +115,20 @@ def _shared(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """gemm: 128 tokens by 128 rows a block, or as few tokens as there are by 256 rows."""
-    column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    tiles = 1 if bits == 8 and column_tiles == 8 else 2  # more do not fit the registers of a thread
-    token_warps = 1 if tokens <= 64 else 2
+    """gemm: 256 weight rows by up to 64 rows of x a block, or 128 by 128; by half as many where codes take more room."""
+    tiles = 2
+    wide = bits < 4 or (bits == 4 and integer)  # sums of 8 column tiles fit the registers beside the codes
+    column_tiles = 2 if tokens <= 16 else 8 if wide and tokens > 32 else 4
+    token_warps = 1 if tokens <= (64 if wide else 32) else 2
     row_warps = 8 // token_warps
     while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
         row_warps //= 2
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
-    at_once = 2 if column_tiles <= 4 else 1  # blocks of a multiprocessor: what their registers allow
+    at_once = (
+        2 if column_tiles == 2 or (bits < 4 and column_tiles == 4) else 1
+    )  # blocks of a multiprocessor: by registers
     splits = cuts(made, chunks, processors * at_once)
-    sums = int(bits < 8 and column_tiles == 8)
+    sums = int(bits < 8 and tokens > 32)
     steps = chunk_width(bits) // STEP
     runs = sums * chunks * (1 if group_steps in (0, steps) or group_steps > steps else steps // group_steps)
     values = (bits, group_steps, scale32, dtype, tiles, column_tiles, row_warps * token_warps)

@@ -132,8 +132,7 @@ def test_conv_is_the_reference_bit_for_bit(device, generator):
 
 
 @emulator
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize(("dtype", "activations"), [(torch.bfloat16, None), (torch.float16, "int8")], ids=str)
 @pytest.mark.parametrize(
     ("spatial", "kernel", "geometry"),
     [
@@ -161,9 +160,9 @@ def test_conv_of_few_positions_is_a_product_from_tiles(
 
 @emulator
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("columns", [1, 7, 12, 8, 16, 40, 96, 384, 1024, 1536, 2080, 4096, 8192])
+@pytest.mark.parametrize("columns", [7, 12, 8, 96, 1536, 2080, 8192])
 def test_rotate(columns, inverse, device, generator):
-    for dtype in DTYPES if columns in (12, 96, 384) else DTYPES[-1:]:
+    for dtype in DTYPES if columns in (12, 96) else DTYPES[-1:]:
         x = torch.randn(2, 1, columns, generator=generator).to(dtype)
         out, expected = cuda.rotate(x, inverse), rotate(x.double(), inverse)
         assert (out.shape, out.dtype) == (x.shape, dtype)
@@ -181,8 +180,9 @@ def test_rotations_that_a_block_does_not_hold_are_left_to_the_reference(device, 
 
 
 @emulator
-@pytest.mark.parametrize("group_size", [32, 256, -1])
-@FORMAT
+@pytest.mark.parametrize(
+    ("name", "group_size"), [("binary", 256), ("ternary", 32), ("int3", 64), ("int4", -1), ("int8", 128)]
+)
 def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, device):
     case = half(random_case(name, 40, 520, group_size))
     layout = cuda_layout.build(*case.stored, name, group_size, 520)

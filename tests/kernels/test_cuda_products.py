@@ -91,9 +91,19 @@ def test_groups_and_tails_of_every_format(name, outputs, columns, group_size, ro
     check(stored(name, outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder, activations)
 
 
-@pytest.mark.parametrize("activations", [None, "int8"])
-@pytest.mark.parametrize("group_size", [64, 256, -1])
-@pytest.mark.parametrize(("name", "rows"), [("ternary", 9), ("binary", 33), ("int4", 65), ("int8", 40)])
+@pytest.mark.parametrize(
+    ("name", "rows", "group_size", "activations"),
+    [
+        ("ternary", 9, 64, None),
+        ("ternary", 70, -1, "int8"),
+        ("binary", 33, 256, None),
+        ("binary", 40, -1, None),
+        ("int4", 65, 64, None),
+        ("int4", 9, 256, "int8"),
+        ("int4", 70, 64, "int8"),
+        ("int8", 40, -1, None),
+    ],
+)
 def test_many_rows_cut_along_k(name, rows, group_size, activations, folder):
     case, x = stored(name, 280, 600, group_size), inputs(rows, 600, torch.bfloat16)  # 5 chunks, 3 of one bit
     check(case, x, folder, activations, parts=3)
