@@ -73,8 +73,8 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     if plan.splits > 1:
         adding = Variant("partials", (("TYPE", TYPES[dtype]),))
         grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
-        sizes = (tokens, layout.rows, plan.splits)
-        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), (made, scale, bias, out, *sizes))
+        arguments = (made, scale, bias, out, tokens, layout.rows, plan.splits)
+        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), arguments)
     return out
 
 

@@ -90,7 +90,7 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
-    check_budget({**dict(list(products().items())[:: len(ARCHITECTURES) * 2 + 1]), **others()}, arch)
+    check_budget({**dict(list(products().items())[:: len(ARCHITECTURES) * 4 + 1]), **others()}, arch)
 
 
 @needs_nvrtc
