@@ -2,7 +2,7 @@
 
     python benchmarks/larger_llama.py --data FOLDER
 
-FOLDER as in ``realdata.py``. 6,000 texts that stories260K samples train a Llama of 2.5 M parameters (width 256, four blocks)
+FOLDER as in ``realdata.py``. 4,000 texts that stories260K samples train a Llama of 2.5 M parameters (width 256, four blocks)
 for two epochs, which gives a float model with the same tokenizer; half an hour on one core. Then the solvers are judged by
 how much of the log-perplexity between rounding to nearest and float they win back on TinyStories' test texts, that neither
 model nor solver has seen. Results go to ``benchmarks/results/larger_llama.json`` and ``docs/larger-llama.md``.
@@ -27,7 +27,7 @@ from hf_catquant.evaluation import evaluate_language_model
 
 RESULTS = ROOT / "benchmarks" / "results" / "larger_llama.json"
 PAGE = ROOT / "docs" / "larger-llama.md"
-TEXTS, LENGTH, EPOCHS, ROWS, RATE = 6000, 256, 2, 32, 2e-3
+TEXTS, LENGTH, EPOCHS, ROWS, RATE = 4000, 256, 2, 32, 2e-3
 OWN = 196  # texts that the larger model writes for its calibration, beside the 60 of TinyStories
 WAYS: dict[str, dict[str, Any]] = {
     "rounding to nearest": {"solver": "rtn"},
@@ -136,8 +136,9 @@ def write_page() -> None:
     lines = [
         "# A larger language model",
         "",
-        f"Made by `python benchmarks/larger_llama.py --data FOLDER`: a Llama of {first['parameters'] / 1e6:.1f} M parameters,",
-        f"trained on {TEXTS:,} texts that stories260K wrote (seed 0), then ternary without offsets in groups of 128, with no",
+        "Made by `python benchmarks/larger_llama.py --data FOLDER`: a Llama of",
+        f"{first['parameters'] / 1e6:.1f} M parameters, trained on {TEXTS:,} texts that stories260K wrote (seed 0),",
+        "then ternary without offsets in groups of 128, with no",
         "correction. Perplexity on TinyStories' 120 test texts with its 95 % interval; float",
         f"{first['float']:.2f}. The solvers calibrate on TinyStories' 60 calibration texts and {OWN} that the model wrote.",
         "Won back: of the log-perplexity between rounding and float.",
