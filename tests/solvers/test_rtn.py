@@ -30,7 +30,9 @@ def squared_error(weight: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
 def plain_rounding(rows: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Min-max rounding of every row, absmax rounding for a format without offset; float64."""
     rows, low, high = rows.double(), rows.double().amin(-1, True), rows.double().amax(-1, True)
-    scale = (high - low) / (fmt.levels[-1] - fmt.levels[0]) if fmt.affine else rows.abs().amax(-1, True) / fmt.levels[-1]
+    scale = (
+        (high - low) / (fmt.levels[-1] - fmt.levels[0]) if fmt.affine else rows.abs().amax(-1, True) / fmt.levels[-1]
+    )
     offset = low - scale * fmt.levels[0] if fmt.affine else torch.zeros_like(low)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     levels = torch.tensor(fmt.levels, dtype=torch.float64)
