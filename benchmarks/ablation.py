@@ -65,6 +65,7 @@ STEPS: dict[str, dict[str, Any]] = {
     ROTATION: {},
 }
 BEYOND: dict[str, dict[str, Any]] = {
+    "all steps, low rank 1": {"low_rank": 1},
     "all steps, low rank 2": {"low_rank": 2},
     "all steps, low rank 8": {"low_rank": 8},
     "all steps, average_bits=2.3": {"average_bits": 2.3},
