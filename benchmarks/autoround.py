@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import CASES, ROOT, made, put, read, span, table, write
+from common import CASES, ROOT, made, put, read, span, table, weight_bits, write
 
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.evaluation import evaluate_language_model
@@ -61,7 +62,11 @@ def main() -> None:
             seconds = time.perf_counter() - start
             row = evaluate_language_model(teacher, model.eval(), batches).rows[1]
             # AutoRound stores a float16 scale and a zero point of as many bits as a weight with every group.
-            stored = stored_bits(model) if run is ours else bits + (16 + bits) / GROUP_SIZE
+            stored = (
+                weight_bits([asdict(layer) for layer in report(model).layers])
+                if run is ours
+                else bits + (16 + bits) / GROUP_SIZE
+            )
             result = {
                 "bits": bits,
                 "what": name,
@@ -112,13 +117,6 @@ def ours(model: Any, tokenizer: Any, texts: list[str], bits: int, how: tuple[str
         modules_to_not_convert=SKIPPED,
     )
     return quantize(model, config)
-
-
-def stored_bits(model: Any) -> float:
-    """Bits a weight of the quantized layers, scales and offsets included."""
-    layers = report(model).layers
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    return sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
 
 def kept(row: Row) -> dict[str, float]:

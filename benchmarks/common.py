@@ -118,6 +118,13 @@ class PeakMemory:
             self.peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+def weight_bits(layers: list[dict]) -> float:
+    """Stored bits a weight, scales and offsets included, of the layers that are not int8 as those outside the blocks are."""
+    chosen = [layer for layer in layers if layer["weights"] != "int8"]
+    sizes = [layer["shape"][0] * layer["shape"][1] for layer in chosen]
+    return sum(layer["bits"] * size for layer, size in zip(chosen, sizes, strict=True)) / sum(sizes)
+
+
 def machine() -> str:
     """What the numbers were made on."""
     return (

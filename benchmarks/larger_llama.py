@@ -14,11 +14,12 @@ import argparse
 import copy
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Bench, chosen, made, put, read, sources, span, table, write
+from common import ROOT, Bench, chosen, made, put, read, sources, span, table, weight_bits, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,9 +109,7 @@ def run(
     seconds = round(time.perf_counter() - start, 1)
     floating, row = evaluate_language_model(student, model, batches).rows
     print(f"{name}: {row.metric:.2f} (float {floating.metric:.2f})", flush=True)
-    layers = [layer for layer in report(model).layers if layer.weights != "int8"]
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    bits = sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    bits = weight_bits([asdict(layer) for layer in report(model).layers])
     kept = {key: getattr(row, key) for key in ("metric", "low", "high", "kl", "agreement")}
     parameters = sum(p.numel() for p in student.parameters())
     what = {"what": name, "float": floating.metric, "parameters": parameters, "bits": bits, "seconds": seconds}
