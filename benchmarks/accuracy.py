@@ -62,7 +62,8 @@ PLAN = (
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
     ),
-    Setting("int4", "reconstruct", ("deit",), 128, "int4", (STEPS, "block_steps=60", "model_steps=100")),
+    Setting("int4", "gptq", ("deit",), 128, "int4"),
+    Setting("int4", "reconstruct", ("deit",), 64, more=(STEPS, "block_steps=60", "model_steps=100")),
 )
 
 
