@@ -50,13 +50,29 @@ class PackedIndex:
         """Rows to search in."""
         return self._count
 
-    def scores(self, queries: Any) -> NDArray[np.int16]:
+    def scores(self, queries: Any, out: NDArray[np.int16] | None = None) -> NDArray[np.int16]:
         """Dot products (q, n) of packed queries (q, bytes) with all rows, of codes -1/+1 or -1/0/+1.
 
+        Args:
+            queries: packed like the rows.
+            out: (q, n) int16 to write into, C-contiguous; new memory costs about as much as the products.
+
         Raises:
-            ValueError: the queries are not packed like the rows.
+            ValueError: the queries are not packed like the rows, or ``out`` does not fit.
         """
-        return bits.scores(self._tiles, len(self), self._asked(queries), self.num_features, self.num_threads)
+        asked = self._asked(queries)
+        shape = (len(asked), len(self))
+        if out is None:
+            out = np.empty(shape, np.int16)
+        elif not (
+            isinstance(out, np.ndarray)
+            and (out.dtype, out.shape) == (np.int16, shape)
+            and out.flags.c_contiguous
+            and out.flags.writeable
+        ):
+            found = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+            raise ValueError(f"out must be a C-contiguous, writable int16 array of shape {shape}, got {found}")
+        return bits.scores(self._tiles, asked, self.num_features, self.num_threads, out)
 
     def search(
         self, queries: Any, k: int, *, embeddings: Any = None, float_queries: Any = None, oversample: int = 4

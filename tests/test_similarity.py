@@ -43,10 +43,14 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
 @pytest.mark.parametrize("columns", [1, 8, 63, 64, 65, 384, 1000, 2100])
 def test_scores_are_dot_products(way, kind, columns):
-    x = embeddings(1300 if columns < 100 else 520, columns)  # tiles have 512 rows
+    x = embeddings(1300 if columns < 100 else 520, columns)  # tiles have 256 rows
     index = PackedIndex(packed(kind, x), columns, ternary=kind is TernaryQuantizer, num_threads=3)
     codes = dense(kind, x)
-    np.testing.assert_array_equal(index.scores(packed(kind, x)[:9]), codes[:9] @ codes.T)
+    for count in (1, 2, 9):  # kernels take two queries at a time
+        np.testing.assert_array_equal(index.scores(packed(kind, x)[:count]), codes[:count] @ codes.T)
+    out = np.full((9, len(x)), 99, np.int16)
+    assert index.scores(packed(kind, x)[:9], out) is out
+    np.testing.assert_array_equal(out, codes[:9] @ codes.T)
 
 
 @pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
@@ -138,6 +142,15 @@ def test_bytes_that_are_no_ternary_codes_are_refused():
         (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 2**14), "num_features must be from 1 to 16383, got 16384"),
         (lambda: PackedIndex(CODES, 12, num_threads=2.5), "num_threads must be an integer of at least 1, got 2.5"),
         (lambda: PackedIndex(CODES, 12, num_threads=-1), "num_threads must be an integer of at least 1, got -1"),
+        (
+            lambda: INDEX.scores(CODES, X),
+            r"out must be .* int16 array of shape \(20, 20\), got float32 of shape \(20, 12\)",
+        ),
+        (
+            lambda: INDEX.scores(CODES, np.zeros((20, 20), np.int16).T),
+            r"out must be a C-contiguous, writable int16 array of shape \(20, 20\), got int16 of shape \(20, 20\)",
+        ),
+        (lambda: INDEX.scores(CODES, [0]), "out must be a .* int16 array .*, got list"),
         (lambda: INDEX.search(CODES, 2.5), "k must be an integer of at least 1, got 2.5"),
         (lambda: INDEX.search(CODES, "3"), "k must be an integer of at least 1, got '3'"),
         (lambda: INDEX.search(CODES, True), "k must be an integer of at least 1, got True"),

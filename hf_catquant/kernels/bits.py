@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from . import native, reference_bits
 from .reference_bits import Rows, Scores, Words, best_of
 
-TILE = 512  # CQ_BITS_TILE of csrc/bits.c
+TILE = 256  # CQ_BITS_TILE of csrc/bits.c
 LINE = 64  # bytes of a line of the cache, on which vectors are read fastest
 ROW_BITS = 48  # of a key, see csrc/bits.c
 
@@ -44,9 +44,9 @@ def in_tiles(planes: NDArray[np.uint8]) -> Words:
     return found
 
 
-def scores(tiles: Words, count: int, asked: Words, features: int, threads: int) -> Scores:
-    """Dot products (q, ``count``) of queries (q, planes, words) with rows in tiles."""
-    found = np.empty((len(asked), count), np.int16)
+def scores(tiles: Words, asked: Words, features: int, threads: int, found: Scores) -> Scores:
+    """Put the dot products of queries (q, planes, words) with rows in tiles into ``found`` (q, rows), C-contiguous."""
+    count = found.shape[1]
     if native.PATH != "reference":
         native.loaded().cq_bits_scores(*_rows(tiles, count, asked, features), found.ctypes.data, threads)
         return found

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-TOGETHER = 64  # tiles; a word of all of their rows is 256 KiB
+TOGETHER = 128  # tiles; a word of all of their rows is 256 KiB
 
 Words = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
@@ -33,7 +33,7 @@ def products(tiles: Words, asked: Words, features: int, start: int, stop: int) -
 
 
 def best(tiles: Words, count: int, asked: Words, features: int, k: int, start: int, stop: int) -> tuple[Rows, Scores]:
-    """Row numbers and scores (q, at most k), best first, of tiles ``start`` to ``stop``, of which ``count`` rows are real."""
+    """Row numbers and scores (q, at most k), best first, of tiles ``start`` to ``stop``; rows from ``count`` on are none."""
     k = min(k, min(count, stop * tiles.shape[-1]) - start * tiles.shape[-1])
     rows = [np.empty(0, np.int64)] * len(asked)
     scores = [np.empty(0, np.int16)] * len(asked)

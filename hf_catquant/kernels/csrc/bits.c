@@ -16,25 +16,25 @@
 
 #include <string.h>
 
-#define CQ_BITS_TILE 512
-#define TILES_A_TASK 8
+#define CQ_BITS_TILE 256 /* rows; of 384 ternary features they fill 24 KiB, of a cache of 32 */
+#define TILES_A_TASK 16
+#define TOGETHER 2 /* queries that a kernel may be given at once: the rows are loaded once for them */
 #define WORDS_A_BYTE 31 /* 8 bits each fit into a byte that counts */
 
 #define ALWAYS static inline __attribute__((always_inline))
 
-typedef void (*kernel)(const uint64_t *tile, const uint64_t *query, int64_t words, int features, int16_t *out);
+/* Dot products of `many` queries, 1 or TOGETHER of them, with the rows of a tile: out[q], CQ_BITS_TILE each. */
+typedef void (*kernel)(const uint64_t *tile, const uint64_t *const *query, int many, int64_t words, int features,
+                       int16_t *const *out);
 
-#define KERNELS(name, target) \
-    target static void name##_binary(const uint64_t *tile, const uint64_t *query, int64_t words, int features, \
-                                     int16_t *out) \
+#define KERNEL(name, kind, target, ternary) \
+    target static void name##_##kind(const uint64_t *tile, const uint64_t *const *query, int many, int64_t words, \
+                                     int features, int16_t *const *out) \
     { \
-        name##_tile(tile, query, words, features, 0, out); \
-    } \
-    target static void name##_ternary(const uint64_t *tile, const uint64_t *query, int64_t words, int features, \
-                                      int16_t *out) \
-    { \
-        name##_tile(tile, query, words, features, 1, out); \
+        for (int q = 0; q < many; ++q) \
+            name##_tile(tile, query[q], words, features, ternary, out[q]); \
     }
+#define KERNELS(name, target) KERNEL(name, binary, target, 0) KERNEL(name, ternary, target, 1)
 
 ALWAYS uint64_t count_of(uint64_t x)
 {
@@ -120,36 +120,57 @@ AVX2 ALWAYS void avx2_tile(const uint64_t *tile, const uint64_t *query, int64_t 
 }
 KERNELS(avx2, AVX2)
 
-AVX512 ALWAYS void avx512_tile(const uint64_t *tile, const uint64_t *query, int64_t words, int features, int ternary,
-                               int16_t *out)
+AVX512 ALWAYS void avx512_tile(const uint64_t *tile, const uint64_t *const *query, const int many, int64_t words,
+                               int features, const int ternary, int16_t *const *out)
 {
     for (int r = 0; r < CQ_BITS_TILE; r += 32) {
         const uint64_t *at = tile + r;
-        __m512i both[4], unlike[4];
-        for (int i = 0; i < 4; ++i) {
-            both[i] = _mm512_set1_epi64(ternary ? 0 : features);
-            unlike[i] = _mm512_setzero_si512();
-        }
-        for (int64_t w = 0; w < words; ++w, at += CQ_BITS_TILE) {
-            __m512i asked = _mm512_set1_epi64((int64_t)query[w]);
-            __m512i asked_signs = _mm512_set1_epi64(ternary ? (int64_t)query[words + w] : 0);
+        __m512i both[TOGETHER][4], unlike[TOGETHER][4];
+        for (int q = 0; q < many; ++q)
             for (int i = 0; i < 4; ++i) {
-                __m512i row = _mm512_loadu_si512(at + 8 * i), bits = _mm512_xor_si512(row, asked);
-                if (ternary) {
-                    __m512i used = _mm512_and_si512(row, asked);
-                    __m512i signs = _mm512_loadu_si512(at + words * CQ_BITS_TILE + 8 * i);
-                    bits = _mm512_ternarylogic_epi64(used, signs, asked_signs, 0x60); /* used & (signs ^ asked) */
-                    both[i] = _mm512_add_epi64(both[i], _mm512_popcnt_epi64(used));
+                both[q][i] = _mm512_set1_epi64(ternary ? 0 : features);
+                unlike[q][i] = _mm512_setzero_si512();
+            }
+        for (int64_t w = 0; w < words; ++w, at += CQ_BITS_TILE) {
+            __m512i asked[TOGETHER], asked_signs[TOGETHER];
+            for (int q = 0; q < many; ++q) {
+                asked[q] = _mm512_set1_epi64((int64_t)query[q][w]);
+                asked_signs[q] = _mm512_set1_epi64(ternary ? (int64_t)query[q][words + w] : 0);
+            }
+            for (int i = 0; i < 4; ++i) {
+                __m512i row = _mm512_loadu_si512(at + 8 * i), signs = row;
+                if (ternary)
+                    signs = _mm512_loadu_si512(at + words * CQ_BITS_TILE + 8 * i);
+                for (int q = 0; q < many; ++q) {
+                    __m512i bits = _mm512_xor_si512(row, asked[q]);
+                    if (ternary) {
+                        __m512i used = _mm512_and_si512(row, asked[q]);
+                        both[q][i] = _mm512_add_epi64(both[q][i], _mm512_popcnt_epi64(used));
+                        bits = _mm512_ternarylogic_epi64(used, signs, asked_signs[q], 0x60); /* used & (signs ^ asked) */
+                    }
+                    unlike[q][i] = _mm512_add_epi64(unlike[q][i], _mm512_popcnt_epi64(bits));
                 }
-                unlike[i] = _mm512_add_epi64(unlike[i], _mm512_popcnt_epi64(bits));
             }
         }
-        for (int i = 0; i < 4; ++i)
-            _mm_storeu_si128((__m128i *)(out + r + 8 * i),
-                             _mm512_cvtepi64_epi16(_mm512_sub_epi64(both[i], _mm512_slli_epi64(unlike[i], 1))));
+        for (int q = 0; q < many; ++q)
+            for (int i = 0; i < 4; ++i) {
+                __m512i value = _mm512_sub_epi64(both[q][i], _mm512_slli_epi64(unlike[q][i], 1));
+                _mm_storeu_si128((__m128i *)(out[q] + r + 8 * i), _mm512_cvtepi64_epi16(value));
+            }
     }
 }
-KERNELS(avx512, AVX512)
+
+#define AVX512_KERNEL(kind, ternary) \
+    AVX512 static void avx512_##kind(const uint64_t *tile, const uint64_t *const *query, int many, int64_t words, \
+                                     int features, int16_t *const *out) \
+    { \
+        if (many == TOGETHER) \
+            avx512_tile(tile, query, TOGETHER, words, features, ternary, out); \
+        else \
+            avx512_tile(tile, query, 1, words, features, ternary, out); \
+    }
+AVX512_KERNEL(binary, 0)
+AVX512_KERNEL(ternary, 1)
 #endif
 
 #if defined(__aarch64__)
@@ -262,17 +283,18 @@ static void scores_task(void *context, int64_t index)
     const job *j = context;
     int64_t end = (index + 1) * TILES_A_TASK < tiles_of(j) ? (index + 1) * TILES_A_TASK : tiles_of(j);
     for (int64_t t = index * TILES_A_TASK; t < end; ++t) {
-        const uint64_t *tile = j->tiles + t * j->tile_words;
-        int16_t last[CQ_BITS_TILE];
-        for (int64_t q = 0; q < j->queries; ++q) {
-            const uint64_t *query = j->asked + q * j->query_words;
-            int16_t *out = j->scores + q * j->rows + t * CQ_BITS_TILE;
-            if (rows_of(j, t) == CQ_BITS_TILE) {
-                j->count(tile, query, j->words, j->features, out);
-            } else {
-                j->count(tile, query, j->words, j->features, last);
-                memcpy(out, last, (size_t)rows_of(j, t) * sizeof *out);
+        int whole = rows_of(j, t) == CQ_BITS_TILE;
+        for (int64_t q = 0; q < j->queries; q += TOGETHER) {
+            int many = j->queries - q < TOGETHER ? 1 : TOGETHER;
+            const uint64_t *query[TOGETHER];
+            int16_t *out[TOGETHER], last[TOGETHER][CQ_BITS_TILE];
+            for (int i = 0; i < many; ++i) {
+                query[i] = j->asked + (q + i) * j->query_words;
+                out[i] = whole ? j->scores + (q + i) * j->rows + t * CQ_BITS_TILE : last[i];
             }
+            j->count(j->tiles + t * j->tile_words, query, many, j->words, j->features, out);
+            for (int i = 0; i < many && !whole; ++i)
+                memcpy(j->scores + (q + i) * j->rows + t * CQ_BITS_TILE, last[i], (size_t)rows_of(j, t) * sizeof *last[i]);
         }
     }
 }
@@ -308,16 +330,23 @@ static void replace_least(uint64_t *heap, int64_t size, uint64_t key)
     heap[at] = key;
 }
 
+static int16_t most_of(const int16_t *scores, int64_t count)
+{
+    int16_t most = INT16_MIN;
+    for (int64_t i = 0; i < count; ++i)
+        most = scores[i] > most ? scores[i] : most;
+    return most;
+}
+
 /* Takes up what is better than the worst of `heap`. Rows come in order: one with an equal score is not better. */
 static void take(uint64_t *heap, int64_t size, const int16_t *scores, int64_t count, int64_t first)
 {
     enum { AT_ONCE = 32 };
+    if (key_of(most_of(scores, count), first) <= heap[0])
+        return;
     for (int64_t from = 0; from < count; from += AT_ONCE) {
         int64_t end = from + AT_ONCE < count ? from + AT_ONCE : count;
-        int16_t most = INT16_MIN;
-        for (int64_t i = from; i < end; ++i)
-            most = scores[i] > most ? scores[i] : most;
-        if (key_of(most, first + from) <= heap[0])
+        if (key_of(most_of(scores + from, end - from), first + from) <= heap[0])
             continue;
         for (int64_t i = from; i < end; ++i) {
             uint64_t key = key_of(scores[i], first + i);
@@ -333,10 +362,14 @@ static void best_task(void *context, int64_t index)
     uint64_t *heaps = j->keys + index * j->queries * j->kept;
     memset(heaps, 0, (size_t)(j->queries * j->kept) * sizeof *heaps);
     for (int64_t t = tiles_of(j) * index / j->shares; t < tiles_of(j) * (index + 1) / j->shares; ++t)
-        for (int64_t q = 0; q < j->queries; ++q) {
-            int16_t scores[CQ_BITS_TILE];
-            j->count(j->tiles + t * j->tile_words, j->asked + q * j->query_words, j->words, j->features, scores);
-            take(heaps + q * j->kept, j->kept, scores, rows_of(j, t), t * CQ_BITS_TILE);
+        for (int64_t q = 0; q < j->queries; q += TOGETHER) {
+            int many = j->queries - q < TOGETHER ? 1 : TOGETHER;
+            int16_t scores[TOGETHER][CQ_BITS_TILE];
+            const uint64_t *query[TOGETHER] = {j->asked + q * j->query_words, j->asked + (q + many - 1) * j->query_words};
+            int16_t *out[TOGETHER] = {scores[0], scores[1]};
+            j->count(j->tiles + t * j->tile_words, query, many, j->words, j->features, out);
+            for (int i = 0; i < many; ++i)
+                take(heaps + (q + i) * j->kept, j->kept, scores[i], rows_of(j, t), t * CQ_BITS_TILE);
         }
 }
 
