@@ -38,6 +38,7 @@ def in_tiles(planes: NDArray[np.uint8]) -> Words:
     """(tiles, planes, words, TILE) of the bytes (n, planes, bytes) of rows; rows that fill the last tile up are 0."""
     count, number, width = planes.shape
     found = _on_a_line((-(-count // TILE), number, -(-width // 8), TILE))
+    found[-1] = 0
     for tile in range(len(found)):
         rows = in_words(planes[tile * TILE : (tile + 1) * TILE])
         found[tile, ..., : len(rows)] = rows.transpose(1, 2, 0)
@@ -93,8 +94,8 @@ def _share(work: Callable[[int, int], Any], tiles: int, threads: int) -> list[An
 
 
 def _on_a_line(shape: tuple[int, ...]) -> Words:
-    """Zeros that begin on a line of the cache."""
+    """Memory that begins on a line of the cache. Not of zeros, which numpy does not ask for in large pages."""
     size, more = int(np.prod(shape)), LINE // 8
-    memory = np.zeros(size + more, np.uint64)
+    memory = np.empty(size + more, np.uint64)
     start = -memory.ctypes.data % LINE // 8
     return memory[start : start + size].reshape(shape)

@@ -72,8 +72,8 @@ KERNELS(scalar, )
 /* Bits of every byte: its two halves looked up. */
 AVX2 ALWAYS __m256i bytes_of(__m256i x)
 {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
-                                           2, 3, 2, 3, 3, 4);
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
     const __m256i fifteen = _mm256_set1_epi8(15);
     __m256i low = _mm256_and_si256(x, fifteen), high = _mm256_and_si256(_mm256_srli_epi16(x, 4), fifteen);
     return _mm256_add_epi8(_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high));
@@ -94,7 +94,8 @@ AVX2 ALWAYS void avx2_tile(const uint64_t *tile, const uint64_t *query, int64_t 
                 const uint64_t *at = tile + w * CQ_BITS_TILE + r;
                 __m256i asked = _mm256_set1_epi64x((int64_t)query[w]);
                 for (int i = 0; i < 2; ++i) {
-                    __m256i row = _mm256_loadu_si256((const __m256i *)(at + 4 * i)), bits = _mm256_xor_si256(row, asked);
+                    __m256i row = _mm256_loadu_si256((const __m256i *)(at + 4 * i));
+                    __m256i bits = _mm256_xor_si256(row, asked);
                     if (ternary) {
                         __m256i signs = _mm256_loadu_si256((const __m256i *)(at + words * CQ_BITS_TILE + 4 * i));
                         __m256i used = _mm256_and_si256(row, asked);
@@ -146,7 +147,8 @@ AVX512 ALWAYS void avx512_tile(const uint64_t *tile, const uint64_t *const *quer
                     if (ternary) {
                         __m512i used = _mm512_and_si512(row, asked[q]);
                         both[q][i] = _mm512_add_epi64(both[q][i], _mm512_popcnt_epi64(used));
-                        bits = _mm512_ternarylogic_epi64(used, signs, asked_signs[q], 0x60); /* used & (signs ^ asked) */
+                        /* used & (signs ^ asked) */
+                        bits = _mm512_ternarylogic_epi64(used, signs, asked_signs[q], 0x60);
                     }
                     unlike[q][i] = _mm512_add_epi64(unlike[q][i], _mm512_popcnt_epi64(bits));
                 }
@@ -278,6 +280,17 @@ static job job_of(int path, const uint64_t *tiles, int64_t rows, int64_t words, 
                  .count = kernel_of(path, ternary)};
 }
 
+/* Asks for a share of the next tile while `query` meets this one: memory and counting take about as long. */
+static void prefetch(const job *j, int64_t tile, int64_t query)
+{
+    if (tile + 1 >= tiles_of(j))
+        return;
+    const uint64_t *next = j->tiles + (tile + 1) * j->tile_words;
+    int64_t lines = j->tile_words / 8, end = lines * (query + TOGETHER) / j->queries;
+    for (int64_t line = lines * query / j->queries; line < end && line < lines; ++line)
+        __builtin_prefetch(next + 8 * line);
+}
+
 static void scores_task(void *context, int64_t index)
 {
     const job *j = context;
@@ -292,9 +305,10 @@ static void scores_task(void *context, int64_t index)
                 query[i] = j->asked + (q + i) * j->query_words;
                 out[i] = whole ? j->scores + (q + i) * j->rows + t * CQ_BITS_TILE : last[i];
             }
+            prefetch(j, t, q);
             j->count(j->tiles + t * j->tile_words, query, many, j->words, j->features, out);
             for (int i = 0; i < many && !whole; ++i)
-                memcpy(j->scores + (q + i) * j->rows + t * CQ_BITS_TILE, last[i], (size_t)rows_of(j, t) * sizeof *last[i]);
+                memcpy(j->scores + (q + i) * j->rows + t * CQ_BITS_TILE, last[i], (size_t)rows_of(j, t) * 2);
         }
     }
 }
@@ -365,8 +379,10 @@ static void best_task(void *context, int64_t index)
         for (int64_t q = 0; q < j->queries; q += TOGETHER) {
             int many = j->queries - q < TOGETHER ? 1 : TOGETHER;
             int16_t scores[TOGETHER][CQ_BITS_TILE];
-            const uint64_t *query[TOGETHER] = {j->asked + q * j->query_words, j->asked + (q + many - 1) * j->query_words};
+            const uint64_t *first = j->asked + q * j->query_words;
+            const uint64_t *query[TOGETHER] = {first, first + (many - 1) * j->query_words};
             int16_t *out[TOGETHER] = {scores[0], scores[1]};
+            prefetch(j, t, q);
             j->count(j->tiles + t * j->tile_words, query, many, j->words, j->features, out);
             for (int i = 0; i < many; ++i)
                 take(heaps + (q + i) * j->kept, j->kept, scores[i], rows_of(j, t), t * CQ_BITS_TILE);
