@@ -8,7 +8,7 @@ padding, on whichever side that lies. What enters the head of a classifier is po
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,6 +69,13 @@ def extract_features(
     silent = [name for name, found in parts.items() if len(found) != len(read.batches)]
     if silent:
         raise ValueError(f"{type(model).__name__} does not run the module {silent[0]!r} on all samples: name another")
+    for name, found in parts.items():
+        widths = sorted({features.shape[1] for features in found})
+        if len(widths) > 1:
+            raise ValueError(
+                f"{name!r} gives vectors of {widths[0]} and of {widths[-1]} numbers, as the batch is: name a module whose "
+                "width is the same for every batch"
+            )
     whole = {name: torch.cat(found) for name, found in parts.items()}
     return whole[sites[0].name] if isinstance(at, str) and at != BLOCKS else whole
 
@@ -130,7 +137,7 @@ def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
     """What enters the module that returns the logits; without logits, what the model returns.
 
     Raises:
-        ValueError: there are logits, but no module that returns them.
+        ValueError: there are logits, but no module that returns them, or not of classes.
     """
     batch = placed(batch, model)
     output, returned = observed(model, batch)
@@ -139,6 +146,12 @@ def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
         return Place(HEAD, site, entering=True)
     logits = named_logits(output)
     if logits is None:
+        first = next(iter(output), "") if isinstance(output, Mapping) else ""
+        if "logits" in str(first):  # of pairs of samples (CLIP), of steps (answers in a text): no vector a sample
+            raise ValueError(
+                f'at="head": {type(model).__name__} returns {first} and no logits of classes: name the module whose '
+                "features are wanted"
+            )
         return Place(HEAD, "")
     for name, steps in step_sites(logits, returned):  # decoders that classify every step and keep one
         mask = _mask(batch, model, name, steps)
@@ -183,7 +196,10 @@ def _hook(caught: dict[str, Any], site: Place) -> dict[str, Any]:
 
 
 def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor], pooling: str) -> Tensor:
-    hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+    try:
+        hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+    except TypeError as error:
+        raise ValueError(f"{site.name!r} gives {type(value).__name__}, and no tensor: name another module") from error
     if hidden.dim() == 2 and len(hidden) != rows and len(hidden) % rows == 0:
         hidden = hidden.view(rows, -1, hidden.shape[1])  # a module that sees the steps of all samples in one list
     if hidden.dim() < 2 or len(hidden) != rows:

@@ -66,7 +66,8 @@ class PackedIndex:
             out = np.empty(shape, np.int16)
         elif not (
             isinstance(out, np.ndarray)
-            and (out.dtype, out.shape) == (np.int16, shape)
+            and out.dtype == np.int16
+            and out.shape == shape
             and out.flags.c_contiguous
             and out.flags.writeable
         ):

@@ -234,6 +234,31 @@ def test_bad_places_are_named(at, pooling, message):
         extract_features(Flattens(), samples, at=at, pooling=pooling)
 
 
+def test_what_depends_on_the_batch_is_no_feature():
+    clip, samples = tiny_models.build("clip"), tiny_models.samples("clip", 5)
+    for size in (3, 5):
+        with pytest.raises(ValueError, match="CLIPModel returns logits_per_image and no logits of classes: name the"):
+            extract_features(clip, samples, batch_size=size)
+    with pytest.raises(ValueError, match="'' gives vectors of 2 and of 3 numbers, as the batch is"):
+        extract_features(clip, samples, at="", batch_size=3)
+    assert extract_features(clip, samples, at="visual_projection", batch_size=3).shape == (5, 24)
+
+
+class Silent(nn.Module):
+    """Returns nothing."""
+
+    def forward(self, x):
+        return None
+
+
+def test_a_module_without_a_tensor_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].register_module("log", Silent())
+    model[0].register_forward_hook(lambda module, args, output: module.log(output))
+    with pytest.raises(ValueError, match=r"'0.log' gives NoneType, and no tensor: name another module"):
+        extract_features(model, [torch.randn(3) for _ in range(4)], at="0.log")
+
+
 def test_a_wrong_name_is_said_before_samples_are_read():
     def samples():
         raise AssertionError("read")
