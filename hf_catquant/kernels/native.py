@@ -68,6 +68,11 @@ _SIGNATURES = {
     ),
     "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
     "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
+    "cq_bits_scores": (None, (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _INT)),
+    "cq_bits_best": (
+        None,
+        (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    ),
     "cq_unpack": (None, (_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT)),
 }
 
