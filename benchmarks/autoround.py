@@ -137,8 +137,8 @@ def write_page() -> None:
         "# Beside AutoRound",
         "",
         "Made by `python benchmarks/autoround.py --data FOLDER`: the attention layers of stories260K (AutoRound leaves its",
-        f"MLPs out), groups of {GROUP_SIZE} unless said, asymmetric, everything else in float; perplexity on the test texts with its",
-        "95 % interval, float 4.70. Both calibrate on the same 60 texts; hf_catquant without a correction.",
+        f"MLPs out), groups of {GROUP_SIZE} unless said, asymmetric, everything else in float; perplexity on the test texts",
+        "with its 95 % interval, float 4.70. Both calibrate on the same 60 texts; hf_catquant without a correction.",
         "",
         *table(("bits", "what", "stored bits a weight", "perplexity", "KL", "s"), rows),
     ]
