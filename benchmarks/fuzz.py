@@ -1,6 +1,7 @@
 """A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
 
-    python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
+    python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 10]
+    python benchmarks/fuzz.py --more 20000   # goes on behind the cases of the log, and adds to it
     python benchmarks/fuzz.py --again        # judges the finds of the log again, after they were mended
 
 Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
+    parser.add_argument("--loads", type=int, default=10, help="one case in so many is loaded too")
+    parser.add_argument("--more", type=int, help="cases to add to those of the log, judged in the same way")
     parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help="judge only what the log calls a find")
     args = parser.parse_args()
@@ -49,11 +51,22 @@ def main() -> None:
         judge_again(args.loads)
     elif args.chunk:
         work(*args.chunk, args.loads)
+    elif args.more:
+        go_on(args)
     else:
         campaign(args)
 
 
-def campaign(args: argparse.Namespace) -> None:
+def go_on(args: argparse.Namespace) -> None:
+    """Judge ``--more`` cases behind those of the log."""
+    earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+    args.cases = args.more
+    if earlier is not None:
+        args.first, args.loads = earlier["first"] + earlier["cases"], earlier["loads_one_in"]
+    campaign(args, earlier)
+
+
+def campaign(args: argparse.Namespace, earlier: dict | None = None) -> None:
     """Hand out chunks to processes until all cases are judged."""
     start, end = time.perf_counter(), args.first + args.cases
     waiting = [(at, min(end, at + CHUNK)) for at in range(args.first, end, CHUNK)]
@@ -80,7 +93,35 @@ def campaign(args: argparse.Namespace) -> None:
                 raise SystemExit(f"a worker did not start: status {process.returncode}")
             done = sum(n for name, n in total.items() if name.startswith("verify"))
             print(f"{done} cases, {len(finds)} finds", flush=True)
-    log(args, dict(sorted(total.items())), finds, peak, time.perf_counter() - start)
+    result = {
+        "cases": args.cases,
+        "first": args.first,
+        "loads_one_in": args.loads,
+        "outcomes": dict(sorted(total.items())),
+        "finds": finds,
+        "peak_bytes_of_a_worker": peak,
+        "seconds": round(time.perf_counter() - start),
+        "workers": args.workers,
+        **made(),
+    }
+    save(result if earlier is None else added(earlier, result))
+    print(f"{RESULTS}: {len(finds)} finds")
+    sys.exit(bool(finds))
+
+
+def added(earlier: dict, more: dict) -> dict:
+    """The log with more cases; what is not counted is of the last of them."""
+    outcomes = Counter(earlier["outcomes"]) + Counter(more["outcomes"])
+    return {
+        **earlier,
+        **more,
+        "first": earlier["first"],
+        "cases": earlier["cases"] + more["cases"],
+        "outcomes": dict(sorted(outcomes.items())),
+        "finds": earlier["finds"] + more["finds"],
+        "peak_bytes_of_a_worker": max(earlier["peak_bytes_of_a_worker"], more["peak_bytes_of_a_worker"]),
+        "seconds": earlier["seconds"] + more["seconds"],
+    }
 
 
 def judge_again(loads: int) -> None:
@@ -163,24 +204,6 @@ def peak_bytes() -> int:
 
 def _late(*args: Any) -> None:
     raise SystemExit(8)
-
-
-def log(args: argparse.Namespace, counts: dict[str, int], finds: list[dict], peak: int, seconds: float) -> None:
-    """Write what was found; a campaign with finds ends with an error."""
-    result = {
-        "cases": args.cases,
-        "first": args.first,
-        "loads_one_in": args.loads,
-        "outcomes": counts,
-        "finds": finds,
-        "peak_bytes_of_a_worker": peak,
-        "seconds": round(seconds),
-        "workers": args.workers,
-        **made(),
-    }
-    save(result)
-    print(f"{RESULTS}: {len(finds)} finds")
-    sys.exit(bool(finds))
 
 
 def save(result: dict) -> None:
