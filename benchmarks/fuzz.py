@@ -1,6 +1,6 @@
 """A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
 
-    python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 10]
+    python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
     python benchmarks/fuzz.py --more 150     # goes on behind the cases of the log for so many seconds, and adds to it
     python benchmarks/fuzz.py --again        # judges the finds of the log again, after they were mended
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--loads", type=int, default=10, help="one case in so many is loaded too")
+    parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
     parser.add_argument("--more", type=float, help="go on behind the log for so many seconds, with one worker")
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)  # time.time()
     parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)

@@ -31,7 +31,12 @@ TARGETS: dict[str, Callable[..., Exported]] = {
 
 
 def export(
-    model: str | Path | PreTrainedModel, out: str | Path, to: str = "safetensors", *, lossy: bool = False, **options: Any
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    to: str = "safetensors",
+    *,
+    lossy: bool = False,
+    **options: Any,
 ) -> Exported:
     """Write a quantized model in a form that needs no hf_catquant; says what was written and what was left out.
 

@@ -133,9 +133,9 @@ def _pack_tq1(q: np.ndarray) -> np.ndarray:
     rest = trits[:, 240:].reshape(-1, 4, 4)
     rest = np.concatenate([rest, np.zeros_like(rest[:, :1])], axis=1)
     weights = np.array([81, 27, 9, 3, 1], np.uint16)[:, None]
-    return np.concatenate([((part * weights).sum(1) * 256 + 242) // 243 for part in (long, short, rest)], axis=1).astype(
-        np.uint8
-    )
+    return np.concatenate(
+        [((part * weights).sum(1) * 256 + 242) // 243 for part in (long, short, rest)], axis=1
+    ).astype(np.uint8)
 
 
 def _pack_nibbles(low: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -93,7 +93,9 @@ def _write(source: Source, out: Path, target: str, packed: Packed, config: Any, 
         size = weight_bytes(folder)
     notes = [f"{len(packed)} of {layers} quantized layers are packed, the others are float and exact"]
     if target == "metal":
-        notes.append("to load it away from Apple silicon pass device_map, as in from_pretrained(folder, device_map='cpu')")
+        notes.append(
+            "to load it away from Apple silicon pass device_map, as in from_pretrained(folder, device_map='cpu')"
+        )
     return Exported(out, target, size, lost, notes)
 
 

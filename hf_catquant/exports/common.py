@@ -75,7 +75,9 @@ def open_model(model: str | Path | PreTrainedModel) -> Source:
     else:
         raise ValueError(f"model must be a folder, a Hub id or a transformers model, got a {type(model).__name__}")
     if not quantized_modules(source.model):
-        raise ValueError(f"{model if source.name else type(model).__name__} is not quantized: there is nothing to export")
+        raise ValueError(
+            f"{model if source.name else type(model).__name__} is not quantized: there is nothing to export"
+        )
     return source
 
 

@@ -70,7 +70,12 @@ def write(
         factors = _rope_factors(model)
         if factors is not None:
             writer.add_tensor("rope_freqs.weight", factors)
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        for step in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+            writer.close,
+        ):
             step()
         size = file.stat().st_size
     notes = ["matrices: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))]
@@ -108,7 +113,10 @@ def _check_architecture(model: PreTrainedModel) -> None:
 
 def _check_layers(model: PreTrainedModel) -> None:
     for name, module in quantized_modules(model).items():
-        for field, value, way in (("rotation", module.scheme.rotation, "none"), ("low_rank", module.scheme.low_rank, 0)):
+        for field, value, way in (
+            ("rotation", module.scheme.rotation, "none"),
+            ("low_rank", module.scheme.low_rank, 0),
+        ):
             if value:
                 raise ValueError(
                     f"{name}: llama.cpp has no place for {field}={value!r}: quantize with {field}={way!r} "

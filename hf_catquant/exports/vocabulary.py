@@ -83,10 +83,13 @@ def _characters(parsed: Any, found: Any, merges: list[str], words: list[str], ty
     rank: dict[str, int] = {}
     for at, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), at)
-    steps = [step for step in _flat(parsed.get("normalizer"), "normalizers") if step.get("type") in ("Prepend", "Replace")]
+    steps = [
+        step for step in _flat(parsed.get("normalizer"), "normalizers") if step.get("type") in ("Prepend", "Replace")
+    ]
     unknown = found.get("unk_token")
     types = [
-        UNKNOWN if word == unknown else BYTE if _is_byte(word) else kind for word, kind in zip(words, types, strict=True)
+        UNKNOWN if word == unknown else BYTE if _is_byte(word) else kind
+        for word, kind in zip(words, types, strict=True)
     ]
     return {
         "model": "llama",
@@ -102,7 +105,12 @@ def _split(parsed: Any) -> str:
     steps = _flat(parsed.get("pre_tokenizer"), "pretokenizers")
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     patterns = [step.get("pattern", {}).get("Regex") for step in steps if step.get("type") == "Split"]
-    if len(byte_level) != 1 or len(patterns) > 1 or len(steps) != 1 + len(patterns) or byte_level[0].get("add_prefix_space"):
+    if (
+        len(byte_level) != 1
+        or len(patterns) > 1
+        or len(steps) != 1 + len(patterns)
+        or byte_level[0].get("add_prefix_space")
+    ):
         raise ValueError(_unknown(f"it splits text by {[step.get('type') for step in steps]}"))
     pattern = patterns[0] if patterns else None
     if pattern not in _SPLITS or (pattern is None) != bool(byte_level[0].get("use_regex", True)):
