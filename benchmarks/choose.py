@@ -2,8 +2,8 @@
 
     python benchmarks/choose.py
 
-Reads ``benchmarks/results/realdata.json`` and, if it is there, ``cpu_models.json``; measures nothing. A test fails while the page
-is not what these files give.
+Reads ``benchmarks/results/realdata.json`` and, if it is there, ``cpu_models.json``; measures nothing. A test fails while
+the page is not what these files give, and a piece of advice that they do not bear out any more stops the script.
 """
 
 from __future__ import annotations
@@ -45,73 +45,72 @@ said in [results.md](results.md).
 ## In one minute
 """
 AFTER = """
-Then measure your own model: `catquant eval OUT --float MODEL --dataset test.parquet` prints float, quantized, and quantized with
-correction side by side, with intervals.
+Then measure your own model: `catquant eval OUT --float MODEL --dataset test.parquet` prints float, quantized, and quantized
+with correction side by side, with intervals.
 
 ## What a setting costs in accuracy
 
-The change against float, of accuracy in points, and of perplexity as a factor for the language model. Of several results of one
-model and setting the best is taken; *not measured* means that there is none.
+The change against float, of accuracy in points, and of perplexity as a factor for the language model. Of several results of
+one model and setting the best is taken; *not measured* means that there is none.
 """
 MIDDLE = """
 ## Size, accuracy and time of every result without quantized inputs
 
-Smallest first. MB are those of the whole file; a weight counts its scales and offsets; seconds are those of quantizing on a machine
-that did other work beside it. Accuracy in percent, perplexity for stories260K, with 95 % intervals.
+Smallest first. MB are those of the whole file; a weight counts its scales and offsets; seconds are those of quantizing on a
+machine that did other work beside it. Accuracy in percent, perplexity for stories260K, with 95 % intervals.
 """
 
 
 def advice(results: list[Row]) -> list[str]:
-    """The short answer; a sentence that the results do not bear out any more stops the script.
+    """The short answer, each line with what the results have to say for it.
 
     Raises:
-        ValueError: naming it.
+        ValueError: they do not say it any more.
     """
-
-    def worst(weights: str, solver: str) -> float:
-        """The largest loss in points among the classifiers."""
-        found = [r for r in results if _is(r, weights, solver) and r["evaluation"]["metric"] == "accuracy"]
-        models = {r["model"] for r in found}
-        return max(min(_loss(r) for r in found if r["model"] == model) for model in models)
-
-    def loss(model: str, weights: str, solver: str) -> float:
-        return min(_loss(r) for r in results if r["model"] == model and _is(r, weights, solver))
-
-    depthwise, transformer, decoder = "mobilenet_v2_1.0_224", "deit-tiny-patch16-224", "stories260K"
-    lines: list[tuple[str, bool]] = [
+    int4, int3 = worst(results, "int4", "gptq"), worst(results, "int3", "gptq")
+    learned = {case.model: best(results, case.model, "ternary", "reconstruct") for case in CASES}
+    rounded = {case.model: best(results, case.model, "ternary", "gptq") for case in CASES}
+    depthwise, transformers = "mobilenet_v2_1.0_224", ("deit-tiny-patch16-224", "stories260K")
+    found = (
         (
-            f"**Next to nothing may change**: `int4` in groups of 64 by `gptq`; the classifiers below lose at most "
-            f"{worst('int4', 'gptq'):.1f} points.",
-            worst("int4", "gptq") < 1,
+            int4 < 1,
+            "**Next to nothing may change**: `int4` in groups of 64 by `gptq`.",
+            f"The classifiers below lose at most {int4:.1f} points.",
+        ),
+        (int3 < 4, "**Smaller, in minutes**: `int3` by `gptq`.", f"They lose at most {int3:.1f} points."),
+        (
+            all(learned[name] < rounded[name] for name in transformers),
+            '**As small as it gets**: `ternary`, with `solver="reconstruct"` where `gptq` loses too much.',
+            "It learns codes and scales block by block, which is worth its time on transformers.",
         ),
         (
-            f"**Smaller, in minutes**: `int3`; they lose at most {worst('int3', 'gptq'):.1f} points.",
-            worst("int3", "gptq") < 4,
+            learned[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
+            "**Depthwise convolutions** (MobileNet): `int3` at least.",
+            f"Ternary loses {min(learned[depthwise], rounded[depthwise]):.0f} points there.",
         ),
         (
-            '**As small as it gets**: `ternary`, and `solver="reconstruct"` where that loses too much: it learns codes and scales '
-            "block by block, which is worth its time on transformers.",
-            all(loss(m, "ternary", "reconstruct") < loss(m, "ternary", "gptq") for m in (transformer, decoder)),
-        ),
-        (
-            "**Depthwise convolutions** (MobileNet) do not go below `int3`.",
-            loss(depthwise, "ternary", "reconstruct") > 10 > loss(depthwise, "int3", "gptq"),
-        ),
-        (
-            '**No data at hand**: `CatQuantConfig(weights="int4", solver="rtn", correction=None)`, or `catquant quantize --generate '
-            "340` for a language model.",
             True,
+            '**No data at hand**: `CatQuantConfig(weights="int4", solver="rtn", correction=None)`,',
+            "or `catquant quantize --generate 340` for a language model.",
         ),
-        ("**A size to meet**: `average_bits=2.5` gives wider formats to the layers that need them.", True),
-        (
-            "**Other runtimes**: [exports.md](exports.md) says which settings have an exact form in GGUF, safetensors and others.",
-            True,
-        ),
-    ]
-    for line, holds in lines:
+        (True, "**A size to meet**: `average_bits=2.5`", "gives wider formats to the layers that need them."),
+        (True, "**Other runtimes**: [exports.md](exports.md)", "says which settings have an exact form elsewhere."),
+    )
+    for holds, line, _ in found:
         if not holds:
             raise ValueError(f"the results do not say this any more, write it anew: {line}")
-    return [f"- {line}" for line, _ in lines]
+    return [f"- {line} {why}" for _, line, why in found]
+
+
+def worst(results: list[Row], weights: str, solver: str) -> float:
+    """The largest loss in points among the classifiers."""
+    found = [r for r in results if _is(r, weights, solver) and r["evaluation"]["metric"] == "accuracy"]
+    return max(best(found, model, weights, solver) for model in {r["model"] for r in found})
+
+
+def best(results: list[Row], model: str, weights: str, solver: str) -> float:
+    """The least loss of one model among its results with a format and a solver."""
+    return min(_loss(r) for r in results if r["model"] == model and _is(r, weights, solver))
 
 
 def _is(result: Row, weights: str, solver: str) -> bool:

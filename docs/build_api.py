@@ -36,8 +36,8 @@ def page() -> str:
     lines = [
         "# API reference",
         "",
-        "Built from the docstrings by `python docs/build_api.py`. Letters: N out features, K in features, M rows of x, G groups a row,",
-        "C clusters, D corrected width, P projection rank.",
+        "Built from the docstrings by `python docs/build_api.py`. Letters: N out features, K in features, M rows of x,",
+        "G groups a row, C clusters, D corrected width, P projection rank.",
     ]
     for module_name, names in PARTS:
         module = import_module(module_name)

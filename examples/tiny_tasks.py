@@ -79,11 +79,8 @@ def _text(work: Path) -> Task:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     rng = np.random.default_rng(0)
-    things, good, bad = (
-        "film book song play meal".split(),
-        "great fine lovely superb".split(),
-        "dull poor awful weak".split(),
-    )
+    things = ["film", "book", "song", "play", "meal"]
+    good, bad = ["great", "fine", "lovely", "superb"], ["dull", "poor", "awful", "weak"]
     words = ["[PAD]", "[UNK]", "[CLS]", "the", "was", "not", "very", *things, *good, *bad]
 
     def sentence() -> tuple[str, int]:

@@ -6,8 +6,8 @@
 | ``gguf`` | blocks of GGML's own types, of Llama-like models | llama.cpp and what is built on it |
 | ``gemma``, ``metal`` | packed integers as transformers' quantizers of these names store them | transformers |
 
-None of them knows a correction of several clusters, a rotated layer or the rounding of inputs. What would be lost is refused,
-or, with ``lossy=True``, left out and said.
+None of them knows a correction of several clusters, or rounds inputs. What would be lost is refused or, with
+``lossy=True``, left out and said.
 """
 
 from __future__ import annotations

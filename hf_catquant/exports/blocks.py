@@ -10,8 +10,8 @@
 | Q4_1 | 0 ... 15 | yes | 32 | 20 |
 | Q8_0 | -128 ... 127 | 0 | 32 | 34 |
 
-Ours is w = scale * level + offset in groups: the same where a group is whole blocks and float16 holds d and m. The layouts of
-the bytes are those of ggml-common.h and ggml-quants.c of llama.cpp.
+Ours is w = scale * level + offset in groups: the same where a group is whole blocks and float16 holds d and m. The
+layouts of the bytes are those of ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 from __future__ import annotations

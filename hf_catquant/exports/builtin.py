@@ -3,8 +3,8 @@
     gemma    w = weight_scale[n] * q             q in 2, 4 or 8 bits, signed; one float32 scale a row
     metal    w = scales[n, g] * q + qbiases[n, g]    q in 2, 4 or 8 bits, unsigned; float32; one number of bits a model
 
-Linears that these equations hold are moved code by code; every other layer is float, as exact as before. Of "metal" the packed
-product runs on Apple silicon; elsewhere transformers dequantizes while loading, and wants ``device_map`` to say where to.
+Linears that these equations hold are moved code by code; every other layer is float, as exact as before. Of "metal" the
+packed product runs on Apple silicon; elsewhere transformers dequantizes while loading, and wants ``device_map``.
 (transformers: integrations/gemma_quant.py, integrations/metal_quantization.py.)
 """
 

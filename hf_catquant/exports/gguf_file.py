@@ -1,9 +1,9 @@
 """GGUF: a Llama-like model in the blocks of llama.cpp, with its vocabulary.
 
-Codes are moved, not rounded again (``blocks.py``). A matrix that fits no block (its columns are no multiple of 32, or float16 does
-not hold its scales) stays float, as exact as before. Rows of the query and key projections are put in the order of the rotary
-embedding that llama.cpp has for the ``llama`` architecture. llama.cpp rounds the inputs of every product to 8 bits in its own
-way, so its logits differ from ours by that.
+Codes are moved, not rounded again (``blocks.py``). A matrix that fits no block (its columns are no multiple of 32, or
+float16 does not hold its scales) stays float, as exact as before. Rows of the query and key projections are put in the
+order of the rotary embedding that llama.cpp has for the ``llama`` architecture. llama.cpp rounds the inputs of every
+product to 8 bits in its own way, so its logits differ from ours by that.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def write(
             if target is None:
                 raise ValueError(f"{name}: llama.cpp's {arch} has no such tensor")
             writer.add_tensor(f"{target}.{suffix}", data, raw_dtype=library.GGMLQuantizationType[kind])
-            kinds[kind] += int(data.ndim > 1)
+            if data.ndim > 1:
+                kinds[kind] += 1
             moved = max(moved, by)
         factors = _rope_factors(model)
         if factors is not None:

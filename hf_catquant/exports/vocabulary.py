@@ -1,7 +1,8 @@
 """The tokenizer in a GGUF file: tokens, scores or merges, and the kinds of text that are split before merging.
 
-llama.cpp has its own tokenizers and chooses one by name. Two kinds are known here: byte-pair merges over characters with bytes
-as a last resort, as in Llama 2 ("llama"), and over bytes, as in GPT-2, Llama 3 and Qwen ("gpt2"); anything else is refused.
+llama.cpp has its own tokenizers and chooses one by name. Two kinds are known here: byte-pair merges over characters with
+bytes as a last resort, as in Llama 2 ("llama"), and over bytes, as in GPT-2, Llama 3 and Qwen ("gpt2"); anything else is
+refused.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # token types of GGUF
 
 # The expression that splits text before merging, and llama.cpp's name for it.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {
     None: "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    _WORDS + r"|\p{N}{1,3}" + _REST: "llama-bpe",
+    _WORDS + r"|\p{N}" + _REST: "qwen2",
 }
 
 

@@ -119,7 +119,7 @@ def test_what_llama_cpp_has_no_place_for_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             export(model, tmp_path / "m.gguf", "gguf", vocabulary=False)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="there is no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"there is no tokenizer\.json"):
         export(quantized("llama"), tmp_path / "m.gguf", "gguf")
     with pytest.raises(ValueError, match="ternary must be TQ2_0 or TQ1_0"):
         export(quantized("llama"), tmp_path / "m.gguf", "gguf", ternary="Q2_K")

@@ -106,7 +106,7 @@ def test_weights_may_be_written_in_another_dtype(tmp_path):
     model = quantized("bert")
     export(model, tmp_path / "out", dtype="bfloat16")
     assert type(model).from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype must be a floating-point dtype .* got 'int8'"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype .* got 'int8'"):
         export(model, tmp_path / "other", dtype="int8")
 
 
