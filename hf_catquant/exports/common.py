@@ -71,7 +71,7 @@ def open_model(model: str | Path | PreTrainedModel) -> Source:
         loaded = auto_class(load_config(str(model))).from_pretrained(model)
         source = Source(loaded, str(model))
     elif isinstance(model, PreTrainedModel):
-        source = Source(copy.deepcopy(model), None)
+        source = Source(copy.deepcopy(model).cpu(), None)
     else:
         raise ValueError(f"model must be a folder, a Hub id or a transformers model, got a {type(model).__name__}")
     if not quantized_modules(source.model):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # token types of GGUF
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
 
 # The expression that splits text before merging, and llama.cpp's name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -41,7 +41,7 @@ def vocabulary_fields(folder: str | None, config: Any) -> dict[str, Any]:
         raise ValueError(_unknown(f"its model is {found.get('type')}"))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found["merges"]]
     tokens = {**found["vocab"], **{token["content"]: token["id"] for token in parsed.get("added_tokens", ())}}
-    special = {token["id"] for token in parsed.get("added_tokens", ()) if token["special"]}
+    added = {token["id"]: CONTROL if token["special"] else USER for token in parsed.get("added_tokens", ())}
     words: list[str] = [f"[unused{index}]" for index in range(config.vocab_size)]
     for word, index in tokens.items():
         if index >= config.vocab_size:
@@ -49,7 +49,7 @@ def vocabulary_fields(folder: str | None, config: Any) -> dict[str, Any]:
         words[index] = word
     unused = set(range(config.vocab_size)) - set(tokens.values())
     fields: dict[str, Any] = {"tokens": words, **_special_ids(config, tokens, found), **_ends(parsed, config, tokens)}
-    types = [CONTROL if i in special else NORMAL if i not in unused else UNUSED for i in range(len(words))]
+    types = [added.get(at, UNUSED if at in unused else NORMAL) for at in range(len(words))]
     if found.get("byte_fallback"):
         return fields | _characters(parsed, found, merges, words, types)
     return fields | {"model": "gpt2", "pre": _split(parsed), "merges": merges, "types": types}
@@ -86,9 +86,11 @@ def _characters(parsed: Any, found: Any, merges: list[str], words: list[str], ty
     rank: dict[str, int] = {}
     for at, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), at)
-    steps = [
-        step for step in _flat(parsed.get("normalizer"), "normalizers") if step.get("type") in ("Prepend", "Replace")
-    ]
+    splits = _flat(parsed.get("pre_tokenizer"), "pretokenizers")
+    if any(step.get("type") != "Metaspace" for step in splits):
+        raise ValueError(_unknown(f"it splits text by {[step.get('type') for step in splits]}"))
+    prepends = any(step.get("type") == "Prepend" for step in _flat(parsed.get("normalizer"), "normalizers"))
+    prepends |= any(step.get("prepend_scheme", "always") != "never" for step in splits)
     unknown = found.get("unk_token")
     types = [
         UNKNOWN if word == unknown else BYTE if _is_byte(word) else kind
@@ -99,7 +101,7 @@ def _characters(parsed: Any, found: Any, merges: list[str], words: list[str], ty
         "pre": "default",
         "scores": [-float(rank.get(word, len(merges))) for word in words],
         "types": types,
-        "space_prefix": any(step["type"] == "Prepend" for step in steps),
+        "space_prefix": prepends,
     }
 
 

@@ -90,6 +90,11 @@ def test_types_follow_the_groups(tmp_path):
         file = tmp_path / f"{expected}.gguf"
         export(quantized("llama", **options), file, "gguf", vocabulary=False)
         assert read(file)[1]["blk.0.ffn_up.weight"] == expected
+    half = quantized("llama", modules_to_not_convert=["lm_head"]).to(torch.bfloat16)
+    export(half, tmp_path / "b.gguf", "gguf", vocabulary=False)
+    tensors, kinds, _ = read(tmp_path / "b.gguf")
+    assert (kinds["output.weight"], kinds["output_norm.weight"]) == ("BF16", "F32")
+    assert np.array_equal(tensors["output.weight"], half.lm_head.weight.detach().float().numpy())
     export(quantized("llama", centre=True), tmp_path / "t.gguf", "gguf", vocabulary=False, ternary="TQ1_0")
     assert read(tmp_path / "t.gguf")[1]["blk.0.ffn_up.weight"] == "TQ1_0"
 

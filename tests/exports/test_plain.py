@@ -11,6 +11,7 @@ import torch
 import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig, export
+from hf_catquant.cli import main
 from hf_catquant.correction import ClusterAffine, attach, corrections
 from hf_catquant.model import quantized_modules
 
@@ -120,6 +121,21 @@ def test_the_tokenizer_goes_along(tmp_path):
         "model.safetensors",
         "tokenizer_config.json",
     ]
+
+
+def test_the_verb(tmp_path, capsys):
+    model = quantized("bert")
+    correct(model, "classifier", 5, clusters=2)
+    model.save_pretrained(tmp_path / "in")
+    words = ["export", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main(words) == 1
+    assert (
+        "catquant export: an export to safetensors would lose: the correction at classifier" in capsys.readouterr().err
+    )
+    assert main([*words, "--lossy", "--dtype", "bfloat16"]) == 0
+    assert "LOST: the correction at classifier: it has 2 clusters" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
 def test_bad_requests_are_refused(tmp_path):
