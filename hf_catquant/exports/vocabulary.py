@@ -145,7 +145,7 @@ def _special_ids(config: Any, tokens: dict[str, int], found: Any) -> dict[str, i
 def _ends(parsed: Any, config: Any, tokens: dict[str, int]) -> dict[str, bool]:
     """Whether the tokenizer puts a token before and after a text."""
     steps = _flat(parsed.get("post_processor"), "processors")
-    template = next((step["single"] for step in steps if step.get("type") == "TemplateProcessing"), [])
+    template: list[Any] = next((step["single"] for step in steps if step.get("type") == "TemplateProcessing"), [])
     places = [next(iter(piece)) for piece in template]
     texts = [at for at, kind in enumerate(places) if kind == "Sequence"]
     return {

@@ -41,7 +41,9 @@ def close(first: torch.Tensor, second: torch.Tensor) -> bool:
 def test_the_float_model_computes_the_same(name, tmp_path):
     model = quantized(name)
     wanted = outputs(model, name)
-    done = export(model, tmp_path / "out")
+    if name == "wav2vec2":  # from a folder, as the class of a sound classifier is not what its name says
+        model.save_pretrained(tmp_path / "in")
+    done = export(tmp_path / "in" if name == "wav2vec2" else model, tmp_path / "out")
     loaded = type(model).from_pretrained(tmp_path / "out")
     assert close(wanted, outputs(loaded, name))
     assert not quantized_modules(loaded)
