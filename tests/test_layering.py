@@ -44,7 +44,7 @@ ROWS = [
     "report",
     "quantizer",
     "evaluation tasks verify",
-    "by_layer report_page card",
+    "by_layer report_page card exports",
     "hub",
     "demo",
     "cli",
