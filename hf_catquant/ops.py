@@ -3,6 +3,7 @@
 Letters: N out features, K in features, M rows of x, G groups a row, C clusters, D corrected width, P projection rank.
 
     catquant::linear          x (..., K)                -> (..., N)
+    catquant::expert_linear   x (S, K), ends (E,)       -> (S, N)          S rows, sorted by the expert that they meet
     catquant::conv            x (B, C_in, *spatial)     -> (B, N, *spatial_out)     one or two spatial dimensions
     catquant::embedding       indices (...)             -> (..., K)
     catquant::dequantize      packed rows               -> w_hat (N, K)
@@ -21,6 +22,7 @@ import torch
 from .op_checks import (
     check_cluster_affine,
     check_conv,
+    check_experts,
     check_indices,
     check_input,
     check_packed,
@@ -34,6 +36,8 @@ _INPUT = "Tensor? input_scale, Tensor? input_offset"
 SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations) "
     "-> Tensor",
+    "expert_linear": f"(Tensor x, Tensor ends, {_WEIGHT}, Tensor? bias, str weights, int group_size, "
+    "str? activations) -> Tensor",
     "conv": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     "embedding": f"(Tensor indices, {_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",
@@ -51,6 +55,12 @@ def _linear(x, packed, scale, offset, input_scale, input_offset, bias, weights, 
     check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
     check_input(x, bias, packed.shape[0], activations, input_scale)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.register_fake("catquant::expert_linear")
+def _expert_linear(x, ends, packed, scale, offset, bias, weights, group_size, activations):
+    rows = check_experts(x, ends, packed, scale, offset, bias, weights, group_size, activations)
+    return x.new_empty((x.shape[0], rows))
 
 
 @torch.library.register_fake("catquant::conv")
@@ -122,6 +132,29 @@ def _linear_backward(ctx, grad):
     return grad @ weight, None, None, None, None, None, grad_bias, None, None, None
 
 
+def _save_expert_linear(ctx, inputs, output):
+    x, ends, packed, scale, offset, bias, ctx.weights, ctx.group_size, _ = inputs
+    ctx.columns, ctx.bias_shape = x.shape[-1], None if bias is None else bias.shape
+    ctx.save_for_backward(ends, packed, scale, offset)
+
+
+def _expert_linear_backward(ctx, grad):
+    ends, *stored = ctx.saved_tensors
+    rows = stored[0].shape[0] // len(ends)
+    grad_x = grad.new_zeros(len(grad), ctx.columns)
+    grad_bias = None if ctx.bias_shape is None else grad.new_zeros(ctx.bias_shape)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            part = [None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored]
+            weight = torch.ops.catquant.dequantize(*part, ctx.weights, ctx.group_size, ctx.columns, grad.dtype)
+            grad_x[start:end] = grad[start:end] @ weight
+            if grad_bias is not None:
+                grad_bias[expert] = grad[start:end].sum(0)
+        start = end
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
 def _save_conv(ctx, inputs, output):
     x, packed, scale, offset, _, _, bias, ctx.weights, ctx.group_size, _, *ctx.geometry = inputs
     ctx.has_bias = bias is not None
@@ -173,6 +206,9 @@ def _rotate_backward(ctx, grad):
 
 
 torch.library.register_autograd("catquant::linear", _linear_backward, setup_context=_save_linear)
+torch.library.register_autograd(
+    "catquant::expert_linear", _expert_linear_backward, setup_context=_save_expert_linear
+)
 torch.library.register_autograd("catquant::conv", _conv_backward, setup_context=_save_conv)
 torch.library.register_autograd(
     "catquant::cluster_affine", _cluster_affine_backward, setup_context=_save_cluster_affine

@@ -34,6 +34,7 @@ from .integrity import checksums, verify_files
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
+from .modules import close_experts, holds, open_experts, opened_experts
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 
@@ -95,11 +96,13 @@ class CatQuantizer(HfQuantizer):
         stored = config.modules or {}
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
+        open_experts(model, lambda name: holds(name, stored))
         names = resolve_names(model, stored)
         config.modules = renamed(stored, names)
         sites = resolve_corrections(model, config.corrections, stored.keys() - names.keys())
         config.corrections = renamed(config.corrections, sites)
         prepare(model, config.modules)
+        close_experts(model)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
@@ -108,6 +111,9 @@ class CatQuantizer(HfQuantizer):
         _untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
+        sentinels |= {
+            rf"(^|\.){re.escape(f'{name}.{key}')}$" for name, m in opened_experts(model).items() for key in m.sentinel()
+        }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
 
     @torch.no_grad()
@@ -154,7 +160,9 @@ class CatQuantizer(HfQuantizer):
         """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
         state = model.state_dict()
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
-        state.update({f"{n}.{module.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, module in stored.items()})
+        state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
+        for name, module in opened_experts(model).items():
+            state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
         config = self.quantization_config
         # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}

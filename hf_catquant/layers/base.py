@@ -63,6 +63,8 @@ class QuantizedModule(nn.Module):
     keeps: ClassVar[tuple[str, ...]] = ()  # attributes of the original that models read
     static_activations: ClassVar[bool] = False
     rotates: ClassVar[bool] = False  # whether the layer can rotate its input
+    takes_product: ClassVar[bool] = True  # whether a low-rank product can be added to the weight
+    runs: int = 1  # parts of the weight that are solved one by one: experts
     # What a file holds under the name of a float parameter, so that a load without this package fails.
     sentinel: str = "weight"
 
@@ -262,8 +264,10 @@ class QuantizedModule(nn.Module):
                 raise ValueError(f"{name} has values that are not finite")
         check_bytes(self.weight_packed, get_format(self.scheme.weights))
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """What this layer would return for ``x`` with the float ``matrix`` (N, K) and ``bias``, both in its dtype."""
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
+        """What this layer would return for ``x`` (and what else its forward takes) with the float ``matrix`` (N, K) and
+        ``bias``, both in its dtype.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it applies a matrix")
 
     def to_float(self) -> nn.Module:

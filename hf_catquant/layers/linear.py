@@ -39,7 +39,7 @@ class QuantizedLinear(QuantizedModule):
         cuda.place(*self._packed(), self.scheme.weights, self.scheme.group_size, self.columns)
         return self
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         return nn.functional.linear(x, matrix, bias)
 
