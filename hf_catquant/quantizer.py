@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ class CatQuantizer(HfQuantizer):
         for name, module in opened_experts(model).items():
             state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
         config = self.quantization_config
+        for name, m in quantized_modules(model).items():  # an adapter that was merged is part of the scheme
+            if config.modules is not None and name in config.modules:
+                config.modules[name].update(asdict(m.scheme))
         # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
         config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)

@@ -77,6 +77,7 @@ class QuantizedModule(nn.Module):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
+    is_shared: bool = False  # whether others share its packed weight
     owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -242,6 +243,7 @@ class QuantizedModule(nn.Module):
             setattr(self, buffer, getattr(owner, buffer))
             self._non_persistent_buffers_set.add(buffer)
         self.scheme = owner.scheme
+        owner.is_shared = True
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
 
     @torch.no_grad()

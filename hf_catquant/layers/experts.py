@@ -100,6 +100,8 @@ class Experts(nn.Module):
 
     def between(self, x: Tensor) -> Tensor:
         """What ``down`` reads, of what ``up`` returned."""
+        if self.fused.up != "gate_up_proj":
+            return self.act_fn(x)  # type: ignore[operator]
         return self.fused.kind._apply_gate(self, x)  # type: ignore[operator]
 
     def close(self) -> nn.Module:
