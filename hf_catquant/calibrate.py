@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from . import mixed, samples, solvers
 from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
-from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .expert_rows import ExpertRows
+from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
 from .layers import layer_for
 from .layers.experts import ExpertLinear

@@ -78,7 +78,9 @@ class LoraOnQuantized(Linear):
             if name not in self.lora_A:
                 continue
             if self.lora_bias[name]:
-                raise ValueError(f"adapter {name!r} has a bias (lora_bias=True), which cannot be merged: keep it apart")
+                raise ValueError(
+                    f"adapter {name!r} has a bias (lora_bias=True), which cannot be merged: keep it apart"
+                )
             out, into = self.lora_B[name].weight * self.scaling[name], self.lora_A[name].weight
             if safe_merge and not bool(torch.isfinite(out).all() & torch.isfinite(into).all()):
                 raise ValueError(f"adapter {name!r} has values that are not finite: it cannot be merged")

@@ -60,7 +60,9 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: str | Path
     except ImportError as error:
         raise ImportError("export_onnx needs onnx and onnxscript: pip install onnx onnxscript") from error
     if any(isinstance(module, Experts) for module in model.modules()):
-        raise ValueError("fused experts cannot be exported: how many rows an expert has is in the data, not in the shapes")
+        raise ValueError(
+            "fused experts cannot be exported: how many rows an expert has is in the data, not in the shapes"
+        )
     training = model.training
     model.eval()
     try:
@@ -99,5 +101,7 @@ def _output_names(output: Any) -> list[str] | None:
         return None
     names = [name for name, value in output.items() if isinstance(value, Tensor)] if hasattr(output, "items") else []
     if not names:
-        raise TypeError(f"a model to export must return a tensor or a ModelOutput with tensors, got {type(output).__name__}")
+        raise TypeError(
+            f"a model to export must return a tensor or a ModelOutput with tensors, got {type(output).__name__}"
+        )
     return names

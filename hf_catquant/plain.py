@@ -77,7 +77,9 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     missing, extra = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     lost = [name for name in missing if name in _once(model.state_dict())]
     if lost or extra:
-        raise ValueError(f"{folder} is of another {type(model).__name__}: it lacks {lost[:5]}, and has {extra[:5]} more")
+        raise ValueError(
+            f"{folder} is of another {type(model).__name__}: it lacks {lost[:5]}, and has {extra[:5]} more"
+        )
     for module in quantized_modules(model).values():
         module.check_values()
     for name, correction in corrections(model).items():

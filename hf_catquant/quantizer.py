@@ -113,7 +113,9 @@ class CatQuantizer(HfQuantizer):
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
         sentinels |= {
-            rf"(^|\.){re.escape(f'{name}.{key}')}$" for name, m in opened_experts(model).items() for key in m.sentinel()
+            rf"(^|\.){re.escape(f'{name}.{key}')}$"
+            for name, m in opened_experts(model).items()
+            for key in m.sentinel()
         }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
 

@@ -74,7 +74,11 @@ def test_a_budget_decides_what_goes_to_the_disk(tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     budget = {"cpu": model.get_memory_footprint() // 2}
     away = type(model).from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory=budget, offload_folder=tmp_path / "away", offload_buffers=True
+        tmp_path / "model",
+        device_map="auto",
+        max_memory=budget,
+        offload_folder=tmp_path / "away",
+        offload_buffers=True,
     )
     assert {"cpu", "disk"} == set(away.hf_device_map.values())
     assert torch.equal(logits(away), logits(model))

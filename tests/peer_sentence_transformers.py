@@ -14,7 +14,24 @@ from hf_catquant.model import quantized_modules
 from tiny_models import TEXT
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
-WORDS = "a the cat dog sat ran on under mat tree red blue old new house river".split()
+WORDS = [
+    "a",
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "red",
+    "blue",
+    "old",
+    "new",
+    "house",
+    "river",
+]
 TEXTS = [f"the {a} {b} sat on a {c}" for a in WORDS[10:14] for b in WORDS[2:4] for c in WORDS[8:10]]
 
 
@@ -23,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
     torch.manual_seed(0)
     BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")

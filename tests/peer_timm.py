@@ -89,7 +89,11 @@ def test_round_trip(name: str, tmp_path: Path):
     model = build(name)
     before = model(images(4))
     data = None if name == "depthwise" else list(images(24))
-    request = {"weights": "int4", "group_size": 16, "correction": CatConfig(num_clusters=1, alpha=1.0) if data else None}
+    request = {
+        "weights": "int4",
+        "group_size": 16,
+        "correction": CatConfig(num_clusters=1, alpha=1.0) if data else None,
+    }
     quantize(model, CatQuantConfig(**request, dataset=data, batch_size=8, solver="gptq" if data else "rtn"))
     after = model(images(4))
     assert float((after - before).norm() / before.norm()) < 0.5

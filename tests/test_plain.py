@@ -66,9 +66,9 @@ def test_what_is_not_whole_is_refused(folder: Path):
 def test_another_model_is_refused(folder: Path):
     with pytest.raises(ValueError, match="the model has no module there"):
         load_quantized(build(Shared), folder)
+    model = build(Cnn)
+    model.extra = nn.BatchNorm2d(3)
     with pytest.raises(ValueError, match=r"it lacks \['extra.weight'"):
-        model = build(Cnn)
-        model.extra = nn.BatchNorm2d(3)
         load_quantized(model, folder)
 
 

@@ -10,7 +10,6 @@ import transformers as tf
 from torch import nn
 
 import hf_catquant
-import tiny_models
 from helpers import sqnr
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.layers import QuantizedModule
@@ -60,7 +59,9 @@ def test_positional_convolutions(name: str, tmp_path: Path):
 
 
 def vits() -> tf.VitsModel:
-    sizes = {name: value for name, value in TEXT.items() if name not in ("intermediate_size", "max_position_embeddings")}
+    sizes = {
+        name: value for name, value in TEXT.items() if name not in ("intermediate_size", "max_position_embeddings")
+    }
     return tf.VitsModel(
         tf.VitsConfig(
             **sizes,

@@ -5,7 +5,7 @@ It dequantizes the whole weight to float32, rounds it to the dtype of x, and cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,16 +68,43 @@ def expert_linear(
     stored = (weight_packed, weight_scale, weight_offset)
     rows = check_experts(x, ends, *stored, bias, weights, group_size, activations)
     out = x.new_zeros(len(x), rows)
+    for expert, start, end in _runs(ends):
+        part = (None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored)
+        shift = None if bias is None else bias[expert]
+        out[start:end] = torch.ops.catquant.linear(
+            x[start:end], *part, None, None, shift, weights, group_size, activations
+        )
+    return out
+
+
+def expert_transposed(
+    x: Tensor,
+    ends: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    weights: str,
+    group_size: int,
+    columns: int,
+) -> Tensor:
+    """Rows x (S, N) by w_hat of their expert, not transposed: (S, ``columns``). See :func:`expert_linear`."""
+    rows = x.shape[1]
+    stored = (weight_packed, weight_scale, weight_offset)
+    check_weight(*stored, weights, group_size, columns)
+    out = x.new_zeros(len(x), columns)
+    for expert, start, end in _runs(ends):
+        part = (None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored)
+        out[start:end] = x[start:end] @ torch.ops.catquant.dequantize(*part, weights, group_size, columns, x.dtype)
+    return out
+
+
+def _runs(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, row after the last) of every expert that has rows."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            part = (None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored)
-            shift = None if bias is None else bias[expert]
-            out[start:end] = torch.ops.catquant.linear(
-                x[start:end], *part, None, None, shift, weights, group_size, activations
-            )
-        start = max(start, end)
-    return out
+            yield expert, start, end
+            start = end
 
 
 def conv(
@@ -178,5 +205,5 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
     return rotate_rows(x, inverse).contiguous()
 
 
-for _kernel in (linear, expert_linear, conv, embedding, dequantize, unpack, cluster_affine, rotate):
+for _kernel in (linear, expert_linear, expert_transposed, conv, embedding, dequantize, unpack, cluster_affine, rotate):
     torch.library.register_kernel(f"catquant::{_kernel.__name__}", None, _kernel)

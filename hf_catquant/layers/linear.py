@@ -48,7 +48,9 @@ class QuantizedLinear(QuantizedModule):
             ValueError: the weight is shared with another layer, which would not have the product.
         """
         if self.owner is not None or self.is_shared:
-            raise ValueError("the weight of this layer is tied to that of another one: nothing can be added to one of them")
+            raise ValueError(
+                "the weight of this layer is tied to that of another one: nothing can be added to one of them"
+            )
         into = self.rotated(into.detach().float())
         out = out.detach().float()
         # Float16 has its bits from 6e-5 to 65504: both factors get the same size.
