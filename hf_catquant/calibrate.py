@@ -109,7 +109,6 @@ class Calibration:
         loose = [name for name in opened_experts(model) if not name.startswith(inside)]  # up and down go together
         self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
         self.diverged = False
-        self.few: list[str] = []
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
         held_out = range(count - count // HELD_OUT if count >= 2 * HELD_OUT else count, count)
@@ -143,8 +142,6 @@ class Calibration:
         finally:
             self.walk.finish()
         self._finish(targets, float_outputs)
-        if self.few:
-            outcome.notes.append(f"experts that saw few rows learned from tokens of others: {'; '.join(self.few)}")
         return outcome
 
     def _left_out(self, note: str) -> None:
@@ -265,7 +262,7 @@ class Calibration:
         if isinstance(streams.live.get_submodule(lead.name), ExpertLinear):
             rows = ExpertRows(self.gather, name, lead, streams)
             moments = rows.moments(scheme)
-            self.few += [rows.note] if rows.note else []
+            self.swap.outcome.notes += [rows.note] if rows.note else []
         else:
             moments = self.gather.moments(name, lead, scheme, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]

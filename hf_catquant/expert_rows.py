@@ -30,7 +30,7 @@ class ExpertRows:
     """The rows of one projection of the experts of a layer.
 
     Attributes:
-        note: which experts were sent few rows, None if none was.
+        note: how many experts were sent few rows, None if none was.
 
     Args:
         gather: the calibration data.
@@ -117,7 +117,10 @@ class ExpertRows:
         few = int((found < self.columns).sum())
         if not few:
             return None
-        return f"{name}: {few} of {self.count} were sent fewer than {self.columns} rows, the least {int(found.min())}"
+        return (
+            f"{name}: {few} of {self.count} experts were sent fewer than {self.columns} rows (the least {int(found.min())}) "
+            "and were also calibrated with tokens that the router sent elsewhere"
+        )
 
     def _hidden(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states (T, H) that the experts read at each of their runs, in the float and in the quantized stream."""

@@ -53,10 +53,10 @@ class Fused:
 class ExpertLinear(nn.Module):
     """E linears in float: ``weight`` (E, N, K), ``bias`` (E, N) or None."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, requires_grad: bool = False) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad)
+        self.weight = weight
+        self.bias = bias
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (S, K), sorted by expert, to (S, N); expert e has the rows from ``ends[e - 1]`` to ``ends[e]``."""
@@ -76,9 +76,7 @@ class Experts(nn.Module):
         for child, name in ((UP, fused.up), (DOWN, fused.down)):
             weight, bias = original._parameters[name], original._parameters.get(f"{name}_bias")
             assert weight is not None
-            data = weight.detach().mT if fused.is_transposed else weight.detach()
-            shift = None if bias is None else bias.detach()
-            setattr(self, child, ExpertLinear(data, shift, weight.requires_grad).train(original.training))
+            setattr(self, child, ExpertLinear(self._turned(weight), bias).train(original.training))
         self.experts = len(self.up.weight)  # type: ignore[arg-type]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -113,12 +111,16 @@ class Experts(nn.Module):
             del module.__dict__[name]
         for child, name in ((UP, self.fused.up), (DOWN, self.fused.down)):
             linear: Any = module._modules.pop(child)
-            weight = linear.weight.detach().mT.contiguous() if self.fused.is_transposed else linear.weight.detach()
-            module.register_parameter(name, nn.Parameter(weight, linear.weight.requires_grad))
+            weight = self._turned(linear.weight)
+            weight.data = weight.data.contiguous()
+            module.register_parameter(name, weight)
             if linear.bias is not None:
-                bias = nn.Parameter(linear.bias.detach(), linear.bias.requires_grad)
-                module.register_parameter(f"{name}_bias", bias)
+                module.register_parameter(f"{name}_bias", linear.bias)
         return module
+
+    def _turned(self, weight: nn.Parameter) -> nn.Parameter:
+        """From the original's order of dimensions to (E, N, K) or back: the very parameter, if the order is the same."""
+        return nn.Parameter(weight.detach().mT, weight.requires_grad) if self.fused.is_transposed else weight
 
     def _copy_state(self, other: nn.Module) -> None:
         """Take over what ``other`` is, but for its parameters: attributes that its class reads, and its children."""
@@ -185,8 +187,8 @@ class QuantizedExpertLinear(QuantizedModule):
 
     def to_float(self) -> nn.Module:
         """An :class:`ExpertLinear`."""
-        bias = None if self.bias is None else self.bias.detach().clone()
-        return ExpertLinear(self.weight.detach(), bias).train(self.training)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return ExpertLinear(nn.Parameter(self.weight.detach(), requires_grad=False), bias).train(self.training)
 
 
 def multiply(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
