@@ -61,13 +61,13 @@ class Swap:
         new = layer(module, scheme)
         owner = self._owner.get(group)
         if owner is None:
+            matrix = self._target(name, module, new)
             try:
                 if new.runs == 1:
                     assert moments is None or isinstance(moments, Moments)
-                    self._solve(name, new, self._target(module, new), moments)
+                    self._solve(name, new, matrix, moments)
                 else:
-                    each = repeat(None) if moments is None else moments
-                    self._solve_runs(name, new, self._target(module, new), each)  # type: ignore[arg-type]
+                    self._solve_runs(name, new, matrix, repeat(None) if moments is None else moments)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             self._owner[group] = name
@@ -78,12 +78,12 @@ class Swap:
             new.fill_input_range(*input_range)
         self.outcome.modules[name] = module_entry(new.scheme, (new.rows_, new.columns), owner)
 
-    def _target(self, module: nn.Module, new: QuantizedModule) -> Tensor:
+    def _target(self, name: str, module: nn.Module, new: QuantizedModule) -> Tensor:
         """What the new layer's matrix stands for, (N, K) float32."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         matrix = new.target(weight)
         if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("its weight has values that are not finite: the model itself is broken there")
+            raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         return matrix
 
     def _solver(self, scheme: Scheme, moments: Moments | None) -> Callable[[Tensor], QuantizedWeight]:
