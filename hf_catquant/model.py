@@ -152,6 +152,7 @@ def prepare(model: nn.Module, modules: Entries) -> None:
                 f"the model expects {list(layer.matrix_shape(original))}"
             )
         replace_module(model, name, layer(original, entry_scheme(entry)))
+    close_experts(model)
     for name, entry in modules.items():
         if entry["tied_to"] is not None:
             share_weight(model, name, entry["tied_to"])

@@ -35,7 +35,7 @@ from .integrity import checksums, verify_files
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
-from .modules import close_experts, holds, open_experts, opened_experts
+from .modules import holds, open_experts, opened_experts
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 
@@ -103,7 +103,6 @@ class CatQuantizer(HfQuantizer):
         sites = resolve_corrections(model, config.corrections, stored.keys() - names.keys())
         config.corrections = renamed(config.corrections, sites)
         prepare(model, config.modules)
-        close_experts(model)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
