@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -160,7 +161,8 @@ class CatQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
-        state = model.state_dict()
+        # What waits on the disk is read: its checksum is needed before transformers writes it, shard by shard.
+        state = {n: load_offloaded_parameter(model, n) if t.is_meta else t for n, t in model.state_dict().items()}
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
         state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
         for name, module in opened_experts(model).items():

@@ -24,6 +24,15 @@ from hf_catquant.model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
 
 
+class _Names(type):
+    """Of classes that have every attribute: its name."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class _StandIn(ModuleType):
     """A torchvision of which every name is an empty class."""
 
@@ -32,7 +41,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (nn.Module,), {})
+        return _Names(name, (nn.Module,), {})
 
 
 class _Finder:
