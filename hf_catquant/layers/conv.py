@@ -76,7 +76,7 @@ class _QuantizedConv(QuantizedModule):
     def _conv(self) -> Any:
         return F.conv1d if len(self.kernel_size) == 1 else F.conv2d
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (B, C, *spatial) to (B, N, *spatial_out)."""
         x, padding = _padded(self, x)
         return self._conv(x, self.from_matrix(matrix), bias, self.stride, padding, self.dilation, self.groups)
