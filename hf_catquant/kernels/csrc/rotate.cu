@@ -14,8 +14,11 @@ struct Rotation {
 };
 
 constexpr int SPAN = 8 * THREADS;
-constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
-constexpr int LOG_SPAN = log2_of(SPAN);  // THREADS is a power of two
+template <int N>
+struct Log2 { static constexpr int value = 1 + Log2<N / 2>::value; };  // no function: older NVRTC wants those to be __device__
+template <>
+struct Log2<1> { static constexpr int value = 0; };
+constexpr int LOG_SPAN = Log2<SPAN>::value;  // THREADS is a power of two
 
 // s of column k: rotation._signs.
 DEVICE float sign(u32 k) {
