@@ -117,16 +117,14 @@ def _shared(
 ) -> Launch:
     """gemm: 256 weight rows by up to 64 rows of x a block, or 128 by 128; by half as many where codes take more room."""
     tiles = 2
-    wide = bits < 4 or (bits == 4 and integer)  # sums of 8 column tiles fit the registers beside the codes
+    wide = bits == 2 or (bits < 8 and integer)  # sums of 8 column tiles fit the registers beside the codes
     column_tiles = 2 if tokens <= 16 else 8 if wide and tokens > 32 else 4
     token_warps = 1 if tokens <= (64 if wide else 32) else 2
     row_warps = 8 // token_warps
     while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
         row_warps //= 2
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
-    at_once = (
-        2 if column_tiles == 2 or (bits < 4 and column_tiles == 4) else 1
-    )  # blocks of a multiprocessor: by registers
+    at_once = 2 if column_tiles == 2 and bits <= 2 else 1  # blocks of a multiprocessor: what their registers allow
     splits = cuts(made, chunks, processors * at_once)
     sums = int(bits < 8 and tokens > 32)
     steps = chunk_width(bits) // STEP
