@@ -209,7 +209,7 @@ class Calibration:
         waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
         for name in [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]:
             self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
-        outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
+        outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
         self._progress(index, unit, solved, learned, time.perf_counter() - start)
 

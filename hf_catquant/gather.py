@@ -34,8 +34,8 @@ class Streams:
 
     float_unit: nn.Module
     live: nn.Module
-    float_calls: list[list[Call]]
-    calls: list[list[Call]]
+    float_calls: Sequence[list[Call]]
+    calls: Sequence[list[Call]]
 
     def inputs(self, leaf: Leaf, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What ``leaf`` reads at each of its runs on ``batch``, in the float and in the quantized stream."""

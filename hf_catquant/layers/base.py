@@ -322,6 +322,14 @@ def layer_for(module: nn.Module) -> type[QuantizedModule] | None:
     return layer
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where that is on: what torch's own layers of matrices do with their input."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def waves(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Smooth values between -1 and 1, of ``shape``, in the dtype and on the device of ``weight``."""
     return torch.arange(math.prod(shape)).mul(0.7).sin().view(shape).to(weight.device, weight.dtype)

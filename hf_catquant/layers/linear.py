@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from ..kernels import cuda
-from .base import QuantizedModule, Window, waves
+from .base import QuantizedModule, Window, autocast, waves
 
 
 class QuantizedLinear(QuantizedModule):
@@ -26,7 +26,7 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         scheme = self.scheme
-        x = self.rotated(x)
+        x = self.rotated(autocast(x))
         out = torch.ops.catquant.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
