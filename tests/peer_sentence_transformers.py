@@ -46,9 +46,7 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    transformer = sentence_transformers.models.Transformer(str(tmp_path / "bert"))
-    pooling = sentence_transformers.models.Pooling(transformer.get_word_embedding_dimension())
-    model = sentence_transformers.SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "bert"), device="cpu")  # with mean pooling
     model.save(str(tmp_path / "float"))
     return tmp_path
 

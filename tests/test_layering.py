@@ -42,7 +42,7 @@ ROWS = [
     "extract learned training mixed",
     "reconstruction",
     "calibrate",
-    "onnx_export report",
+    "report",
     "plain",
     "quantizer",
     "evaluation tasks verify",
