@@ -64,6 +64,14 @@ _SIGNATURES = {
         _INT,
         (_INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
     ),
+    "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
+    "cq_cluster_affine": (
+        _INT,
+        (
+            *(_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG),
+            *(_POINTER, _POINTER, _POINTER, _INT, _INT),
+        ),
+    ),
     "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
     "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
     "cq_unpack": (None, (_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT)),

@@ -33,6 +33,7 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
 #define CQ_MAX_ROWS 16   /* rows of x in a chunk */
 #define CQ_MAX_PARTS 3
+#define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
 
 /* How a format lies in memory: its packed words (digits codes of base radix in nbytes bytes) and its units in a
  * layout. */
@@ -93,6 +94,12 @@ typedef struct {
     void (*dequantize)(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,
                        int64_t group_width, const cq_format *format, void *out, int dtype);
     void (*widen)(const void *values, int dtype, int64_t count, float *out);
+    /* What float_rows.h says of them. */
+    void (*rotate)(const void *x, int dtype, int64_t columns, const float *signs, int inverse, void *out,
+                   float *scratch);
+    void (*project)(const float *const y[CQ_ROW_BLOCK], const float *basis, int64_t count, int64_t rank, float *out);
+    float (*dot)(const float *a, const float *b, int64_t count);
+    void (*affine)(const float *y, const float *gamma, const float *beta, int64_t count, void *out, int dtype);
 } cq_path;
 
 /* Codes of one packed row; */

@@ -1,5 +1,5 @@
 /* AVX-512 with VNNI: vpdpbusd adds four products of an unsigned value and a signed digit to each of 16 rows. */
-#include "rows.h"
+#include "float_rows.h"
 
 #include <immintrin.h>
 
@@ -152,7 +152,7 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk;
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen};
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
 
 void cq_avx512_peak(int64_t rounds)
 {
