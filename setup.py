@@ -34,7 +34,17 @@ PATHS = {
     ],
     "aarch64": [("path_neon.c", "NEON", ["-march=armv8.2-a+dotprod"])],
 }
-EVERYWHERE = ["decode.c", "float_rows.c", "layout.c", "linear.c", "measure.c", "path_scalar.c", "pool.c", "scratch.c", "unpack.c"]
+EVERYWHERE = [
+    "decode.c",
+    "float_rows.c",
+    "layout.c",
+    "linear.c",
+    "measure.c",
+    "path_scalar.c",
+    "pool.c",
+    "scratch.c",
+    "unpack.c",
+]
 
 
 def machine() -> str:

@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_models.py [--only bert vit resnet llama] [--formats ternary int4] [--seconds 10] [--threads 2]
 
-Weights are random, drawn from a seed, since what they are does not change how long they take; shapes are those of the
-published models. Quantized with the defaults but for the data-free solver and no correction. Contenders take turns in
-one run: compare ratios. Results go to ``benchmarks/results/cpu_models.json``.
+Weights and codes are random, drawn from a seed, since what they are does not change how long they take; shapes are those
+of the published models. Which layers are packed, in which format, and that their inputs are rotated, is what the defaults
+choose; there is no correction. Contenders take turns in one run: compare ratios. Results go to
+``benchmarks/results/cpu_models.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from hf_catquant.model import replace_module, select, share_weight
 from hf_catquant.weight import fit_static_range
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_models.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[nn.Module], Any]
 
 
@@ -136,9 +136,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Task]]] = {
 }
 
 
-def quantized(build: Callable[[], nn.Module], name: str, activations: str | None, seed: int) -> nn.Module:
-    """The model of this seed with packed weights: the layers and formats that the defaults choose."""
-    model = made(build, seed)
+def quantized(base: nn.Module, name: str, activations: str | None, seed: int) -> nn.Module:
+    """The model with packed weights: the layers and formats that the defaults choose. It shares what stays in float."""
+    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     config = CatQuantConfig(weights=name, activations=activations, solver="rtn", correction=None)
     generator = torch.Generator().manual_seed(seed)
     for site in select(model, config).sites:
@@ -171,14 +171,11 @@ def made(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def contenders(name: str, formats: list[str], activations: list[str | None], seed: int) -> dict[str, nn.Module]:
     """Every model that is compared, by its name in the table."""
-    build = MODELS[name][0]
-    base = made(build, seed)
+    base = made(MODELS[name][0], seed)
     found = {"torch float32": base, "torch bfloat16": copy.deepcopy(base).to(torch.bfloat16)}
     for fmt in formats:
         for act in activations:
-            start = time.perf_counter()
-            model = quantized(build, fmt, act, seed)
-            print(f"  {fmt} {act or 'float'} quantized in {time.perf_counter() - start:.0f} s", flush=True)
+            model = quantized(base, fmt, act, seed)
             found[f"{fmt} {act or 'float32'}"] = model
             if act is None:
                 found[f"{fmt} bfloat16"] = copy.deepcopy(model).to(torch.bfloat16)

@@ -25,9 +25,7 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
     sizes = (x.numel() // columns, columns, _signs(columns).data_ptr())
     threads = torch.get_num_threads()
     check_state(
-        native.loaded().cq_rotate(
-            x.data_ptr(), dtype, *sizes, inverse, out.data_ptr(), native.path_number, threads
-        )
+        native.loaded().cq_rotate(x.data_ptr(), dtype, *sizes, inverse, out.data_ptr(), native.path_number, threads)
     )
     return out
 

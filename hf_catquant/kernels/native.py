@@ -30,8 +30,25 @@ OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 # instruction of their own, never.
 _DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
 
+# Out channels from which a convolution is faster in integers than with float weights, for rows of 1, 2 and 3 digits: below
+# that, laying rows out costs more than multiplying them.
+_CONV_FROM = {"avx512": (64, 256, 256)}
+_NEVER = (1 << 62,) * 3
+
 LIBRARY = "libcatquant_cpu"
 VARIABLE = "CATQUANT_CPU"
+
+
+class Window(ctypes.Structure):
+    """``cq_window``: where the rows of a convolution lie in its input."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
+            *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
+        )
+    )
 
 
 class Activation(ctypes.Structure):
@@ -63,6 +80,10 @@ _SIGNATURES = {
     "cq_dequantize": (
         _INT,
         (_INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
+    ),
+    "cq_conv": (
+        _INT,
+        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
     ),
     "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
     "cq_cluster_affine": (
@@ -120,3 +141,4 @@ def loaded() -> Any:
 PATH = chosen_path()
 path_number = PATHS.get(PATH, -1)
 dense_from = _DENSE_FROM[PATH]
+conv_from = _CONV_FROM.get(PATH, _NEVER)
