@@ -35,7 +35,7 @@ def _walsh(x: Tensor) -> Tensor:
     size = block_size(x.shape[-1])
     first = 1 << (size.bit_length() // 2)
     second = size // first
-    blocks = x.reshape(*x.shape[:-1], -1, first, second)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, first, second)  # no -1: there may be no rows
     return (_walsh_signs(first, x.device) @ (blocks @ _walsh_signs(second, x.device))).reshape(x.shape) * size**-0.5
 
 

@@ -33,6 +33,7 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
 #define CQ_MAX_ROWS 16   /* rows of x in a chunk */
 #define CQ_MAX_PARTS 3
+#define CQ_LARGE_PAGE (2 << 20)
 #define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
 
 /* How a format lies in memory: its packed words (digits codes of base radix in nbytes bytes) and its units in a

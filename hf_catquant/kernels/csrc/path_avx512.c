@@ -60,7 +60,8 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
     const int lines = format == CQ_INT3 ? 3 : 1;
     /* With few rows there are registers for a sum of every quad, which is shifted once and not at every unit: at most
      * 255 * 128 * 512 / 2, and exact. Otherwise a few sums, as one alone waits four cycles for itself. */
-    const int planes = all <= 3 && (format == CQ_BINARY || format == CQ_INT2 || format == CQ_INT4);
+    const int many = all <= 3 && all * quads > 16;
+    const int planes = all <= 3 && !many && (format == CQ_BINARY || format == CQ_INT2 || format == CQ_INT4);
     const int chains = planes ? quads : all >= 4 ? 1 : quads >= 4 ? 4 : quads;
     const uint8_t *stream = (const uint8_t *)w + w->stream + index * w->run_bytes;
     __m512 total[CQ_MAX_ROWS];
@@ -87,6 +88,8 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
                 _mm_prefetch((const char *)unit + AHEAD + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int q = 0; q < quads; ++q) {
+                if (many) /* compilers load the digits of all quads first, and spill sums for them */
+                    __asm__ volatile("" ::: "memory");
                 __m512i values =
                     planes ? plane_values(format, *(const __m512i *)unit, q) : quad_values(format, unit, q);
 #pragma GCC unroll 16
