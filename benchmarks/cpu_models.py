@@ -132,7 +132,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Task]]] = {
     "bert": (bert, [texts(1, 128), texts(8, 128)]),
     "vit": (vit, [images(1), images(8)]),
     "resnet": (resnet, [images(1), images(8)]),
-    "llama": (llama, [decode(128), prefill(128), prefill(512)]),
+    "llama": (llama, [decode(128), prefill(128)]),
 }
 
 

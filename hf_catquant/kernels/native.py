@@ -85,6 +85,7 @@ _SIGNATURES = {
         _INT,
         (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
     ),
+    "cq_use_openmp": (None, (_POINTER,)),
     "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
     "cq_cluster_affine": (
         _INT,
@@ -109,7 +110,25 @@ def library() -> ctypes.CDLL | None:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    loaded.cq_use_openmp(_parallel_region())
     return loaded
+
+
+def _parallel_region() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP library that torch has loaded, None where there is none to be found.
+
+    Its threads wait awake for a while after each of torch's own ops: others would have to share the cores with them.
+    """
+    folder, maps = str(Path(torch.__file__).parent), Path("/proc/self/maps")
+    if not torch.backends.openmp.is_available() or not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    names = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    inside = [name for name in names if name.startswith(folder)] or (names if len(names) == 1 else [])
+    try:
+        return ctypes.cast(ctypes.CDLL(inside[0]).GOMP_parallel, ctypes.c_void_p).value
+    except (IndexError, OSError, AttributeError):
+        return None
 
 
 def available_paths() -> tuple[str, ...]:
