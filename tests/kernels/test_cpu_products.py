@@ -174,6 +174,19 @@ def test_a_child_after_fork_has_threads_of_its_own():
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(native._parallel_region() is None, reason="torch's OpenMP library was not found")
+def test_the_threads_are_those_that_torch_has():
+    case, x, before = Weight("ternary", 2000, 1100, 128), randn(4, 1100), torch.get_num_threads()
+    try:
+        torch.set_num_threads(11)  # more than any other test here
+        torch.ones(1 << 20).exp()  # starts torch's own
+        threads = len(list(TASKS.iterdir()))
+        cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+        assert len(list(TASKS.iterdir())) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 class Threads(torch.utils.data.Dataset):
     """What a worker's product leaves behind: threads of the process, more than there were before."""
 
