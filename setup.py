@@ -35,6 +35,7 @@ PATHS = {
     "aarch64": [("path_neon.c", "NEON", ["-march=armv8.2-a+dotprod"])],
 }
 EVERYWHERE = [
+    "bits.c",
     "decode.c",
     "float_rows.c",
     "layout.c",
