@@ -37,6 +37,7 @@ PATHS = {
 EVERYWHERE = [
     "bits.c",
     "decode.c",
+    "float_rows.c",
     "layout.c",
     "linear.c",
     "measure.c",

@@ -32,8 +32,25 @@ OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 # instruction of their own, never.
 _DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
 
+# Out channels from which a convolution is faster in integers than with float weights, for rows of 1, 2 and 3 digits: below
+# that, laying rows out costs more than multiplying them.
+_CONV_FROM = {"avx512": (64, 256, 256)}
+_NEVER = (1 << 62,) * 3
+
 LIBRARY = "libcatquant_cpu"
 VARIABLE = "CATQUANT_CPU"
+
+
+class Window(ctypes.Structure):
+    """``cq_window``: where the rows of a convolution lie in its input."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
+            *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
+        )
+    )
 
 
 class Activation(ctypes.Structure):
@@ -66,6 +83,19 @@ _SIGNATURES = {
         _INT,
         (_INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
     ),
+    "cq_conv": (
+        _INT,
+        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+    ),
+    "cq_use_openmp": (None, (_POINTER,)),
+    "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
+    "cq_cluster_affine": (
+        _INT,
+        (
+            *(_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG),
+            *(_POINTER, _POINTER, _POINTER, _INT, _INT),
+        ),
+    ),
     "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
     "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
     "cq_bits_scores": (None, (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _INT)),
@@ -87,7 +117,25 @@ def library() -> ctypes.CDLL | None:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    loaded.cq_use_openmp(_parallel_region())
     return loaded
+
+
+def _parallel_region() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP library that torch has loaded, None where there is none to be found.
+
+    Its threads wait awake for a while after each of torch's own ops: others would have to share the cores with them.
+    """
+    folder, maps = str(Path(torch.__file__).parent), Path("/proc/self/maps")
+    if not torch.backends.openmp.is_available() or not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    names = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    inside = [name for name in names if name.startswith(folder)] or (names if len(names) == 1 else [])
+    try:
+        return ctypes.cast(ctypes.CDLL(inside[0]).GOMP_parallel, ctypes.c_void_p).value
+    except (IndexError, OSError, AttributeError):
+        return None
 
 
 def available_paths() -> tuple[str, ...]:
@@ -119,3 +167,4 @@ def loaded() -> Any:
 PATH = chosen_path()
 path_number = PATHS.get(PATH, -1)
 dense_from = _DENSE_FROM[PATH]
+conv_from = _CONV_FROM.get(PATH, _NEVER)
