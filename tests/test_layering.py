@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "formats discrimination version log integrity fields generate evaluation_table bench_peers",
-    "rotation",
+    "rotation journal shelf",
     "packing request_checks similarity theory",
     "weight",
     "op_checks",
@@ -29,22 +29,23 @@ ROWS = [
     "entries",
     "config",
     "model resolve",
-    "model_inputs padding load_checks",
+    "model_inputs padding load_checks streaming",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
     "replay activations",
     "logits",
     "probe swap",
-    "samples walk",
+    "samples walk steps",
     "fitting features gather",
     "extract learned training mixed",
     "reconstruction",
     "calibrate",
+    "pipeline",
     "report",
     "quantizer",
     "evaluation tasks verify",
-    "by_layer report_page card",
+    "by_layer report_page card folder",
     "hub",
     "demo",
     "cli",
@@ -53,7 +54,7 @@ ROWS = [
 # Parts of transformers that change without notice, and the files that follow them: the quantizer, and the model's one
 # question what modules_to_not_convert means.
 INTERNALS = ("transformers.quantizers", "transformers.core_model_loading", "transformers.modeling_utils")
-FOLLOWERS = {"quantizer", "model"}
+FOLLOWERS = {"quantizer", "model", "streaming"}
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 
