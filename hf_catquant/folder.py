@@ -6,6 +6,8 @@ beside the output (``journal.py``), and the output appears whole: it is written 
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import platform
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .config import CatQuantConfig
@@ -24,8 +27,10 @@ from .integrity import sha256
 from .journal import Journal, open_journal, sync, sync_folder, writing
 from .kernels import native
 from .log import logger
+from .model import select
 from .quantizer import quantize
 from .report import library_versions, report
+from .sizes import output_bytes
 from .streaming import open_on_shelf, weight_files
 from .tasks import auto_class, load_config
 
@@ -107,12 +112,62 @@ def _quantized(
         machine=f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, kernels {native.PATH}",
     )
     with threads(journal.settled("threads", torch.get_num_threads())):
-        auto = auto_class(found)
-        if stream and files:
-            model = open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust)
-        else:
-            model = auto.from_pretrained(str(source), dtype=dtype, trust_remote_code=trust)
-        return quantize(model, config, journal)  # type: ignore[return-value]
+        return _backing_off(source, config, journal, dtype, stream, trust)
+
+
+def _backing_off(
+    source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
+) -> PreTrainedModel:
+    """Quantize at the batch size that fits: where memory runs out it is halved, and finished units stay."""
+    config = copy.deepcopy(config)
+    config.batch_size = journal.settled("batch_size", config.batch_size)
+    while True:
+        try:
+            model = open_source(source, dtype, stream, trust)
+            _check_room(model, config, journal)
+            return quantize(model, config, journal)  # type: ignore[return-value]
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or not _can_shrink(config):
+                raise
+            logger.warning("out of memory with %d samples a batch: going on with half of them", config.batch_size)
+        del model  # before it is loaded again
+        config.batch_size //= 2
+        journal.change("batch_size", config.batch_size)
+
+
+def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The float model: on a shelf, or whole in memory if ``stream`` is not set or it has no safetensors files."""
+    auto = auto_class(load_config(str(source), trust_remote_code))
+    files = weight_files(local_folder(str(source))) if stream else []
+    if files:
+        return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)
+    return auto.from_pretrained(str(source), dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _can_shrink(config: CatQuantConfig) -> bool:
+    """Whether smaller batches can be made: of data that can be read twice, and comes one by one."""
+    data = config.dataset
+    return config.batch_size > 1 and data is not None and not isinstance(data, (DataLoader, Iterator))
+
+
+def _check_room(model: PreTrainedModel, config: CatQuantConfig, journal: Journal) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        OSError: naming what is needed and what is free.
+    """
+    written = sum(path.stat().st_size for path in journal.folder.rglob("*") if path.is_file())
+    needed = 2 * output_bytes(model, select(model, config)) - written
+    free = shutil.disk_usage(journal.folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{journal.folder}: the journal and the output need {needed:,} bytes, but {free:,} are free: free some space",
+        )
 
 
 def local_folder(source: str) -> Path:

@@ -43,9 +43,11 @@ def quantize_modules(
     training = model.training
     model.eval()
     try:
-        batches = None if config.dataset is None else _collect(model, config)
+        batches = None if config.dataset is None else collect(model, config)
         if journal is not None:
-            journal.agree(data=None if batches is None else batches.fingerprint)
+            # Batches of another size are padded otherwise.
+            found = None if batches is None else batches.fingerprint
+            journal.agree(**{f"data, {config.batch_size} a batch": found})
         if batches is None:
             outcome = _without_data(model, selection, journal)
         else:
@@ -58,7 +60,8 @@ def quantize_modules(
         model.train(training)
 
 
-def _collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
+def collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
+    """The calibration data that ``config`` asks for, in batches for ``model``."""
     return samples.collect(
         config.dataset,
         model,

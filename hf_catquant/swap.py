@@ -85,7 +85,7 @@ class Swap:
         scheme = new.scheme
         weight: Tensor = module.weight  # type: ignore[assignment]
         matrix = new.target(weight)
-        if not bool(torch.isfinite(matrix).all()):
+        if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in solvers.row_slices(matrix)):
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         solver = solvers.get(self.solver if moments is not None else "rtn")
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity fields generate evaluation_table bench_peers",
+    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory",
     "rotation journal shelf",
     "packing request_checks similarity theory",
     "weight",
@@ -29,7 +29,7 @@ ROWS = [
     "entries",
     "config",
     "model resolve",
-    "model_inputs padding load_checks streaming",
+    "model_inputs padding load_checks streaming sizes",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
@@ -42,6 +42,7 @@ ROWS = [
     "reconstruction",
     "calibrate",
     "pipeline",
+    "planning",
     "report",
     "quantizer",
     "evaluation tasks verify",
