@@ -4,8 +4,8 @@
     python benchmarks/memory.py FOLDER --mode gptq           calibrated on a few short samples
     python benchmarks/memory.py FOLDER --mode rtn --layers 4 --hidden 512 ...    another size
 
-The model has the shape of TinyLlama 1.1B and random weights (seed 0). Every command runs in a process of its own; its peak is
-the high-water mark of its resident pages (``ru_maxrss``), libraries and mapped files included. Results are added to
+The model has the shape of TinyLlama 1.1B and random weights (seed 0). Every command runs in a process of its own; its peak
+is the high-water mark of its resident pages (``ru_maxrss``), libraries and mapped files included. Results are added to
 ``benchmarks/results/memory.json``.
 """
 
