@@ -104,7 +104,7 @@ def main() -> None:
         rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         request += ["--dataset", str(rows), "--num-samples", str(args.samples), "--batch-size", "4"]
     catquant = [sys.executable, "-m", "hf_catquant.cli"]
-    _, plan_seconds, text = measured([*catquant, "plan", str(model), "unused", *request, "--json"])
+    _, plan_seconds, text = measured([*catquant, "plan", str(model), *request, "--json"])
     plan = json.loads(text[text.index("{") :])
     out = args.folder / "out"
     result = {

@@ -19,8 +19,9 @@ NAME = "plan"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of this verb."""
-    quantize.add_arguments(parser)
+    """The arguments of this verb: those of quantize without a folder to write."""
+    parser.add_argument("model", help="folder or Hub id of the float model")
+    quantize.add_request(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 

@@ -29,6 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("model", help="folder or Hub id of the float model")
     parser.add_argument("out", help="folder to write")
+    add_request(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into a folder that is not empty; drop an interrupted run"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run into this folder that was interrupted, if there is one"
+    )
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """What to do with the model, where from, and in how much memory."""
     parser.add_argument("--weights", choices=FORMATS, default="ternary", help="format of the weights")
     parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale, -1 for whole rows")
     parser.add_argument(
@@ -71,12 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that comes with the model"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="write into a folder that is not empty; drop an interrupted run"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a run into this folder that was interrupted, if there is one"
     )
     parser.add_argument(
         "--in-memory",
