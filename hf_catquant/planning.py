@@ -28,8 +28,9 @@ from .solvers import AT_ONCE
 from .steps import tensors_of
 from .swap import Swap
 
-# What a solver of output errors holds at once, in float32: matrices (K, K), and of the rows in work (n, K).
-_SQUARES, _MATRICES = 9, 8
+# What a solver of output errors holds at once, in float32: matrices (K, K), and of the rows in work (n, K). Measured.
+_SQUARES, _MATRICES = 10, 16
+_WRITING = 40 << 20  # bytes that the libraries bring along that write a journal and a checkpoint, measured
 _FIT = 4  # copies of the rows that a correction is fitted on
 _FIT_ROWS = 1 << 28  # bytes of those rows at most, by stream
 
@@ -140,7 +141,18 @@ def _plan_without_data(model: nn.Module, selection: Selection, total: int) -> Pl
     work = max(trial.bytes for trial in trials.values()) - max(weights.values())
     largest = max(weights, key=lambda unit: weights[unit])
     return Plan(
-        base + most, 0, 2 * total, seconds, base, packed, largest, weights[largest], 0, max(0, work), phase, len(units)
+        base + most + _WRITING,
+        0,
+        2 * total,
+        seconds,
+        base,
+        packed,
+        largest,
+        weights[largest],
+        0,
+        max(0, work),
+        phase,
+        len(units),
     )
 
 
@@ -165,7 +177,9 @@ def _plan_with_data(
     sites = {site.name: site for site in selection.sites}
     packed = sum(map(packed_bytes, selection.sites))
     shelf = shelf_of(model)
+    reset_peak()
     calibration = Calibration(model, config, selection, data, [])
+    probed = peak()
     units = calibration.walk.plan.units
     inside = {u.name: [s for n, s in sites.items() if n == u.name or n.startswith(f"{u.name}.")] for u in units}
     weights = {name: sum(float_bytes(s) for s in held if not s.tied_to) for name, held in inside.items()}
@@ -175,12 +189,14 @@ def _plan_with_data(
     release()
     base = resident()
     seconds, done, trials = 0.0, 0, {}
+    most, phase = probed, "finding out who reads what"
     for index, unit in enumerate(units):
         reset_peak()
         before, start = resident(), time.perf_counter()
         calibration._unit(index, unit)
         trials[unit.name] = _Trial(unit.name, peak() - before, time.perf_counter() - start)
-        most, phase = peak(), f"calibrating {unit.name}"
+        if peak() > most:
+            most, phase = peak(), f"calibrating {unit.name}"
         done += sum(map(packed_bytes, inside[unit.name]))
         if unit.name == largest_block:
             break
@@ -214,6 +230,7 @@ def _plan_with_data(
     largest = max(weights, key=lambda name: weights[name])
     work = max(0, tried.bytes - weights[largest_block])
     size = shelf.largest() if isinstance(shelf, Shelf) else weights[largest]
+    most += _WRITING
     return Plan(most, 0, 2 * total, seconds, base, packed, largest, size, 6 * hidden, work, phase, len(units))
 
 

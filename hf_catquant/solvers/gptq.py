@@ -52,8 +52,10 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     order = act_order(moments.gram)
     gram, lower = factorise(moments.gram, order)
     codes, scales, offsets = [], [], []
+    share, ridge = trust(moments.count, weight.shape[1])
+    ridged = ridge_factor(gram, ridge)
     for piece in runs.split(max(1, AT_ONCE // (len(runs) * weight.shape[1])), dim=1):  # rows do not know each other
-        target = aim(piece, moments, gram, *trust(moments.count, weight.shape[1]))
+        target = aim(piece, moments, gram, share, ridge, ridged)
         levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
         codes.append(level_codes(levels, fmt).mT)
         scales.append(scale)
@@ -112,14 +114,21 @@ def factorise(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def aim(runs: Tensor, moments: Moments, gram: Tensor, share: float, ridge: float) -> Tensor:
+def ridge_factor(gram: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of H + ridge * mean(diag H) I, (B, K, K)."""
+    return torch.linalg.cholesky(_with_diagonal(gram, ridge * gram.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)))
+
+
+def aim(
+    runs: Tensor, moments: Moments, gram: Tensor, share: float, ridge: float, ridged: Tensor | None = None
+) -> Tensor:
     """The target (B, n, K): W + share * W (G - H) (H + ridge * mean(diag H) I)^-1, for ``runs`` W (B, n, K).
 
     W (G - H) H^-1 is the regression of the output difference W (x - x~) on x~, estimated from the calibration rows.
     The ridge bounds it where H is nearly singular, and a row never moves by more, measured under H, than its own
-    length.
+    length. ``ridged`` is :func:`ridge_factor`, where it is known.
     """
-    lower = torch.linalg.cholesky(_with_diagonal(gram, ridge * gram.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)))
+    lower = ridge_factor(gram, ridge) if ridged is None else ridged
     move = torch.cholesky_solve((runs @ (moments.cross - moments.gram)).mT, lower).mT
     length, moved = (((t @ gram) * t).sum(-1, keepdim=True).clamp_min(0).sqrt() for t in (runs, move))
     limit = torch.where(moved > length, length / moved, torch.ones_like(moved))
