@@ -104,7 +104,7 @@ class Calibration:
         self._round_unreached()
         try:
             for index, unit in enumerate(self.walk.plan.units):
-                self._unit(index, unit)
+                self.quantize_unit(index, unit)
             self.shelf.finish()
             float_outputs = {name: self.walk.outputs_of(name, "float") for name in self.corrections}
             targets = self._targets()
@@ -173,7 +173,8 @@ class Calibration:
             self.diverged = True
             self.swap.outcome.notes.append(f"{site.name}: not reached by the calibration data, rounded to nearest")
 
-    def _unit(self, index: int, unit: Unit) -> None:
+    def quantize_unit(self, index: int, unit: Unit) -> None:
+        """Solve the unit, or take it from the journal, and let both streams pass it."""
         step = f"unit-{index:04d}"
         self.shelf.take(unit.name)
         float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")

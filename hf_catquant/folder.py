@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .config import CatQuantConfig
+from .disk import sync, sync_folder, writing
 from .integrity import sha256
-from .journal import Journal, open_journal, sync, sync_folder, writing
+from .journal import Journal, open_journal
 from .kernels import native
 from .log import logger
 from .model import select

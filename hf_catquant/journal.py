@@ -13,12 +13,10 @@ checksums. Whoever goes on must have begun with the same fingerprints.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .disk import beside, writing
 from .integrity import checksums, verify_files
 from .log import logger
 
@@ -36,15 +35,6 @@ except ImportError:  # Windows
 
 MANIFEST, LOCK, OUTPUT = "manifest.json", "lock", "output"
 _STEP = "catquant"  # the one key of a step's header
-# What a message says of an error of the system, and the way out.
-_CAUSES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "your quota of disk space is used up: free some space",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "permission is denied: choose another folder, or change its permissions",
-    errno.EPERM: "the operation is not permitted: choose another folder, or change its permissions",
-    errno.EFBIG: "the file would be larger than this process may write (ulimit -f): raise the limit",
-}
 
 
 class Journal:
@@ -102,8 +92,8 @@ class Journal:
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         head = json.dumps({"record": record, "checksums": checksums(own)})
         target = self._file(step)
-        with writing(target), _beside(target) as beside:
-            save_file(own, beside, metadata={_STEP: head})
+        with writing(target), beside(target) as new:
+            save_file(own, new, metadata={_STEP: head})
 
     def read(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of a finished step.
@@ -149,8 +139,8 @@ class Journal:
             return
         self._manifest.update(json.loads(json.dumps(facts)))
         target = self.folder / MANIFEST
-        with writing(target), _beside(target) as beside:
-            beside.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
+        with writing(target), beside(target) as new:
+            new.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
 
 
 def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -> Journal:
@@ -195,57 +185,6 @@ def clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Say what could not be written, why, and what to do, whichever library met the error.
-
-    Raises:
-        OSError: instead of what a library raised.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = _code_of(error)
-        if code is None:
-            raise
-        where = getattr(error, "filename", None) or path
-        cause = _CAUSES.get(code, os.strerror(code))
-        raise OSError(code, f"cannot write {where}: {cause}; what is finished is kept, --resume goes on") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file in ``folder``, and its table of files, to the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            sync(path)
-    sync(folder)
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A file beside ``target`` that takes its place, whole, at the end; on an error nothing is left of it."""
-    beside = target.with_name(f".{target.name}")
-    try:
-        yield beside
-        sync(beside)
-        beside.replace(target)
-        sync(target.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the table of a folder's files, to the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _locked(path: Path) -> IO[str]:
@@ -297,11 +236,3 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
             if old.get(key) != new.get(key):
                 return _difference(f"{name}.{key}", old.get(key), new.get(key))
     return name, json.dumps(old), json.dumps(new)
-
-
-def _code_of(error: Exception) -> int | None:
-    """The number of the system's error; libraries in Rust tell it in their text only."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    text = str(error)
-    return next((code for code in errno.errorcode if f"(os error {code})" in text), None)

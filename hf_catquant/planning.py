@@ -193,7 +193,7 @@ def _plan_with_data(
     for index, unit in enumerate(units):
         reset_peak()
         before, start = resident(), time.perf_counter()
-        calibration._unit(index, unit)
+        calibration.quantize_unit(index, unit)
         trials[unit.name] = _Trial(unit.name, peak() - before, time.perf_counter() - start)
         if peak() > most:
             most, phase = peak(), f"calibrating {unit.name}"

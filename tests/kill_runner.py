@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, folder, journal
+from hf_catquant import CatConfig, CatQuantConfig, disk, folder
 from hf_catquant.integrity import sha256
 
 LIMIT = 120  # seconds a child may take
@@ -52,7 +52,7 @@ def quantize(
     torch.set_num_threads(request.get("threads", 1))
     folder.open_on_shelf.__kwdefaults__["least"] = 1
     flushes, after_steps = 0, []
-    flush = journal.sync
+    flush = disk.sync
 
     def sync(path: Path) -> None:
         nonlocal flushes
@@ -63,7 +63,7 @@ def quantize(
         if path.suffix == ".safetensors" and path.name.startswith("."):
             after_steps.append(flushes + 1)  # this flush, the rename, the flush of the folder; then the step is there
 
-    journal.sync = folder.sync = sync
+    disk.sync = folder.sync = sync
     fields = dict(request["config"])
     if isinstance(fields.get("correction"), list):
         fields["correction"] = CatConfig(at=tuple(fields["correction"]))

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hf_catquant import journal as module
-from hf_catquant.journal import open_journal, writing
+from hf_catquant import disk
+from hf_catquant.disk import writing
+from hf_catquant.journal import open_journal
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_step_comes_back_as_it_was(folder, generator):
 
 def test_what_was_being_written_is_no_step(folder, monkeypatch):
     found = open_journal(folder, resume=False)
-    monkeypatch.setattr(module, "sync", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(disk, "sync", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         found.write("unit-0000", {"a": torch.ones(2)}, {})
     assert not found.has("unit-0000")
