@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -90,7 +91,8 @@ class Journal:
             OSError: it cannot be written; says why and what to do. Steps before it are safe.
         """
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        head = json.dumps({"record": record, "checksums": checksums(own)})
+        text = json.dumps(record)
+        head = json.dumps({"record": text, "crc": zlib.crc32(text.encode()), "checksums": checksums(own)})
         target = self._file(step)
         with writing(target), beside(target) as new:
             save_file(own, new, metadata={_STEP: head})
@@ -108,8 +110,10 @@ class Journal:
                 # Copies: a tensor that is mapped into memory is aligned as the file happens to be.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             verify_files([path], head["checksums"])
-            return tensors, head["record"]
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            if zlib.crc32(head["record"].encode()) != head["crc"]:
+                raise ValueError("its record is not what was written")
+            return tensors, json.loads(head["record"])
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: this step of the interrupted run is damaged: delete the file, its unit is solved again ({error})"
             ) from error

@@ -29,6 +29,7 @@ def float_bytes(site: Site) -> int:
 
 def output_bytes(model: nn.Module, selection: Selection) -> int:
     """Of the whole quantized model, without corrections."""
-    replaced = {id(p) for site in selection.sites for n, p in site.module.named_parameters() if not n.endswith("bias")}
-    kept = sum(p.nbytes for p in model.parameters() if id(p) not in replaced)
-    return kept + sum(b.nbytes for b in model.buffers()) + sum(map(packed_bytes, selection.sites))
+    own = [p for site in selection.sites for name, p in site.module.named_parameters() if not name.endswith("bias")]
+    replaced = {parameter.data_ptr() for parameter in own}
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # ties once
+    return sum(size for key, size in kept.items() if key not in replaced) + sum(map(packed_bytes, selection.sites))

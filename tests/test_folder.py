@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -200,6 +201,7 @@ def test_batches_shrink_where_memory_runs_out(tmp_path, source, monkeypatch, cap
         return catch(self, index, stream, batch, until)
 
     monkeypatch.setattr(Walk, "_catch", limited)
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
     quantize_folder(source, tmp_path / "out", request(batch_size=8))
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert saved["batch_size"] == 2

@@ -60,13 +60,14 @@ def test_what_was_being_written_is_no_step(folder, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("where", [-1, 30, 0.5])
+@pytest.mark.parametrize("where", [-1, 30, 0.5, b"broken", b"record"])
 def test_a_damaged_step_is_named(folder, where):
     found = open_journal(folder, resume=False)
-    found.write("unit-0000", {"a": torch.ones(64)}, {})
+    found.write("unit-0000", {"a": torch.ones(64)}, {"notes": ["broken"]})
     path = folder / "unit-0000.safetensors"
     data = bytearray(path.read_bytes())
-    data[where if isinstance(where, int) else int(where * len(data))] ^= 1
+    places = {bytes: data.find, float: lambda share: int(share * len(data)), int: int}
+    data[places[type(where)](where)] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"unit-0000.safetensors: this step .* is damaged: delete the file"):
         found.read("unit-0000")
