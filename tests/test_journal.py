@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -106,11 +107,13 @@ def test_an_interrupted_run_is_neither_mixed_nor_dropped_unasked(folder):
 
 
 def test_a_second_process_is_told_and_a_dead_one_is_not_waited_for(folder):
-    code = (
-        "import sys, time; from hf_catquant.journal import open_journal; j = open_journal(sys.argv[1], resume=True); "
-        "print('open', flush=True); time.sleep(60)"
+    folder.mkdir()
+    code = (  # what another process does, without the time that importing takes
+        "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a+'); fcntl.flock(lock, fcntl.LOCK_EX); "
+        "print(os.getpid(), file=lock, flush=True); print('open', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, str(folder / "lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "open\n"
         with pytest.raises(RuntimeError, match=rf"another process \(pid {holder.pid}\) quantizes into this folder"):
@@ -155,17 +158,28 @@ def test_other_errors_pass(tmp_path):
         raise SafetensorError("header")
 
 
-def test_a_full_disk_leaves_nothing_half_written(folder):
+def test_a_file_that_cannot_be_written_leaves_nothing_of_itself(folder):
     found = open_journal(folder, resume=False)
     found.write("unit-0000", {"a": torch.ones(8)}, {})
-    (folder / ".unit-0001.safetensors").symlink_to("/dev/full")
-    if not os.path.exists("/dev/full"):  # noqa: PTH110
-        pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="the disk is full: free some space; what is finished is kept, --resume goes on"):
-        found.write("unit-0001", {"a": torch.ones(8)}, {})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*unit-0001.safetensors: the file would be larger"):
+            found.write("unit-0001", {"a": torch.ones(1 << 20)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not found.has("unit-0001")
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "unit-0000.safetensors"]
     found.read("unit-0000")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")  # noqa: PTH110
+def test_a_full_disk_is_said(folder):
+    found = open_journal(folder, resume=False)
+    (folder / ".manifest.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="the disk is full: free some space; what is finished is kept, --resume goes on"):
+        found.agree(config=1)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_place_that_cannot_be_made(tmp_path):
