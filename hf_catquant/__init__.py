@@ -9,6 +9,7 @@ from .config import CatQuantConfig
 from .correction import CatConfig
 from .correction_file import load_correction, save_correction
 from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_discrimination, stream_discrimination
+from .exports import export
 from .extract import extract_features
 from .features import BinaryQuantizer, TernaryQuantizer
 from .fitting import fit_correction
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureStatistics",
     "TernaryQuantizer",
     "__version__",
+    "export",
     "extract_features",
     "feature_discrimination",
     "fit_correction",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from . import samples, solvers
 from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
+from .expert_rows import ExpertRows
 from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
 from .journal import Journal
 from .layers import layer_for
+from .layers.experts import ExpertLinear
 from .log import logger
 from .model import Selection, Site, stacks
+from .modules import opened_experts
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .steps import Steps, tensors_of
@@ -75,7 +79,9 @@ class Calibration:
         self.blocks = [block for blocks in stacks(model).values() for block in blocks]
         norms = [name for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]
-        self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
+        inside = tuple(f"{block}." for block in self.blocks)
+        loose = [name for name in opened_experts(model) if not name.startswith(inside)]  # up and down go together
+        self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
@@ -185,7 +191,7 @@ class Calibration:
         else:
             self._take_over(unit, float_unit, record)
         self.shelf.done(unit.name)
-        outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
+        outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
 
     def _float_copy(self, unit: Unit) -> nn.Module:
@@ -197,7 +203,7 @@ class Calibration:
         return copy.deepcopy(self.model.get_submodule(unit.name), {id(w): w for w in weights if w is not None})
 
     def _solve(
-        self, index: int, unit: Unit, float_unit: nn.Module, float_calls: list[list[Call]], float_outputs: Outputs
+        self, index: int, unit: Unit, float_unit: nn.Module, float_calls: Sequence[list[Call]], float_outputs: Outputs
     ) -> None:
         start = time.perf_counter()
         self.steps.begin()
@@ -277,7 +283,13 @@ class Calibration:
             return []
         scheme = self.swap.sites[name].scheme
         input_range = self.gather.input_range(lead, scheme, streams)
-        moments = self.gather.moments(name, lead, scheme, streams, input_range)
+        moments: Any = None
+        if isinstance(streams.live.get_submodule(lead.name), ExpertLinear):
+            rows = ExpertRows(self.gather, name, lead, streams)
+            moments = rows.moments(scheme)
+            self.swap.outcome.notes += [rows.note] if rows.note else []
+        else:
+            moments = self.gather.moments(name, lead, scheme, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]
         for site in names:
             self.swap.site(site, moments, input_range)

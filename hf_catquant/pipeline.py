@@ -17,6 +17,7 @@ from .config import CatQuantConfig
 from .journal import Journal
 from .log import logger
 from .model import Selection, quantized_modules, select, stacks
+from .modules import close_experts
 from .shelf import shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Swap
@@ -56,6 +57,9 @@ def quantize_modules(
         for name, module in quantized_modules(model).items():  # learning may have settled for another one
             outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
         return selection, outcome, batches
+    except BaseException:
+        close_experts(model)
+        raise
     finally:
         model.train(training)
 

@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from .integrity import read_header
 from .layers import LAYERS, layer_for
+from .layers.experts import Fused
 from .log import logger
 from .model import stacks
 from .shelf import Shelf, Source, absent
@@ -85,6 +86,9 @@ def open_on_shelf(
     model = _load(type(empty), name, state, dtype, trust_remote_code)
     held = {n: away.pop(p.data_ptr()) for n, p in model.named_parameters() if p.data_ptr() in away}
     _read_rest(model, state, away)
+    for name, module in model.named_modules():  # experts are opened, which looks at all of them at once
+        for key in [f"{name}.{own}" for own in module._parameters if f"{name}.{own}" in held and Fused.of(module)]:
+            module.get_parameter(key.rpartition(".")[2]).data = held.pop(key).read(dtype)
     by_parameter = {id(p): held[n] for n, p in model.named_parameters() if n in held}
     derived: list[nn.Module] = [m for m in model.modules() if type(m) not in LAYERS and isinstance(m, tuple(LAYERS))]
     for module in derived:

@@ -92,12 +92,21 @@ def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> floa
     ||W - W_hat||^2 / ||W||^2. An all-zero weight has error 0.
     """
     if moments is not None:
-        signal = _energy(weight, None, moments.gram)
+        noise, signal = output_energies(weight, w_hat, moments)
         if signal > 0:
-            return _energy(weight, w_hat, moments.gram) / signal
-    signal = sum(float(weight[rows].double().square().sum()) for rows in row_slices(weight))
-    noise = sum(float((weight[r].float() - w_hat[r].float()).double().square().sum()) for r in row_slices(weight))
+            return noise / signal
+    noise, signal = output_energies(weight, w_hat, None)
     return noise / signal if signal > 0 else 0.0
+
+
+def output_energies(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> tuple[float, float]:
+    """||(W - W_hat) x~||^2 and ||W x~||^2 of weights (N, K), summed over the calibration rows; over unit vectors without."""
+    if moments is None:
+        noise = sum(float((weight[r].float() - w_hat[r].float()).double().square().sum()) for r in row_slices(weight))
+        return noise, sum(float(weight[rows].double().square().sum()) for rows in row_slices(weight))
+    energies = (_energy(weight, other, moments.gram) for other in (w_hat, None))
+    noise, signal = (moments.count * energy for energy in energies)
+    return noise, signal
 
 
 def row_slices(matrix: Tensor, runs: int = 1) -> Iterator[slice]:
