@@ -20,6 +20,7 @@ from .log import logger
 from .logits import divergences, logits_site
 from .model import Selection, Site, replace_module
 from .samples import Batches, padding_mask
+from .shelf import resident
 from .solvers import rtn
 
 JUDGES = 32  # samples that every format of every layer is tried on
@@ -101,8 +102,9 @@ class _Losses:
     def alone(self, site: Site, weights: str) -> float:
         """Mean divergence of the logits (squared error of the output where there are none), over what is no padding."""
         layer = _empty(site, weights)
-        weight: Tensor = site.module.weight  # type: ignore[assignment]
-        layer.fill(rtn.solve(layer.target(weight), get_format(weights), site.scheme.group_size))
+        with resident(self.model, site.name):
+            weight: Tensor = site.module.weight  # type: ignore[assignment]
+            layer.fill(rtn.solve(layer.target(weight), get_format(weights), site.scheme.group_size))
         replace_module(self.model, site.name, layer)
         try:
             found = [self._answers(batch) for batch in self.batches]

@@ -26,17 +26,18 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
 from .entries import check_tensors, entries_checksum, verify_entries
 from .fields import check_depth, field_checksums
 from .integrity import checksums, verify_files
+from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
 from .modules import holds, open_experts, opened_experts
+from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 
@@ -120,10 +121,12 @@ class CatQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
 
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, journal: Journal | None = None, **kwargs: Any
+    ) -> None:
         model.add_model_tags([QUANT_METHOD])  # what model.push_to_hub writes on a card of its own
         if not self.pre_quantized:
-            self.quantization_config = quantize_model(model, self.quantization_config)
+            self.quantization_config = quantize_model(model, self.quantization_config, journal)
             model.config.quantization_config = self.quantization_config
             return
         entries = self.quantization_config.modules or {}
@@ -207,12 +210,14 @@ def register() -> None:
             add(QUANT_METHOD)(entry)
 
 
-def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
+def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> nn.Module:
     """Quantize a model that is already in memory, in place, and return it.
 
     Args:
         model: a transformers model, or any module; its layers are replaced.
         config: what to do. It is not changed.
+        journal: keeps finished units and gives back those of an interrupted run; see :func:`quantize_folder`, which also
+            checks that it is a run of the same model.
 
     Raises:
         ValueError, TypeError: the config or its data cannot be used; the model is then unchanged or, if that happens in
@@ -221,19 +226,19 @@ def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
     if quantized_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized: start from the float model")
     if not isinstance(model, PreTrainedModel):
-        model.quantization_config = quantize_model(model, copy.deepcopy(config))  # type: ignore[assignment]
+        model.quantization_config = quantize_model(model, copy.deepcopy(config), journal)  # type: ignore[assignment]
         return model
     quantizer = CatQuantizer(config, pre_quantized=False)
-    quantizer.postprocess_model(model)
+    quantizer.postprocess_model(model, journal=journal)
     for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", QUANT_METHOD)):
         setattr(model, name, value)
     return model
 
 
-def quantize_model(model: nn.Module, config: CatQuantConfig) -> CatQuantConfig:
+def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> CatQuantConfig:
     """Quantize in place; returns the config that a checkpoint of ``model`` stores."""
     before = stored_bytes(model)
-    selection, outcome, batches = quantize_modules(model, config)
+    selection, outcome, batches = quantize_modules(model, config, journal)
     config.modules, config.corrections = outcome.modules, outcome.corrections
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None

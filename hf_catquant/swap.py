@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import solvers
-from .entries import module_entry
+from .entries import Entries, entry_scheme, module_entry
 from .formats import get_format
 from .layers import QuantizedModule, Scheme, layer_for
 from .model import Selection, replace_module, share_weight
@@ -78,11 +78,27 @@ class Swap:
             new.fill_input_range(*input_range)
         self.outcome.modules[name] = module_entry(new.scheme, (new.rows_, new.columns), owner)
 
+    def restore(self, entries: Entries) -> None:
+        """Put empty layers in the places that ``entries`` describe, as :meth:`site` did when it solved them."""
+        for name, entry in entries.items():
+            module = self.model.get_submodule(name)
+            layer = layer_for(module)
+            assert layer is not None
+            replace_module(self.model, name, layer(module, entry_scheme(entry)))
+            if entry["tied_to"] is None:
+                self._owner[self.sites[name].tied_to or name] = name
+
+    def share(self, entries: Entries) -> None:
+        """After :meth:`restore`, and after the owners have been filled: let those that share a weight hold it."""
+        for name, entry in entries.items():
+            if entry["tied_to"] is not None:
+                share_weight(self.model, name, entry["tied_to"])
+
     def _target(self, name: str, module: nn.Module, new: QuantizedModule) -> Tensor:
         """What the new layer's matrix stands for, (N, K) float32."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         matrix = new.target(weight)
-        if not bool(torch.isfinite(matrix).all()):
+        if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in solvers.row_slices(matrix)):
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         return matrix
 

@@ -86,6 +86,10 @@ class Walk:
             for stream in self._recorded:
                 self._recorded[stream][past] = pytree.tree_map_only(Tensor, forget, self._recorded[stream][past])
 
+    def recorded(self, stream: str) -> dict[int, Outputs]:
+        """What the finished units put out, by index; forgotten tensors are no tensors any more."""
+        return self._recorded[stream]
+
     def outputs_of(self, name: str, stream: str, batches: Sequence[int] | None = None) -> list[Any]:
         """What the module called ``name`` returns at its last call, by batch, once every unit is recorded."""
         results = []

@@ -171,6 +171,8 @@ class QuantizedModule(nn.Module):
             return False
         if type(module).forward is cls.wraps.forward or weight.is_meta:
             return True
+        if "_catquant_plain" in module.__dict__:  # found before, when its weight was in memory
+            return module.__dict__["_catquant_plain"]
         x = cls.example(module)
         try:
             with torch.no_grad():
