@@ -34,7 +34,17 @@ PATHS = {
     ],
     "aarch64": [("path_neon.c", "NEON", ["-march=armv8.2-a+dotprod"])],
 }
-EVERYWHERE = ["decode.c", "layout.c", "linear.c", "measure.c", "path_scalar.c", "pool.c", "scratch.c", "unpack.c"]
+EVERYWHERE = [
+    "bits.c",
+    "decode.c",
+    "layout.c",
+    "linear.c",
+    "measure.c",
+    "path_scalar.c",
+    "pool.c",
+    "scratch.c",
+    "unpack.c",
+]
 
 
 def machine() -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 import resource
 import sys
 import time
@@ -24,8 +26,10 @@ import numpy as np
 import torch
 from common import ROOT, machine
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from threadpoolctl import threadpool_info
 
 from hf_catquant import BinaryQuantizer, TernaryQuantizer, stream_discrimination
+from hf_catquant.kernels import native
 from hf_catquant.similarity import PackedIndex
 from hf_catquant.tasks import read_rows
 
@@ -39,6 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "discrimination.json"
 PAGE, PLOT = ROOT / "docs" / "discrimination-results.md", ROOT / "docs" / "discrimination.png"
 ROWS, FEATURES, CLASSES, BATCH = 1_000_000, 768, 1000, 10_000
 EMBEDDINGS, WIDTH, REPEATS = 1_000_000, 384, 5
+PAUSE = 0.5  # seconds
 PARTS = ("claims", "speed", "recall", "scale")
 SENTENCES, QUERIES, NEIGHBORS = 2000, 200, 10
 
@@ -85,28 +90,66 @@ def claims(data: Path | None, wanted: list[str]) -> None:
 
 
 def speed() -> dict[str, Any]:
-    """Milliseconds a query of dot products with a million embeddings; what the bits say does not matter to the time."""
+    """Milliseconds a query of dot products with a million embeddings; what the bits say does not matter to the time.
+
+    Float products are the fastest of three: torch in either order, and numpy. All write into memory that is there already.
+    """
     generator, width = np.random.default_rng(0), WIDTH // 8
-    embeddings = torch.from_numpy(generator.standard_normal((EMBEDDINGS, WIDTH), dtype=np.float32))
+    embeddings = generator.standard_normal((EMBEDDINGS, WIDTH), dtype=np.float32)
+    floats = torch.from_numpy(embeddings)
     bits = generator.integers(0, 256, (EMBEDDINGS, 2 * width), dtype=np.uint8)
     bits[:, width:] &= bits[:, :width]  # what is negative is not 0
-    indices = {
-        "binary": (PackedIndex(bits[:, :width], WIDTH), bits[:100, :width]),
-        "ternary": (PackedIndex(bits, WIDTH, ternary=True), bits[:100]),
-    }
-    times = {}
+    binary, ternary = PackedIndex(bits[:, :width], WIDTH), PackedIndex(bits, WIDTH, ternary=True)
+    found: dict[str, Any] = {"kernels": native.PATH, "threads": torch.get_num_threads(), "BLAS": blas(), "CPU": cpu()}
     for count in (1, 10, 100):
-        ways = {"float32": lambda count=count: embeddings @ embeddings[:count].T}
-        ways |= {n: lambda i=i, q=q, count=count: i.scores(q[:count]) for n, (i, q) in indices.items()}
-        times[str(count)] = {name: value / count for name, value in milliseconds(ways).items()}
-    return times
+        asked, by_query, by_row = floats[:count], torch.zeros(count, EMBEDDINGS), torch.zeros(EMBEDDINGS, count)
+        by_numpy, integers = by_query.numpy(), np.zeros((count, EMBEDDINGS), np.int16)
+        times = milliseconds(
+            {
+                "torch, queries by rows": lambda q=asked, out=by_query: torch.mm(q, floats.T, out=out),
+                "torch, rows by queries": lambda q=asked, out=by_row: torch.mm(floats, q.T, out=out),
+                "numpy": lambda q=embeddings[:count], out=by_numpy: np.matmul(q, embeddings.T, out=out),
+                "binary": lambda q=bits[:count, :width], out=integers: binary.scores(q, out),
+                "ternary": lambda q=bits[:count], out=integers: ternary.scores(q, out),
+                f"binary, best {NEIGHBORS}": lambda q=bits[:count, :width]: binary.search(q, NEIGHBORS),
+                f"ternary, best {NEIGHBORS}": lambda q=bits[:count]: ternary.search(q, NEIGHBORS),
+            }
+        )
+        found[str(count)] = {name: value / count for name, value in times.items()}
+    return found
+
+
+def blas() -> str:
+    """What multiplies floats, and with how many threads."""
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    torch_has = "MKL" if torch.backends.mkl.is_available() else "no MKL"
+    return "; ".join(
+        [
+            f"torch with {torch_has}",
+            *(
+                f"numpy with {p['internal_api']} {p['version']}, {p['num_threads']} threads"
+                for p in pools
+                if "numpy" in p["filepath"]
+            ),
+        ]
+    )
+
+
+def cpu() -> str:
+    """The processor, as Linux names it."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def milliseconds(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """The fastest of ``REPEATS`` runs of each, taken in turns: other work on the machine disturbs all alike."""
+    """The fastest of ``REPEATS`` runs of each, taken in turns: other work on the machine disturbs all alike.
+
+    With a pause before each: threads of a BLAS go on looking for work for some 200 ms, on the cores of what comes next.
+    """
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
         for name, way in ways.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             way()
             found[name].append(1000 * (time.perf_counter() - start))
@@ -158,7 +201,14 @@ def scale() -> dict[str, Any]:
     making = time.perf_counter() - making
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     sizes = {key: found[key] for key in ("n", "num_features", "num_classes", "discrimination")}
-    return {**sizes, "seconds": seconds, "CPU seconds": used, "of which making rows": making, "peak GB": peak}
+    return {
+        **sizes,
+        "seconds": seconds,
+        "CPU seconds": used,
+        "of which making rows": making,
+        "peak GB": peak,
+        "CPU": cpu(),
+    }
 
 
 def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -234,21 +284,33 @@ def model_table(studies: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def speed_table(found: dict[str, Any]) -> list[str]:
+    """Times of packed dot products beside the fastest of the float ones."""
+    times = {int(key): value for key, value in found.items() if key.isdigit()}
+    packed = [name for name in times[1] if name.startswith(("binary", "ternary"))]
+    with_what = f"{found['threads']} threads, {found['CPU']}; bits by the kernels of `{found['kernels']}`"
+    lines = [
+        "## Packed dot products",
+        "",
+        f"{EMBEDDINGS:,} embeddings of {WIDTH} features, milliseconds a query, fastest of {REPEATS} runs taken in turns.",
+        f"All with {with_what}. float32: the fastest of torch in either order and numpy ({found['BLAS']}). All",
+        "write into memory that is there already. best: the search, which keeps the nearest only.",
+        "",
+        "| queries at once | float32 | " + " | ".join(packed) + " |",
+        "|---" * (len(packed) + 2) + "|",
+    ]
+    for count, row in times.items():
+        name = min((n for n in row if n not in packed), key=row.__getitem__)
+        cells = [f"{row[key]:.3f} ({row[name] / row[key]:.1f} x)" for key in packed]
+        lines.append(f"| {count} | {row[name]:.2f} ({name}) | " + " | ".join(cells) + " |")
+    return lines
+
+
 def search_table(results: dict[str, Any]) -> list[str]:
     """Times and recall."""
     lines = []
-    if "speed" in results:
-        times = {key: value for key, value in results["speed"].items() if key.isdigit()}
-        names = list(times["1"])
-        lines += ["## Packed dot products", ""]
-        lines += [
-            f"{EMBEDDINGS:,} embeddings of {WIDTH} features, milliseconds a query, fastest of {REPEATS} runs.",
-            "",
-        ]
-        lines += ["| queries at once | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for count, row in times.items():
-            cells = [f"{row[name]:.2f} ({row['float32'] / row[name]:.1f} x)" for name in names]
-            lines.append(f"| {count} | " + " | ".join(cells) + " |")
+    if "threads" in results.get("speed", {}):
+        lines += speed_table(results["speed"])
     if "recall" in results:
         found = {key: value for key, value in results["recall"].items() if key not in ("date", "machine")}
         sizes = f"{found.pop('sentences')} sentences, {found.pop('queries')} queries"
@@ -266,7 +328,7 @@ def scale_table(results: dict[str, Any]) -> list[str]:
     time_taken = f"{found['seconds']:.1f} s, of which {found['of which making rows']:.1f} s make the rows"
     time_taken += f" ({found['CPU seconds']:.1f} s of processor time, one thread)"
     memory = f"{found['peak GB']:.2f} GB at the peak, libraries included"
-    return ["## Many rows", "", f"{shape}, in batches of {BATCH:,}: {time_taken}; {memory}."]
+    return ["## Many rows", "", f"{shape}, in batches of {BATCH:,}: {time_taken}; {memory}. {found.get('CPU', '')}."]
 
 
 if __name__ == "__main__":

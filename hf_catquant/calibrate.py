@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from . import mixed, samples, solvers
 from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
+from .expert_rows import ExpertRows
 from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
 from .layers import layer_for
+from .layers.experts import ExpertLinear
 from .log import logger
 from .model import Selection, Site, select, stacks
+from .modules import close_experts, opened_experts
 from .reconstruction import Reconstruction
 from .swap import Outcome, Swap
 from .training import Progress
@@ -52,6 +55,9 @@ def quantize_modules(model: nn.Module, config: CatQuantConfig) -> tuple[Selectio
         batches = _collect(model, config)
         notes = [] if config.average_bits is None else [mixed.choose(model, selection, config, batches)]
         return selection, Calibration(model, config, selection, batches, notes).run(), batches
+    except BaseException:
+        close_experts(model)
+        raise
     finally:
         model.train(training)
 
@@ -99,7 +105,9 @@ class Calibration:
         self.blocks = [block for blocks in stacks(model).values() for block in blocks]
         norms = [name for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]
-        self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
+        inside = tuple(f"{block}." for block in self.blocks)
+        loose = [name for name in opened_experts(model) if not name.startswith(inside)]  # up and down go together
+        self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
@@ -201,7 +209,7 @@ class Calibration:
         waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
         for name in [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]:
             self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
-        outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
+        outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
         self._progress(index, unit, solved, learned, time.perf_counter() - start)
 
@@ -250,7 +258,13 @@ class Calibration:
             return []
         scheme = self.swap.sites[name].scheme
         input_range = self.gather.input_range(lead, scheme, streams)
-        moments = self.gather.moments(name, lead, scheme, streams, input_range)
+        moments: Any = None
+        if isinstance(streams.live.get_submodule(lead.name), ExpertLinear):
+            rows = ExpertRows(self.gather, name, lead, streams)
+            moments = rows.moments(scheme)
+            self.swap.outcome.notes += [rows.note] if rows.note else []
+        else:
+            moments = self.gather.moments(name, lead, scheme, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]
         for site in names:
             self.swap.site(site, moments, input_range)

@@ -1,16 +1,17 @@
 """Features of text, speech and vision models: what any module returns, one vector a sample, from one pass over the data.
 
 A module returns vectors (B, D), sequences (B, T, D) or maps (B, D, H, W). Maps are averaged over their places; sequences
-over the steps that are not padding ("mean"), or one step stands for all: the first ("cls"), the last that is not padding
-("last"). What enters the head of a classifier is pooled already, in the model's own way.
+over the steps that are not padding ("mean"), or one step stands for all: the first ("cls") or the last ("last") that is no
+padding, on whichever side that lies. What enters the head of a classifier is pooled already, in the model's own way.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def extract_features(
         at: "head": what enters the module that returns the logits, or, of a model without logits, what it returns first
             (its last hidden state); "blocks": what every repeated block returns; a module's name, "" for the model itself;
             or several of these.
-        pooling: of sequences: "mean", "cls" or "last".
+        pooling: of sequences: "mean", "cls" (the first step that is no padding) or "last".
         batch_size: samples in one forward.
 
     Returns:
@@ -57,6 +58,7 @@ def extract_features(
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    named_places(model, at)  # a wrong name costs nothing: samples are not read yet
     read = data.collect(samples, model, processor=processor, num_samples=sys.maxsize, batch_size=batch_size)
     with evaluating(model):
         sites = places(model, at, read.batches[0])
@@ -67,6 +69,13 @@ def extract_features(
     silent = [name for name, found in parts.items() if len(found) != len(read.batches)]
     if silent:
         raise ValueError(f"{type(model).__name__} does not run the module {silent[0]!r} on all samples: name another")
+    for name, found in parts.items():
+        widths = sorted({features.shape[1] for features in found})
+        if len(widths) > 1:
+            raise ValueError(
+                f"{name!r} gives vectors of {widths[0]} and of {widths[-1]} numbers, as the batch is: name a module whose "
+                "width is the same for every batch"
+            )
     whole = {name: torch.cat(found) for name, found in parts.items()}
     return whole[sites[0].name] if isinstance(at, str) and at != BLOCKS else whole
 
@@ -90,28 +99,45 @@ def places(model: nn.Module, at: str | Sequence[str], batch: dict[str, Tensor]) 
     Raises:
         ValueError: one is not in the model, it has no repeated blocks, or no module returns its logits.
     """
-    names = dict(model.named_modules())
     found: list[Place] = []
-    for word in [at] if isinstance(at, str) else at:
+    for word in named_places(model, at):
         if word == HEAD:
             found.append(head_place(model, batch))
         elif word == BLOCKS:
-            blocks = [block for stack in stacks(model).values() for block in stack]
-            if not blocks:
-                raise ValueError(f'at="blocks": {type(model).__name__} has no repeated blocks: name modules')
-            found += [Place(block, block) for block in blocks]
-        elif word in names:
-            found.append(Place(word, word))
+            found += [Place(block, block) for stack in stacks(model).values() for block in stack]
         else:
-            raise ValueError(f"at={word!r}: no module has this name; names look like {', '.join(list(names)[-3:])}")
+            found.append(Place(word, word))
     return list(dict.fromkeys(found))
+
+
+def named_places(model: nn.Module, at: str | Sequence[str]) -> list[str]:
+    """The words in ``at``, each of them "head", "blocks" or a module of the model.
+
+    Raises:
+        ValueError: one is none of these, there are none, or the model has no repeated blocks.
+    """
+    words = [at] if isinstance(at, str) or not isinstance(at, Sequence) else list(at)
+    if not words:
+        raise ValueError(f'at must name a place or several, "head", "blocks" or modules, got {at!r}')
+    names = dict(model.named_modules())
+    for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f'at must be "head", "blocks", a module\'s name or a list of these, got {word!r}')
+        if word == BLOCKS and not stacks(model):
+            raise ValueError(f'at="blocks": {type(model).__name__} has no repeated blocks: name modules')
+        if word not in (HEAD, BLOCKS, *names):
+            alike = get_close_matches(word, names, 3, 0.5) or list(names)[-3:]
+            raise ValueError(
+                f"at={word!r}: no module of {type(model).__name__} has this name; names look like {', '.join(alike)}"
+            )
+    return words
 
 
 def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
     """What enters the module that returns the logits; without logits, what the model returns.
 
     Raises:
-        ValueError: there are logits, but no module that returns them.
+        ValueError: there are logits, but no module that returns them, or not of classes.
     """
     batch = placed(batch, model)
     output, returned = observed(model, batch)
@@ -120,10 +146,16 @@ def head_place(model: nn.Module, batch: dict[str, Tensor]) -> Place:
         return Place(HEAD, site, entering=True)
     logits = named_logits(output)
     if logits is None:
+        first = next(iter(output), "") if isinstance(output, Mapping) else ""
+        if "logits" in str(first):  # of pairs of samples (CLIP), of steps (answers in a text): no vector a sample
+            raise ValueError(
+                f'at="head": {type(model).__name__} returns {first} and no logits of classes: name the module whose '
+                "features are wanted"
+            )
         return Place(HEAD, "")
     for name, steps in step_sites(logits, returned):  # decoders that classify every step and keep one
         mask = _mask(batch, model, name, steps)
-        for pooling in ("last", "cls"):
+        for pooling in ("last", "cls", "first"):
             if torch.equal(_of_sequence(steps, mask, pooling).float(), logits.float()):
                 return Place(HEAD, name, entering=True, pooling=pooling)
     raise ValueError(
@@ -164,7 +196,10 @@ def _hook(caught: dict[str, Any], site: Place) -> dict[str, Any]:
 
 
 def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor], pooling: str) -> Tensor:
-    hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+    try:
+        hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+    except TypeError as error:
+        raise ValueError(f"{site.name!r} gives {type(value).__name__}, and no tensor: name another module") from error
     if hidden.dim() == 2 and len(hidden) != rows and len(hidden) % rows == 0:
         hidden = hidden.view(rows, -1, hidden.shape[1])  # a module that sees the steps of all samples in one list
     if hidden.dim() < 2 or len(hidden) != rows:
@@ -190,11 +225,12 @@ def _mask(batch: dict[str, Tensor], model: nn.Module, site: str, hidden: Tensor)
 
 
 def _of_sequence(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """One vector (B, D) of (B, T, D), where ``mask`` (B, T) says what is no padding."""
+    """One vector (B, D) of (B, T, D), where ``mask`` (B, T) says what is no padding; "first" is padding or not."""
     if pooling == "mean":
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-    if pooling == "cls":
+    if pooling == "first":
         return hidden[:, 0]
-    last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    step = mask.int().argmax(1) if pooling == "cls" else (steps * mask).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), step]

@@ -57,7 +57,7 @@ class Reconstruction:
     progress: dict[str, Progress] = field(default_factory=dict)
 
     def unit(
-        self, name: str, live: nn.Module, float_unit: nn.Module, calls: list[list[Call]], outputs: list[list[Any]]
+        self, name: str, live: nn.Module, float_unit: nn.Module, calls: Sequence[list[Call]], outputs: list[list[Any]]
     ) -> Progress | None:
         """Learn the quantized layers inside the unit called ``name``; None where there are none.
 

@@ -55,6 +55,41 @@ def test_text_is_averaged_over_what_is_no_padding():
     )
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_the_side_of_the_padding_does_not_matter(pooling):
+    model, places = tiny_models.build("bert"), ["bert.embeddings.word_embeddings", "bert.encoder.layer.0"]
+    found = {}
+    for side in ("left", "right"):
+        samples = []
+        for sample in texts([4, 9, 6, 12]):
+            ids, pads = sample["input_ids"], (0, 12 - len(sample["input_ids"]))
+            pads = pads[::-1] if side == "left" else pads
+            mask = nn.functional.pad(torch.ones_like(ids), pads)
+            row = {"input_ids": nn.functional.pad(ids, pads), "attention_mask": mask}
+            row["position_ids"] = (mask.cumsum(0) - 1).clamp(min=0)
+            samples.append(row)
+        found[side] = extract_features(model, samples, at=places, pooling=pooling)
+    for place in places:
+        torch.testing.assert_close(found["left"][place], found["right"][place])
+
+
+class Chooses(nn.Module):
+    """Classifies every step and keeps the first, whatever it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": self.head(self.body(input_ids))[:, 0]}
+
+
+def test_a_head_that_keeps_the_first_step_is_entered_there():
+    model = Chooses()
+    rows = [{"input_ids": torch.tensor([0, 5, 7 + i]), "attention_mask": torch.tensor([0, 1, 1])} for i in range(3)]
+    torch.testing.assert_close(extract_features(model, rows), model.body.weight[0].expand(3, 4).detach())
+
+
 def test_images_are_averaged_over_their_places():
     model, samples = tiny_models.build("resnet"), tiny_models.samples("resnet", 4)
     pixels = torch.stack([sample["pixel_values"] for sample in samples])
@@ -184,7 +219,11 @@ def test_steps_in_one_list_are_put_back():
     [
         ("spare", "mean", "Flattens does not run the module 'spare'"),
         ("total", "mean", r"'total' gives \(5, 1\) for 4 samples, not a vector a sample"),
-        ("nothing", "mean", r"at='nothing': no module has this name; names look like steps, spare, total"),
+        ("nothing", "mean", r"at='nothing': no module of Flattens has this name; names look like steps, spare, total"),
+        (["steps", "totl"], "mean", r"at='totl': no module of Flattens has this name; names look like total$"),
+        ([], "mean", r'at must name a place or several, "head", "blocks" or modules, got \[\]'),
+        (None, "mean", r'at must be "head", "blocks", a module\'s name or a list of these, got None'),
+        (["steps", 1], "mean", r"a list of these, got 1"),
         ("blocks", "mean", "Flattens has no repeated blocks"),
         ("steps", "max", "pooling must be one of mean, cls, last, got 'max'"),
     ],
@@ -193,6 +232,40 @@ def test_bad_places_are_named(at, pooling, message):
     samples = [{"x": row} for row in torch.randn(4, 6, 3)]
     with pytest.raises(ValueError, match=message):
         extract_features(Flattens(), samples, at=at, pooling=pooling)
+
+
+def test_what_depends_on_the_batch_is_no_feature():
+    clip, samples = tiny_models.build("clip"), tiny_models.samples("clip", 5)
+    for size in (3, 5):
+        with pytest.raises(ValueError, match="CLIPModel returns logits_per_image and no logits of classes: name the"):
+            extract_features(clip, samples, batch_size=size)
+    with pytest.raises(ValueError, match="'' gives vectors of 2 and of 3 numbers, as the batch is"):
+        extract_features(clip, samples, at="", batch_size=3)
+    assert extract_features(clip, samples, at="visual_projection", batch_size=3).shape == (5, 24)
+
+
+class Silent(nn.Module):
+    """Returns nothing."""
+
+    def forward(self, x):
+        return None
+
+
+def test_a_module_without_a_tensor_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].register_module("log", Silent())
+    model[0].register_forward_hook(lambda module, args, output: module.log(output))
+    with pytest.raises(ValueError, match=r"'0.log' gives NoneType, and no tensor: name another module"):
+        extract_features(model, [torch.randn(3) for _ in range(4)], at="0.log")
+
+
+def test_a_wrong_name_is_said_before_samples_are_read():
+    def samples():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(ValueError, match="no module of Flattens has this name"):
+        extract_features(Flattens(), samples(), at="layer.7")
 
 
 def test_discrimination_layer_by_layer(tmp_path):

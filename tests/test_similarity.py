@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_catquant import BinaryQuantizer, TernaryQuantizer, similarity
+from hf_catquant import BinaryQuantizer, TernaryQuantizer
+from hf_catquant.kernels import native, reference_bits
 from hf_catquant.similarity import PackedIndex
 
 
@@ -23,31 +24,50 @@ def embeddings(rows, columns):
     return np.random.default_rng(columns).normal(size=(rows, columns)).astype(np.float32)
 
 
-@pytest.fixture(params=["native", "table"])
-def count(request, monkeypatch):
-    """Both ways to count bits: numpy 2 has an instruction for it, older ones have not."""
-    if request.param == "native" and not hasattr(np, "bitwise_count"):
+WAYS = [*native.available_paths(), "numpy", "table"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Every way to count bits: compiled, numpy's instruction (numpy 2), a table."""
+    if request.param == "numpy" and not hasattr(np, "bitwise_count"):
         pytest.skip("numpy before 2.0 does not count bits")
-    way = similarity._count_natively if request.param == "native" else similarity._count_by_table
-    monkeypatch.setattr(similarity, "_count", way)
+    compiled = request.param not in ("numpy", "table")
+    monkeypatch.setattr(native, "PATH", request.param if compiled else "reference")
+    monkeypatch.setattr(native, "path_number", native.PATHS.get(request.param, -1))
+    count = reference_bits.count_by_table if request.param == "table" else reference_bits.count_natively
+    monkeypatch.setattr(reference_bits, "count_bits", count)
+    monkeypatch.setattr(reference_bits, "TOGETHER", 1)
 
 
 @pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
-@pytest.mark.parametrize("columns", [1, 8, 63, 64, 65, 384, 1000])
-def test_scores_are_dot_products(count, kind, columns, monkeypatch):
-    monkeypatch.setattr(similarity, "BLOCK", 16)
-    x = embeddings(100, columns)
+@pytest.mark.parametrize("columns", [1, 8, 63, 64, 65, 384, 1000, 2100])
+def test_scores_are_dot_products(way, kind, columns):
+    x = embeddings(1300 if columns < 100 else 520, columns)  # tiles have 256 rows
     index = PackedIndex(packed(kind, x), columns, ternary=kind is TernaryQuantizer, num_threads=3)
     codes = dense(kind, x)
-    np.testing.assert_array_equal(index.scores(packed(kind, x)[:9]), codes[:9] @ codes.T)
+    for count in (1, 2, 9):  # kernels take two queries at a time
+        np.testing.assert_array_equal(index.scores(packed(kind, x)[:count]), codes[:count] @ codes.T)
+    out = np.full((9, len(x)), 99, np.int16)
+    assert index.scores(packed(kind, x)[:9], out) is out
+    np.testing.assert_array_equal(out, codes[:9] @ codes.T)
+
+
+@pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
+def test_all_alike_and_all_unlike_do_not_overflow(way, kind):
+    columns = 2**14 - 1
+    x = np.ones((3, columns), np.float32) * np.array([[1], [-1], [1]], np.float32)
+    index = PackedIndex(packed(kind, x), columns, ternary=kind is TernaryQuantizer)
+    expected = np.array([[columns, -columns, columns]])
+    np.testing.assert_array_equal(index.scores(packed(kind, x)[:1]), expected)
+    assert index.search(packed(kind, x)[:1], 3)[0].tolist() == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("k", [1, 10, 100])
-def test_search_finds_the_best_and_of_equal_ones_the_first(kind, threads, k, monkeypatch):
-    monkeypatch.setattr(similarity, "BLOCK", 16)
-    x = embeddings(100, 12)  # few features: many equal scores
+@pytest.mark.parametrize("k", [1, 10, 1300])
+def test_search_finds_the_best_and_of_equal_ones_the_first(way, kind, threads, k):
+    x = embeddings(1300, 12)  # few features: many equal scores
     index = PackedIndex(packed(kind, x), 12, ternary=kind is TernaryQuantizer, num_threads=threads)
     codes = dense(kind, x)
     products = codes[:7] @ codes.T
@@ -55,6 +75,16 @@ def test_search_finds_the_best_and_of_equal_ones_the_first(kind, threads, k, mon
     rows, scores = index.search(packed(kind, x)[:7], k)
     np.testing.assert_array_equal(rows, order)
     np.testing.assert_array_equal(scores, np.take_along_axis(products, order, 1))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_search_in_rows_that_grow_or_fall(way, order):
+    """The worst and the best case for keeping the best: every row is better than all before it, or none is."""
+    rows = np.packbits(np.arange(600)[:, None] > np.arange(600)[::order][None], axis=1, bitorder="little")
+    index = PackedIndex(rows, 600, num_threads=2)
+    asked = np.full((1, 75), 255, np.uint8)
+    expected = np.argsort(-index.scores(asked).astype(int), axis=1, kind="stable")[:, :50]
+    np.testing.assert_array_equal(index.search(asked, 50)[0], expected)
 
 
 def test_scoring_again_sorts_the_nearest_by_their_floats():
@@ -112,6 +142,15 @@ def test_bytes_that_are_no_ternary_codes_are_refused():
         (lambda: PackedIndex(np.zeros((3, 2), np.uint8), 2**14), "num_features must be from 1 to 16383, got 16384"),
         (lambda: PackedIndex(CODES, 12, num_threads=2.5), "num_threads must be an integer of at least 1, got 2.5"),
         (lambda: PackedIndex(CODES, 12, num_threads=-1), "num_threads must be an integer of at least 1, got -1"),
+        (
+            lambda: INDEX.scores(CODES, X),
+            r"out must be .* int16 array of shape \(20, 20\), got float32 of shape \(20, 12\)",
+        ),
+        (
+            lambda: INDEX.scores(CODES, np.zeros((20, 20), np.int16).T),
+            r"out must be a C-contiguous, writable int16 array of shape \(20, 20\), got int16 of shape \(20, 20\)",
+        ),
+        (lambda: INDEX.scores(CODES, [0]), "out must be a .* int16 array .*, got list"),
         (lambda: INDEX.search(CODES, 2.5), "k must be an integer of at least 1, got 2.5"),
         (lambda: INDEX.search(CODES, "3"), "k must be an integer of at least 1, got '3'"),
         (lambda: INDEX.search(CODES, True), "k must be an integer of at least 1, got True"),

@@ -21,6 +21,7 @@ from . import activation, native
 from .cpu_linear import linear
 from .cpu_rows import dequantize, dequantize_into
 from .layout import readable
+from .patches import patches
 
 # Positions of all inputs together up to which patches are faster; measured with the layers of ResNet-50.
 MOST_POSITIONS = 256
@@ -54,7 +55,7 @@ def conv(
     sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
     if groups == 1 and _few(x, math.prod(spatial), activations, input_scale, input_offset):
-        rows = _patches(x, kernel_size, stride, padding, dilation)
+        rows = patches(x, kernel_size, stride, padding, dilation)
         out = linear(rows, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
         maps = out.new_empty((x.shape[0], packed.shape[0], *spatial))  # no view: the caller may write into it
         maps.flatten(2).copy_(out.transpose(1, 2))
@@ -96,19 +97,3 @@ def _few(x: Tensor, positions: int, activations: str | None, scale: Tensor | Non
         and scale is not None
         and activation.given_range(activations, scale, offset) is not None
     )
-
-
-def _patches(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """The part of x (B, C, *spatial) under the kernel at every position: (B, positions, C * prod(kernel_size))."""
-    if any(padding):
-        x = torch.nn.functional.pad(x, [side for side in reversed(padding) for _ in range(2)])
-    batch, channels = x.shape[:2]
-    sides = zip(x.shape[2:], kernel_size, stride, dilation, strict=True)
-    spatial = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sides]
-    batch_step, channel_step, *steps = x.stride()
-    moves = [step * s for step, s in zip(steps, stride, strict=True)]
-    inside = [step * d for step, d in zip(steps, dilation, strict=True)]
-    shape, strides = (batch, *spatial, channels, *kernel_size), (batch_step, *moves, channel_step, *inside)
-    return x.as_strided(shape, strides, x.storage_offset()).reshape(batch, math.prod(spatial), -1)

@@ -64,8 +64,13 @@ class Layout:
             groups, width, wide = self.spread
             x = pad(x, (0, groups * width - self.columns)).view(-1, groups, width)
             return pad(x, (0, wide - width)).view(-1, groups * wide)
-        x = pad(x, (0, -self.columns % 8)) if self.columns % 8 else x.contiguous()
-        return x if x.data_ptr() % 16 == 0 else x.clone()
+        return aligned(pad(x, (0, -self.columns % 8)) if self.columns % 8 else x)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and on 16 bytes, as vector loads want it."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def level_map(fmt: Format) -> tuple[float, float]:
@@ -192,6 +197,8 @@ class Layouts:
         if packed.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # what a capture allocates and computes belongs to the graph
         made = build(packed, scale, offset, weights, group_size, columns) if known or build_now else None
+        if made is not None and packed.is_cuda:
+            _finish(packed.device)
         self._held[key] = (weakref.ref(packed, lambda gone: self._drop(key, gone)), state, made)
         return made
 
@@ -201,6 +208,11 @@ class Layouts:
     def _drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
         if key in self._held and self._held[key][0] is gone:
             del self._held[key]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what was queued: the next use of the layout may be on another stream."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int] | None:

@@ -23,7 +23,9 @@ from ..formats import FORMATS
 PATHS = {"scalar": 0, "avx2": 1, "avx512": 2, "amx": 3, "neon": 4}
 FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "scalar")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
+# As in catquant.h: a number for each codebook in its storage word; whether there are offsets is no part of it.
+_CODEBOOKS = list(dict.fromkeys((fmt.levels, fmt.digits, fmt.nbytes) for fmt in FORMATS.values()))
+FORMAT_NUMBERS = {name: _CODEBOOKS.index((fmt.levels, fmt.digits, fmt.nbytes)) for name, fmt in FORMATS.items()}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 
 # Rows of x, times digits, from which float products of dequantized weights are faster: where sums of integers have an
@@ -66,6 +68,11 @@ _SIGNATURES = {
     ),
     "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
     "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
+    "cq_bits_scores": (None, (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _INT)),
+    "cq_bits_best": (
+        None,
+        (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    ),
     "cq_unpack": (None, (_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT)),
 }
 

@@ -86,13 +86,21 @@ def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> floa
     Without moments, or where no calibration row excites the weight, every direction counts the same:
     ||W - W_hat||^2 / ||W||^2. An all-zero weight has error 0.
     """
-    difference = weight.float() - w_hat.float()
     if moments is not None:
-        signal = _energy(weight.float(), moments.gram)
+        noise, signal = output_energies(weight, w_hat, moments)
         if signal > 0:
-            return _energy(difference, moments.gram) / signal
-    signal = float(weight.double().square().sum())
-    return float(difference.double().square().sum()) / signal if signal > 0 else 0.0
+            return noise / signal
+    noise, signal = output_energies(weight, w_hat, None)
+    return noise / signal if signal > 0 else 0.0
+
+
+def output_energies(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> tuple[float, float]:
+    """||(W - W_hat) x~||^2 and ||W x~||^2 of weights (N, K), summed over the calibration rows; over unit vectors without."""
+    difference = weight.float() - w_hat.float()
+    if moments is None:
+        return float(difference.double().square().sum()), float(weight.double().square().sum())
+    noise, signal = (moments.count * _energy(matrix, moments.gram) for matrix in (difference, weight.float()))
+    return noise, signal
 
 
 def _energy(matrix: Tensor, gram: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from feature_helpers import all_pairs, pooled_pairs, random_features, standardise
 from helpers import global_rng_untouched
 from hf_catquant.discrimination import FeatureStatistics, feature_discrimination, stream_discrimination
-from hf_catquant.metrics.feature_discrimination import streaming
+from hf_catquant.metrics.feature_discrimination import bootstrap, streaming
 from hf_catquant.metrics.feature_discrimination.accuracy import NEIGHBORS
 
 
@@ -113,6 +114,23 @@ def test_bootstrap_repeats_itself_and_leaves_the_rest_alone():
     assert {key: first[key] for key in plain} == plain
     for name in ("discrimination", "binary", "ternary", "binary_ratio", "ternary_ratio"):
         assert first[f"{name}_low"] < first[name] < first[f"{name}_high"]
+
+
+def test_bootstrap_holds_no_copy_of_the_features(monkeypatch):
+    monkeypatch.setattr(bootstrap, "CHUNK", 10)  # many parts of a class: the same intervals
+    x, y = random_features()
+    in_parts = feature_discrimination(x, y, bootstrap=20)
+    monkeypatch.undo()
+    assert in_parts == pytest.approx(feature_discrimination(x, y, bootstrap=20), rel=1e-12)
+    x = np.random.default_rng(0).standard_normal((200_000, 32), dtype=np.float32)
+    y = np.arange(len(x)) % 2
+    statistics = FeatureStatistics()
+    statistics.add(x[:1000], y[:1000])
+    tracemalloc.start()
+    bootstrap.intervals(x, {"float": statistics.reader()}, y, np.bincount(y), 4, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * x.nbytes  # draws, and parts of 4 MiB; in float64 the features alone are twice their size
 
 
 def test_bootstrap_of_classes_without_spread_is_infinite():

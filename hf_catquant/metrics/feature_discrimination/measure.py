@@ -71,8 +71,8 @@ def feature_discrimination(
 
     Binary is 1[z > binary_threshold], ternary sign(z) 1[|z| > ternary_threshold] of the standardised values z. D says how
     far apart classes are on average; it and the accuracy of a classifier do not always move together. An array (a
-    memory-mapped one too) is read some rows at a time and not copied, unless thresholds are searched, accuracies or
-    intervals asked for.
+    memory-mapped one too) is read some rows at a time and not copied, unless thresholds are searched or accuracies asked
+    for.
 
     Args:
         features: (n, d) of any real dtype: array, tensor (bfloat16 too, on any device) or rows.
@@ -116,8 +116,8 @@ def feature_discrimination(
     if names:
         result |= accuracies(x, index, lambda rows, part: _readers(rows, part, thresholds), names, seed)
     if resamples:
-        values = dict(zip(("discrimination", "binary", "ternary"), (look.reader()(x) for look in looks), strict=True))
-        result |= intervals(values, index, counts, resamples, seed)
+        readers = dict(zip(("discrimination", "binary", "ternary"), (look.reader() for look in looks), strict=True))
+        result |= intervals(x, readers, index, counts, resamples, seed)
     return result
 
 
