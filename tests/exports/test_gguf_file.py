@@ -234,7 +234,8 @@ def test_llama_cpp_computes_the_same(kind, tmp_path):
 def test_llama_cpp_splits_text_alike(make, tmp_path):
     tokenizer = make()
     export(saved(quantized("llama"), tokenizer, tmp_path / "in"), tmp_path / "m.gguf", "gguf")
-    vocabulary = opened(tmp_path / "m.gguf")[1].get_vocab()
+    _, loaded = opened(tmp_path / "m.gguf")  # its vocabulary does not outlive it
+    vocabulary = loaded.get_vocab()
     for text in ("abc de", "a abc  bcde \u00e9", "de\nab"):
         ids = vocabulary.tokenize(text, add_special=True, parse_special=False)
         assert list(ids) == tokenizer.encode(text).ids, text
@@ -249,7 +250,8 @@ def test_a_real_story_teller_in_llama_cpp(realdata, tmp_path):
     tokenizer = tf.AutoTokenizer.from_pretrained(realdata / "models" / "stories260K")
     tokenizer.save_pretrained(tmp_path / "in")
     export(tmp_path / "in", tmp_path / "m.gguf", "gguf")
-    vocabulary = opened(tmp_path / "m.gguf")[1].get_vocab()
+    _, loaded = opened(tmp_path / "m.gguf")  # its vocabulary does not outlive it
+    vocabulary = loaded.get_vocab()
     text = "Once upon a time, there was a little girl named Lily. She had 3 cats!\n"
     ids = tokenizer(text).input_ids
     assert list(vocabulary.tokenize(text, add_special=True, parse_special=False)) == ids
