@@ -195,14 +195,15 @@ def test_an_unknown_tokenizer_is_refused(tmp_path):
     assert not (tmp_path / "m.gguf").exists()
 
 
-def opened(file: Path, **options: Any) -> tuple[Any, Any]:
+def opened(file: Path) -> tuple[Any, Any]:
     """llama.cpp with a file, from the package that has it compiled: the library and the model."""
     library = pytest.importorskip("cyllama.llama.llama_cpp")
     library.disable_logging()
-    params = library.LlamaModelParams()
-    for name, value in options.items():
-        setattr(params, name, value)
-    return library, library.LlamaModel(str(file), params)
+
+    class Model(library.LlamaModel):
+        n_vocab = property(lambda self: self.get_vocab().n_vocab)  # which its own get_logits_ith asks for
+
+    return library, Model(str(file), library.LlamaModelParams())
 
 
 def logits_of(file: Path, ids: list[int]) -> np.ndarray:
@@ -225,15 +226,16 @@ def test_llama_cpp_computes_the_same(kind, tmp_path):
     with torch.no_grad():
         wanted = model(ids).logits[0].numpy()
     found = logits_of(tmp_path / "m.gguf", ids[0].tolist())
-    # llama.cpp rounds every input to 8 bits: about one part in 100.
-    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+    # llama.cpp rounds every input to 8 bits: one or two parts in 100.
+    assert np.linalg.norm(found - wanted) < 0.022 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("make", [characters, byte_level])
 def test_llama_cpp_splits_text_alike(make, tmp_path):
     tokenizer = make()
     export(saved(quantized("llama"), tokenizer, tmp_path / "in"), tmp_path / "m.gguf", "gguf")
-    vocabulary = opened(tmp_path / "m.gguf", vocab_only=True)[1].get_vocab()
+    _, loaded = opened(tmp_path / "m.gguf")  # its vocabulary does not outlive it
+    vocabulary = loaded.get_vocab()
     for text in ("abc de", "a abc  bcde \u00e9", "de\nab"):
         ids = vocabulary.tokenize(text, add_special=True, parse_special=False)
         assert list(ids) == tokenizer.encode(text).ids, text
@@ -248,12 +250,13 @@ def test_a_real_story_teller_in_llama_cpp(realdata, tmp_path):
     tokenizer = tf.AutoTokenizer.from_pretrained(realdata / "models" / "stories260K")
     tokenizer.save_pretrained(tmp_path / "in")
     export(tmp_path / "in", tmp_path / "m.gguf", "gguf")
-    vocabulary = opened(tmp_path / "m.gguf", vocab_only=True)[1].get_vocab()
+    _, loaded = opened(tmp_path / "m.gguf")  # its vocabulary does not outlive it
+    vocabulary = loaded.get_vocab()
     text = "Once upon a time, there was a little girl named Lily. She had 3 cats!\n"
     ids = tokenizer(text).input_ids
     assert list(vocabulary.tokenize(text, add_special=True, parse_special=False)) == ids
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0].numpy()
     found = logits_of(tmp_path / "m.gguf", ids)
-    assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+    assert np.linalg.norm(found - wanted) < 0.022 * np.linalg.norm(wanted)
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
