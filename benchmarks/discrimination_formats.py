@@ -6,7 +6,8 @@ FOLDER as in ``realdata.py``. Each block is rounded alone to ``LOW``; what that 
 rows in three ways: the fall of D of the features that enter the head, the divergence of the answers, the squared error of
 these features. Half of the blocks, those that cost most, are kept in ``HIGH``; then the model is quantized and judged
 on test rows. An ImageNet network gets a head for the classes of CIFAR-10 first, fitted to its features of the calibration
-rows (logistic regression): ImageNet's calibration file has one image a class, and so no D. Results go to ``benchmarks/results/discrimination_formats.json`` and ``docs/discrimination-formats.md``.
+rows (logistic regression): ImageNet's calibration file has one image a class, and so no D. Results go to
+``benchmarks/results/discrimination_formats.json`` and ``docs/discrimination-formats.md``.
 """
 
 from __future__ import annotations

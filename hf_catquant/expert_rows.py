@@ -9,6 +9,7 @@ samples it may choose for the next.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class ExpertRows:
         live = streams.live.get_submodule(self.parent)
         assert isinstance(live, Experts)
         self.count = live.experts
-        self.columns = int(live.get_submodule(self.child).weight.shape[-1])  # type: ignore[union-attr, arg-type]
+        projection: Any = live.get_submodule(self.child)
+        self.columns = int(projection.weight.shape[-1])
         sent, real = self._routes(name)
         self.note = self._describe(name, sent)
         self.taken = self._take(sent, real)

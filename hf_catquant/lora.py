@@ -53,7 +53,7 @@ class LoraOnQuantized(Linear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self._before_merge: Any = None
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:  # type: ignore[override]
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         layer: Any = module
         return layer.columns, layer.rows_
 
@@ -81,7 +81,8 @@ class LoraOnQuantized(Linear):
                 raise ValueError(
                     f"adapter {name!r} has a bias (lora_bias=True), which cannot be merged: keep it apart"
                 )
-            out, into = self.lora_B[name].weight * self.scaling[name], self.lora_A[name].weight
+            first: Any = self.lora_A[name]
+            out, into = self.lora_B[name].weight * self.scaling[name], first.weight
             if safe_merge and not bool(torch.isfinite(out).all() & torch.isfinite(into).all()):
                 raise ValueError(f"adapter {name!r} has values that are not finite: it cannot be merged")
             if self._before_merge is None:
@@ -109,7 +110,7 @@ def lora_config(config: LoraConfig, model: nn.Module) -> LoraConfig:
     config = copy.deepcopy(config)
     config._register_custom_module({QuantizedLinear: LoraOnQuantized})
     if config.target_modules == "all-linear":
-        config.target_modules = set(_linear_names(model, config))
+        config.target_modules = sorted(_linear_names(model, config))
     return config
 
 

@@ -73,8 +73,8 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     if plan.splits > 1:
         adding = Variant("partials", (("TYPE", TYPES[dtype]),))
         grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
-        arguments = (made, scale, bias, out, tokens, layout.rows, plan.splits)
-        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), arguments)
+        parts = (made, scale, bias, out, tokens, layout.rows, plan.splits)
+        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), parts)
     return out
 
 

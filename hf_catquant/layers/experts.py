@@ -86,7 +86,7 @@ class Experts(nn.Module):
         ends = self.ends(experts)
         out = self.down(self.between(self.up(hidden_states[order // count], ends)), ends)
         if getattr(self, "has_post_expert_norm", False):
-            out = self.post_expert_norm(out)
+            out = self.post_expert_norm(out)  # type: ignore[operator]
         out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         # Back in the order of the tokens, and summed: index_add_ would add in an order of its own on CUDA.
         out = out[order.argsort()].view(len(hidden_states), count, -1).sum(1)
@@ -100,7 +100,8 @@ class Experts(nn.Module):
         """What ``down`` reads, of what ``up`` returned."""
         if self.fused.up != "gate_up_proj":
             return self.act_fn(x)  # type: ignore[operator]
-        return self.fused.kind._apply_gate(self, x)  # type: ignore[operator]
+        kind: Any = self.fused.kind
+        return kind._apply_gate(self, x)
 
     def close(self) -> nn.Module:
         """The module that was opened, with the float weights of the children."""
@@ -172,7 +173,8 @@ class QuantizedExpertLinear(QuantizedModule):
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (S, K), sorted by expert, to (S, N)."""
-        return multiply(x, *where, matrix.view(self.weight_shape), bias)
+        (ends,) = where
+        return multiply(x, ends, matrix.view(self.weight_shape), bias)
 
     @staticmethod
     def input_rows(module: nn.Module, x: Tensor, window: Window | None = None) -> None:
