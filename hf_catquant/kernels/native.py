@@ -10,6 +10,7 @@ The environment variable ``CATQUANT_CPU`` picks a path: ``reference``, ``scalar`
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ..formats import FORMATS
+from ..log import logger
 
 # The numbers of csrc/catquant.h.
 PATHS = {"scalar": 0, "avx2": 1, "avx512": 2, "amx": 3, "neon": 4}
@@ -38,6 +40,7 @@ _CONV_FROM = {"avx512": (64, 256, 256)}
 _NEVER = (1 << 62,) * 3
 
 LIBRARY = "libcatquant_cpu"
+SOURCES = Path(__file__).parent / "csrc"
 VARIABLE = "CATQUANT_CPU"
 
 
@@ -114,11 +117,29 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
+    if not _is_of_these_sources(loaded):
+        logger.warning(
+            "%s was built from other sources than those beside it, so plain torch runs instead, slower: "
+            "install the package again (pip install -e .)",
+            found[0],
+        )
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     loaded.cq_use_openmp(_parallel_region())
     return loaded
+
+
+def _is_of_these_sources(loaded: ctypes.CDLL) -> bool:
+    """Whether the library says so: in a checkout that was updated and not installed again it is an older one."""
+    try:
+        says = loaded.cq_sources
+    except AttributeError:
+        return False
+    says.restype = ctypes.c_char_p
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    return says().decode() == hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _parallel_region() -> int | None:
