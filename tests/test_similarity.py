@@ -87,6 +87,16 @@ def test_search_in_rows_that_grow_or_fall(way, order):
     np.testing.assert_array_equal(index.search(asked, 50)[0], expected)
 
 
+@pytest.mark.parametrize("kind", [BinaryQuantizer, TernaryQuantizer])
+def test_rows_that_fill_up_the_last_tile_are_never_found(way, kind):
+    """Every real row is the opposite of the query, so that a row of zeros would be better."""
+    x = np.ones((300, 70), np.float32)
+    index = PackedIndex(packed(kind, x), 70, ternary=kind is TernaryQuantizer, num_threads=2)
+    rows, scores = index.search(packed(kind, -x[:1]), 5)
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(scores, np.full((1, 5), -70))
+
+
 def test_scoring_again_sorts_the_nearest_by_their_floats():
     x = embeddings(500, 32)
     index = PackedIndex(packed(BinaryQuantizer, x), 32)
