@@ -6,6 +6,7 @@ time which ones it may call. A path that the compiler does not know is left out.
 library: the package installs all the same and runs on plain torch, slower.
 """
 
+import hashlib
 import platform
 from pathlib import Path
 
@@ -37,6 +38,7 @@ PATHS = {
 EVERYWHERE = [
     "bits.c",
     "decode.c",
+    "float_rows.c",
     "layout.c",
     "linear.c",
     "measure.c",
@@ -45,6 +47,12 @@ EVERYWHERE = [
     "scratch.c",
     "unpack.c",
 ]
+
+
+def digest() -> str:
+    """What tells the C sources from others; as in hf_catquant/kernels/native.py."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def machine() -> str:
@@ -75,6 +83,7 @@ class BuildKernels(build_ext):
                 self.warn(f"{file} is left out, this compiler does not build it: {error}")
         for file in EVERYWHERE:
             objects += self._compile(file, [])
+        macros.append(("CQ_SOURCES", f'"{digest()}"'))
         objects += self._compile("dispatch.c", [], macros)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,16 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import ROOT, Bench, Case, chosen, made, put, read, sources, span, table, write
+from common import ROOT, Bench, Case, chosen, made, put, read, sources, span, table, weight_bits, write
 from torch import Tensor, nn
 
-from hf_catquant import CatQuantConfig, quantize
+from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.formats import Format
 from hf_catquant.solvers import gptq
 from hf_catquant.solvers._descent import ColumnGrid
@@ -31,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 PAGE = ROOT / "docs" / "ablation.md"
 SAMPLES = 256
 KEY = ("model", "weights", "group_size", "what")
+HEAD = ("what", "bits a weight", "result", "KL", "cosine", "s")
 
 
 def natural_order(gram: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ STEPS: dict[str, dict[str, Any]] = {
     ROTATION: {},
 }
 BEYOND: dict[str, dict[str, Any]] = {
+    "all steps, low rank 1": {"low_rank": 1},
     "all steps, low rank 2": {"low_rank": 2},
     "all steps, low rank 8": {"low_rank": 8},
     "all steps, average_bits=2.3": {"average_bits": 2.3},
@@ -118,6 +121,7 @@ def run(
     cosine = embedding_cosine(bench, model) if case.column == "sentence" else None
     print(f"{case.model}: {name}: {row.metric:.2f}, KL {row.kl:.3f}, cosine {cosine}", flush=True)
     what = {"model": case.model, "weights": weights, "group_size": group_size, "what": name, "off": off}
+    what["bits"] = weight_bits([asdict(layer) for layer in report(model).layers])
     judged = {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl, "agreement": row.agreement}
     return {**what, **judged, "cosine": cosine, "samples": len(samples), "seed": 0, "seconds": seconds, **made()}
 
@@ -149,11 +153,21 @@ def write_page() -> None:
     for key in dict.fromkeys((r["model"], r["weights"], r["group_size"]) for r in results):
         mine = [r for r in results if (r["model"], r["weights"], r["group_size"]) == key]
         rows = [
-            [r["what"], span(r), f"{r['kl']:.3f}", "-" if r["cosine"] is None else f"{r['cosine']:.3f}", r["seconds"]]
+            [r["what"], bits(r), span(r), f"{r['kl']:.3f}", cosine(r), r["seconds"]]
             for r in sorted(mine, key=lambda r: order.index(r["what"]))
         ]
-        lines += ["", "## {}, {}, group {}".format(*key), "", *table(("what", "result", "KL", "cosine", "s"), rows)]
+        lines += ["", "## {}, {}, group {}".format(*key), "", *table(HEAD, rows)]
     write(PAGE, [*lines, *sources(results)])
+
+
+def bits(result: dict) -> str:
+    """Stored bits a weight in the blocks, where they were counted."""
+    return f"{result['bits']:.3g}" if "bits" in result else "-"
+
+
+def cosine(result: dict) -> str:
+    """That of the embeddings, for a text encoder."""
+    return "-" if result["cosine"] is None else f"{result['cosine']:.3f}"
 
 
 if __name__ == "__main__":

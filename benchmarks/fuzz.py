@@ -1,6 +1,7 @@
 """A campaign of broken and hostile checkpoints: none may crash, hang, take memory, or load as another model.
 
     python benchmarks/fuzz.py [--cases 200000] [--first 0] [--workers 2] [--loads 40]
+    python benchmarks/fuzz.py --more 150     # goes on behind the cases of the log for so many seconds, and adds to it
     python benchmarks/fuzz.py --again        # judges the finds of the log again, after they were mended
 
 Every case follows from its number (``tests/fuzz/mutate.py``); every one goes through the function of ``catquant verify``,
@@ -42,28 +43,41 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--loads", type=int, default=40, help="one case in so many is loaded too")
+    parser.add_argument("--more", type=float, help="go on behind the log for so many seconds, with one worker")
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)  # time.time()
     parser.add_argument("--chunk", type=int, nargs=2, metavar=("FROM", "TO"), help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help="judge only what the log calls a find")
     args = parser.parse_args()
     if args.again:
         judge_again(args.loads)
     elif args.chunk:
-        work(*args.chunk, args.loads)
+        work(*args.chunk, args.loads, args.until)
+    elif args.more:
+        go_on(args)
     else:
         campaign(args)
 
 
-def campaign(args: argparse.Namespace) -> None:
+def go_on(args: argparse.Namespace) -> None:
+    """Judge cases behind those of the log for ``--more`` seconds."""
+    earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+    args.until, args.workers, args.cases = time.time() + args.more, 1, CHUNK
+    if earlier is not None:
+        args.first, args.loads = earlier["first"] + earlier["cases"], earlier["loads_one_in"]
+    campaign(args, earlier)
+
+
+def campaign(args: argparse.Namespace, earlier: dict | None = None) -> None:
     """Hand out chunks to processes until all cases are judged."""
     start, end = time.perf_counter(), args.first + args.cases
     waiting = [(at, min(end, at + CHUNK)) for at in range(args.first, end, CHUNK)]
     running: list[tuple[subprocess.Popen, Any]] = []
     total: Counter[str] = Counter()
     finds: list[dict] = []
-    peak = 0
+    peak, reached = 0, args.first
     while waiting or running:
         while waiting and len(running) < args.workers:
-            running.append(started(waiting.pop(0), args.loads))
+            running.append(started(waiting.pop(0), args.loads, args.until))
         time.sleep(0.2)
         for process, out in [pair for pair in running if pair[0].poll() is not None]:
             running.remove((process, out))
@@ -71,6 +85,7 @@ def campaign(args: argparse.Namespace) -> None:
             lines = [json.loads(line) for line in out.read().splitlines() if line.startswith("{")]
             last = lines[-1] if lines else {}
             total.update(last.get("counts", {}))
+            reached = max(reached, last.get("at", 0))
             peak = max(peak, last.get("peak", 0))
             finds += [line for line in lines if "find" in line]
             if process.returncode and last:
@@ -78,9 +93,36 @@ def campaign(args: argparse.Namespace) -> None:
                 waiting.insert(0, (last["at"] + 1, last["end"]))
             elif process.returncode:
                 raise SystemExit(f"a worker did not start: status {process.returncode}")
-            done = sum(n for name, n in total.items() if name.startswith("verify"))
-            print(f"{done} cases, {len(finds)} finds", flush=True)
-    log(args, dict(sorted(total.items())), finds, peak, time.perf_counter() - start)
+            print(f"{reached - args.first} cases, {len(finds)} finds", flush=True)
+    result = {
+        "cases": reached - args.first,
+        "first": args.first,
+        "loads_one_in": args.loads,
+        "outcomes": dict(sorted(total.items())),
+        "finds": finds,
+        "peak_bytes_of_a_worker": peak,
+        "seconds": round(time.perf_counter() - start),
+        "workers": args.workers,
+        **made(),
+    }
+    save(result if earlier is None else added(earlier, result))
+    print(f"{RESULTS}: {len(finds)} finds")
+    sys.exit(bool(finds))
+
+
+def added(earlier: dict, more: dict) -> dict:
+    """The log with more cases; what is not counted is of the last of them."""
+    outcomes = Counter(earlier["outcomes"]) + Counter(more["outcomes"])
+    return {
+        **earlier,
+        **more,
+        "first": earlier["first"],
+        "cases": earlier["cases"] + more["cases"],
+        "outcomes": dict(sorted(outcomes.items())),
+        "finds": earlier["finds"] + more["finds"],
+        "peak_bytes_of_a_worker": max(earlier["peak_bytes_of_a_worker"], more["peak_bytes_of_a_worker"]),
+        "seconds": earlier["seconds"] + more["seconds"],
+    }
 
 
 def judge_again(loads: int) -> None:
@@ -105,15 +147,15 @@ def judge_again(loads: int) -> None:
     sys.exit(bool(finds))
 
 
-def started(chunk: tuple[int, int], loads: int) -> tuple[subprocess.Popen, Any]:
+def started(chunk: tuple[int, int], loads: int, until: float = float("inf")) -> tuple[subprocess.Popen, Any]:
     """A worker process and the file that it writes to."""
     out = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process runs
-    words = [sys.executable, __file__, "--loads", str(loads), "--chunk", *map(str, chunk)]
+    words = [sys.executable, __file__, "--loads", str(loads), "--until", str(until), "--chunk", *map(str, chunk)]
     return subprocess.Popen(words, stdout=out, stderr=subprocess.DEVNULL), out
 
 
-def work(first: int, end: int, loads: int) -> None:
-    """Judge cases; one line of JSON before each, so that what kills the process is known."""
+def work(first: int, end: int, loads: int, until: float) -> None:
+    """Judge cases until it is too late; one line of JSON before each, so that what kills the process is known."""
     import transformers
 
     from fuzz.judge import Said, bases, judge_load, judge_verify, write
@@ -130,6 +172,9 @@ def work(first: int, end: int, loads: int) -> None:
         made_of = bases(Path(folder))
         limit = resident() + MEMORY
         for number in range(first, end):
+            if time.time() > until:
+                end = number
+                break
             case, base = mutated(made_of[number % len(made_of)].checkpoint, number), made_of[number % len(made_of)]
             write(case, place)
             print(json.dumps({"at": number, "end": end, "counts": counts, "peak": peak_bytes()}), flush=True)
@@ -163,24 +208,6 @@ def peak_bytes() -> int:
 
 def _late(*args: Any) -> None:
     raise SystemExit(8)
-
-
-def log(args: argparse.Namespace, counts: dict[str, int], finds: list[dict], peak: int, seconds: float) -> None:
-    """Write what was found; a campaign with finds ends with an error."""
-    result = {
-        "cases": args.cases,
-        "first": args.first,
-        "loads_one_in": args.loads,
-        "outcomes": counts,
-        "finds": finds,
-        "peak_bytes_of_a_worker": peak,
-        "seconds": round(seconds),
-        "workers": args.workers,
-        **made(),
-    }
-    save(result)
-    print(f"{RESULTS}: {len(finds)} finds")
-    sys.exit(bool(finds))
 
 
 def save(result: dict) -> None:

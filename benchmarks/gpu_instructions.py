@@ -22,9 +22,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hf_catquant.kernels import cuda_compile
+import torch
+
+from hf_catquant.kernels import cuda_compile, cuda_table
 from hf_catquant.kernels.cuda_compile import Variant
-from hf_catquant.kernels.cuda_layout import chunk_width
+from hf_catquant.kernels.cuda_layout import Layout, chunk_width
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu_instructions.json"
 # An H200: 4.3 TB/s of measured bandwidth, 132 multiprocessors at 1.755 GHz, 128 lanes issued a clock.
@@ -109,6 +111,29 @@ def count(kernel: str, bits: int, group: int, arch: int, split: int = 0) -> Coun
     return Count(kernel, bits, group, what, registers, round(instructions, 2), round(ceiling, 2))
 
 
+def gemm_instructions(bits: int, group: int, arch: int, tokens: int, integer: bool) -> tuple[int, float]:
+    """Registers of a thread, and instructions of the loop for each tensor-core instruction, of the product of many rows.
+
+    A multiprocessor of an H200 begins a 16-bit ``mma`` about every 1.6 clocks (600 TFLOP/s) and four other instructions in
+    each clock: with more than six for each, they are the limit.
+    """
+    layout = Layout(
+        tiles=torch.empty(512, 8192 * bits // 256, 512, dtype=torch.uint8, device="meta"),
+        scales=torch.empty(512, 1 if group == -1 else 8192 // group, 8, 2, 2, dtype=torch.float16, device="meta"),
+        rows=8192,
+        columns=8192,
+        bits=bits,
+        group_steps=0 if group == -1 else group // 32,
+        chunks=8192 // chunk_width(bits),
+        spread=None,
+        level_step=1.0,
+        level_zero=0.0,
+    )
+    made = cuda_compile.compile_variant(cuda_table.product(layout, tokens, 0, integer, 132).variant, arch)
+    body = Counter(name.split(".")[0] for name in loop(made.image))
+    return cuda_compile.budget(made.log)[0], round(body.total() / (body["IMMA"] + body["HMMA"]), 2)
+
+
 def table(arch: int) -> list[Count]:
     """Every width of code, by group and by row."""
     return [
@@ -135,7 +160,23 @@ def main() -> None:
         group = "row" if row.group == -1 else row.group
         shown = f"{100 * row.ceiling:.0f} %"
         print(f"| {row.bits} | {group} | {row.what} | {row.registers} | {row.instructions:.2f} | {shown} |")
-    held = {"arch": arch, "nvrtc": ".".join(map(str, cuda_compile.version())), "rows": [asdict(row) for row in rows]}
+    print("\n| bits in a tile | rows of x | activations | registers | instructions a tensor-core instruction |")
+    print("|---|---|---|---|---|")
+    shared = []
+    for bits in (1, 2, 4, 8):
+        for tokens in (16, 64, 256):
+            for integer in (False, True):
+                registers, cost = gemm_instructions(bits, 128, arch, tokens, integer)
+                shared.append(
+                    {"bits": bits, "tokens": tokens, "integer": integer, "registers": registers, "cost": cost}
+                )
+                print(f"| {bits} | {tokens} | {'8-bit' if integer else '16-bit'} | {registers} | {cost:.2f} |")
+    held = {
+        "gemm": shared,
+        "arch": arch,
+        "nvrtc": ".".join(map(str, cuda_compile.version())),
+        "rows": [asdict(row) for row in rows],
+    }
     RESULTS.write_text(json.dumps(held, indent=1) + "\n")
 
 

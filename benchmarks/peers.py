@@ -1,11 +1,11 @@
 """What other libraries do with the same layers of the same models, on the same test rows.
 
-    pip install --no-deps optimum-quanto hqq
-    python benchmarks/peers.py --data FOLDER [--only minilm ...]
+    pip install --no-deps optimum-quanto hqq bitsandbytes
+    python benchmarks/peers.py --data FOLDER [--only minilm ...] [--peers NF4 ...]
 
 FOLDER as in ``realdata.py``. Every linear and convolution inside the repeated blocks (those that hf_catquant makes ternary
 by default) gets the weights that the peer would compute with, a convolution's as rows of (N, K); all other layers stay in
-float, which favours the peers. Neither peer looks at data. Results go to ``benchmarks/results/peers.json`` and are drawn up
+float, which favours the peers. None of them looks at data. Results go to ``benchmarks/results/peers.json`` and are drawn up
 beside hf_catquant's own in ``docs/peers.md``.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import CASES, ROOT, Bench, Case, chosen, made, put, read, span, table, write
+from common import CASES, ROOT, Bench, PeakMemory, chosen, made, put, read, span, table, write
 from realdata import RESULTS as OURS
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from hf_catquant.model import block_members
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 PAGE = ROOT / "docs" / "peers.md"
+HEAD = ("what", "bits a weight", "result", "agreement %", "KL", "s", "peak GB")
 
 
 def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
@@ -59,12 +59,26 @@ def quanto(bits: int) -> Callable[[Tensor], Tensor]:
     return requantize
 
 
-# name: (maker, bits a weight with a float16 scale and zero point for every group)
-PEERS: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], float]] = {
-    "HQQ 2 bits, group 64": (lambda: hqq(2, 64), 2 + 32 / 64),
-    "HQQ 4 bits, group 64": (lambda: hqq(4, 64), 4 + 32 / 64),
-    "optimum-quanto qint2": (lambda: quanto(2), 2 + 32 / 128),
-    "optimum-quanto qint4": (lambda: quanto(4), 4 + 32 / 128),
+def normal_float() -> Callable[[Tensor], Tensor]:
+    """The weights of bitsandbytes' NF4: blocks of 64 with a float32 absmax each."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def requantize(weight: Tensor) -> Tensor:
+        codes, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+        return dequantize_4bit(codes, state).view(weight.shape)
+
+    return requantize
+
+
+# name: (package, maker, bits a weight with a float16 scale and zero point for every group; NF4 has a float32 absmax)
+PEERS: dict[str, tuple[str, Callable[[], Callable[[Tensor], Tensor]], float]] = {
+    "HQQ 1 bit, group 64": ("hqq", lambda: hqq(1, 64), 1 + 32 / 64),
+    "HQQ 2 bits, group 64": ("hqq", lambda: hqq(2, 64), 2 + 32 / 64),
+    "HQQ 3 bits, group 64": ("hqq", lambda: hqq(3, 64), 3 + 32 / 64),
+    "HQQ 4 bits, group 64": ("hqq", lambda: hqq(4, 64), 4 + 32 / 64),
+    "optimum-quanto qint2": ("optimum-quanto", lambda: quanto(2), 2 + 32 / 128),
+    "optimum-quanto qint4": ("optimum-quanto", lambda: quanto(4), 4 + 32 / 128),
+    "bitsandbytes NF4": ("bitsandbytes", normal_float, 4 + 32 / 64),
 }
 
 
@@ -73,27 +87,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
+    parser.add_argument("--peers", nargs="+", default=[""], help="parts of the names of peers")
     args = parser.parse_args()
     for case in chosen(args.only):
-        put(RESULTS, run(case, args.data), "model", "peer")
-        write_page()
+        bench = Bench(case, args.data)
+        for name in (name for name in PEERS if any(part in name for part in args.peers)):
+            put(RESULTS, [run(bench, name)], "model", "peer")
+            write_page()
 
 
-def run(case: Case, data: Path) -> list[dict]:
-    """All peers on one model."""
-    bench = Bench(case, data)
-    versions = {package: version(package) for package in ("hqq", "optimum-quanto")}
-    results = []
-    for name, (make, bits) in PEERS.items():
-        model, start = copy.deepcopy(bench.teacher), time.perf_counter()
-        count = replace_weights(model, make())
-        seconds = round(time.perf_counter() - start, 1)
-        row = asdict(bench.evaluate(model).rows[1])
-        print(f"{case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
-        kept = {key: row[key] for key in ("metric", "low", "high", "agreement", "kl")}
-        what = {"model": case.model, "peer": name, "bits": bits, "layers": count, "seconds": seconds}
-        results.append({**what, **kept, **made(), "versions": versions})
-    return results
+def run(bench: Bench, name: str) -> dict:
+    """One peer on one model."""
+    package, make, bits = PEERS[name]
+    model = copy.deepcopy(bench.teacher)
+    requantize = make()
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        count = replace_weights(model, requantize)
+    seconds = round(time.perf_counter() - start, 1)
+    row = asdict(bench.evaluate(model).rows[1])
+    print(f"{bench.case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
+    kept = {key: row[key] for key in ("metric", "low", "high", "agreement", "kl")}
+    what = {"model": bench.case.model, "peer": name, "bits": bits, "layers": count, "seconds": seconds}
+    return {**what, "peak_bytes": memory.peak, **kept, **made(), "version": f"{package} {version(package)}"}
 
 
 @torch.no_grad()
@@ -116,7 +132,8 @@ def write_page() -> None:
         "In each row the same matrices are quantized, on the same test rows; outside them the peers stay in float and",
         "hf_catquant is int8. Bits a weight count scales and offsets, in float16 for the peers. Accuracy in percent,",
         "perplexity for stories260K, 95 % intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is",
-        "part of what is compared.",
+        "part of what is compared. Seconds are those to quantize (for hf_catquant of the whole command), memory the peak of",
+        "the process by then, beside other work.",
     ]
     peers = read(RESULTS)
     ours = [r for r in read(OURS) if r["activations"] == "none"]
@@ -125,14 +142,21 @@ def write_page() -> None:
         if not mine:
             continue
         own = [r for r in ours if r["model"] == case.model]
-        entries = [(r["bits"], r["peer"], r) for r in mine]
-        entries += [(r["weight_bits"], name_of(r), last(r)) for r in own]
-        rows = [["float", 32, span(own[0]["evaluation"]["rows"][0]), 0]]
-        rows += [[n, f"{b:.3g}", span(r), f"{r['kl']:.3f}"] for b, n, r in sorted(entries, key=lambda entry: entry[0])]
-        lines += ["", f"## {case.model}", "", *table(("what", "bits a weight", "result", "KL"), rows)]
-    for day, machine, used in sorted({(r["date"], r["machine"], json.dumps(r["versions"])) for r in peers}):
-        lines += ["", f"Peers: {day}: {machine}, {used.strip('{}')}."]
-    write(PAGE, lines)
+        entries = [(r["bits"], r["peer"], cells(r, r["seconds"], r["peak_bytes"])) for r in mine]
+        entries += [(r["weight_bits"], name_of(r), cells(last(r), r["seconds"], r["peak_bytes"])) for r in own]
+        rows = [["float", 32, span(own[0]["evaluation"]["rows"][0]), 100, 0, "-", "-"]]
+        rows += [[name, f"{bits:.3g}", *cells] for bits, name, cells in sorted(entries, key=lambda entry: entry[:2])]
+        lines += ["", f"## {case.model}", "", *table(HEAD, rows)]
+    versions = ", ".join(sorted({r["version"] for r in peers}))
+    for day, machine in sorted({(r["date"], r["machine"]) for r in peers}):
+        lines += ["", f"Peers: {day}: {machine}."]
+    write(PAGE, [*lines, "", f"{versions}."])
+
+
+def cells(row: dict, seconds: float, peak: int | None) -> list[str]:
+    """One row of the page, from the metric on."""
+    memory = "-" if peak is None else f"{peak / 1e9:.1f}"
+    return [span(row), f"{row['agreement']:.1f}", f"{row['kl']:.3f}", f"{seconds:.0f}", memory]
 
 
 def last(result: dict) -> dict:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import CASES, ROOT, Case, chosen, made, put, read, sources, span, table, write
+from common import CASES, ROOT, Case, chosen, made, put, read, sources, span, table, weight_bits, write
 
 from hf_catquant.cli import main as catquant
 
@@ -131,13 +131,6 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         "report": {name: report[name] for name in kept},
         **made(),
     }
-
-
-def weight_bits(layers: list[dict]) -> float:
-    """Stored bits a weight, scales and offsets included, of the layers that are not int8 as those outside the blocks are."""
-    chosen = [layer for layer in layers if layer["weights"] != "int8"]
-    sizes = [layer["shape"][0] * layer["shape"][1] for layer in chosen]
-    return sum(layer["bits"] * size for layer, size in zip(chosen, sizes, strict=True)) / sum(sizes)
 
 
 def check(status: int, command: list[str]) -> None:

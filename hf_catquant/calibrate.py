@@ -12,70 +12,42 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import mixed, samples, solvers
+from . import samples, solvers
 from .cluster_fit import LEAST_ROWS, Kind
 from .config import CatQuantConfig
+from .expert_rows import ExpertRows
 from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .gather import Gather, Streams
+from .journal import Journal
 from .layers import layer_for
+from .layers.experts import ExpertLinear
 from .log import logger
-from .model import Selection, Site, select, stacks
+from .model import Selection, Site, stacks
+from .modules import opened_experts
 from .reconstruction import Reconstruction
+from .shelf import shelf_of
+from .steps import Steps, tensors_of
 from .swap import Outcome, Swap
 from .training import Progress
-from .walk import Leaf, Unit, Walk, leaf_outputs
+from .walk import Call, Leaf, Outputs, Unit, Walk, leaf_outputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_TARGETS = 1 << 28  # numbers, 1 GiB
 HELD_OUT = 4  # one batch of so many is kept from learning, if there are twice as many
 
 
-@torch.no_grad()
-def quantize_modules(model: nn.Module, config: CatQuantConfig) -> tuple[Selection, Outcome, samples.Batches | None]:
-    """Quantize ``model`` in place.
+def check_ranges(sites: list[Site], obstacle: str) -> None:
+    """Refuse layers whose activations need a calibrated range, where ``obstacle`` says why there is none.
 
     Raises:
-        ValueError: data is needed and missing or unusable, a pattern matches nothing, or nothing can be quantized.
+        ValueError: naming the layer and the way out.
     """
-    config.check_data()
-    selection = select(model, config)
-    training = model.training
-    model.eval()
-    try:
-        if config.dataset is None:
-            return selection, _without_data(model, selection), None
-        batches = _collect(model, config)
-        notes = [] if config.average_bits is None else [mixed.choose(model, selection, config, batches)]
-        return selection, Calibration(model, config, selection, batches, notes).run(), batches
-    finally:
-        model.train(training)
-
-
-def _collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
-    return samples.collect(
-        config.dataset,
-        model,
-        processor=config.processor,
-        num_samples=config.num_samples,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-
-
-def _without_data(model: nn.Module, selection: Selection) -> Outcome:
-    _check_ranges(selection.sites, "dataset is None")
-    swap = Swap(model, "rtn", selection)
-    for site in selection.sites:
-        swap.site(site.name, None)
-    return swap.outcome
-
-
-def _check_ranges(sites: list[Site], obstacle: str) -> None:
     for site in sites:
         layer = layer_for(site.module)
         if site.scheme.activations is not None and layer is not None and layer.static_activations:
@@ -89,17 +61,27 @@ class Calibration:
     """The walk over one model with everything that happens at a unit."""
 
     def __init__(
-        self, model: nn.Module, config: CatQuantConfig, selection: Selection, data: samples.Batches, notes: list[str]
+        self,
+        model: nn.Module,
+        config: CatQuantConfig,
+        selection: Selection,
+        data: samples.Batches,
+        notes: list[str],
+        journal: Journal | None = None,
     ) -> None:
         self.model = model
         self.config = config
+        self.shelf = shelf_of(model)
         batches = [placed(batch, model) for batch in data.batches]
         self.swap = Swap(model, config.solver, selection)
         self.swap.outcome.notes += notes
+        self.steps = Steps(journal, self.swap)
         self.blocks = [block for blocks in stacks(model).values() for block in blocks]
         norms = [name for name, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]
-        self.walk = Walk(model, batches, self.blocks, [*self.swap.sites, *norms, *kept])
+        inside = tuple(f"{block}." for block in self.blocks)
+        loose = [name for name in opened_experts(model) if not name.startswith(inside)]  # up and down go together
+        self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
         options = solvers.options(config.solver, config.solver_options)
@@ -128,7 +110,8 @@ class Calibration:
         self._round_unreached()
         try:
             for index, unit in enumerate(self.walk.plan.units):
-                self._unit(index, unit)
+                self.quantize_unit(index, unit)
+            self.shelf.finish()
             float_outputs = {name: self.walk.outputs_of(name, "float") for name in self.corrections}
             targets = self._targets()
         finally:
@@ -166,7 +149,7 @@ class Calibration:
         """What needs the whole quantized model: learning all of it, and corrections outside its units."""
         if self.reconstruction is not None:
             if targets is not None:
-                self.reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets)
+                self._learn_model(self.reconstruction, targets)
             self.swap.outcome.learned.update(self.reconstruction.summary())
         for name, outputs in float_outputs.items():
             pairs = Pairs(self.config.seed, len(self.fit_batches))
@@ -175,21 +158,58 @@ class Calibration:
                 self._add_pair(pairs, name, batch, outputs[batch], found)
             self._fit(name, pairs)
 
+    def _learn_model(self, reconstruction: Reconstruction, targets: list[Tensor]) -> None:
+        step, whole = "model", ""
+        record = self.steps.restore(step, whole)
+        if record is None:
+            self.steps.begin()
+            reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets)
+            done = reconstruction.progress.get(whole)
+            self.steps.keep(step, whole, {}, learned=done and asdict(done))
+        elif record["learned"] is not None:
+            reconstruction.progress[whole] = Progress(**record["learned"])
+
     def _round_unreached(self) -> None:
         reached = {_join(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
         sites = [site for name, site in self.swap.sites.items() if name not in reached]
-        _check_ranges(sites, "the calibration data does not reach it")
+        check_ranges(sites, "the calibration data does not reach it")
         for site in sites:
+            self.shelf.take(site.name)
             self.swap.site(site.name, None)
             self.diverged = True
             self.swap.outcome.notes.append(f"{site.name}: not reached by the calibration data, rounded to nearest")
 
-    def _unit(self, index: int, unit: Unit) -> None:
-        start = time.perf_counter()
+    def quantize_unit(self, index: int, unit: Unit) -> None:
+        """Solve the unit, or take it from the journal, and let both streams pass it."""
+        step = f"unit-{index:04d}"
+        self.shelf.take(unit.name)
         float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")
+        float_unit = self._float_copy(unit)
+        record = self.steps.restore(step, unit.name)
+        if record is None:
+            self._solve(index, unit, float_unit, float_calls, float_outputs)
+        else:
+            self._take_over(unit, float_unit, record)
+        self.shelf.done(unit.name)
+        outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
+        self.walk.record(index, {"float": float_outputs, "quantized": outputs})
+
+    def _float_copy(self, unit: Unit) -> nn.Module:
+        """A copy of a unit that stays as it is; weights that will be replaced, and never written to, are shared."""
+        inside = [
+            self.model.get_submodule(n) for n in self.swap.sites if n == unit.name or n.startswith(f"{unit.name}.")
+        ]
+        weights = [module._parameters.get("weight") for module in inside]
+        return copy.deepcopy(self.model.get_submodule(unit.name), {id(w): w for w in weights if w is not None})
+
+    def _solve(
+        self, index: int, unit: Unit, float_unit: nn.Module, float_calls: Sequence[list[Call]], float_outputs: Outputs
+    ) -> None:
+        start = time.perf_counter()
+        self.steps.begin()
+        before = tensors_of(float_unit)
         calls = self.walk.inputs(index, "quantized") if self.diverged else float_calls
         live = self.model.get_submodule(unit.name)
-        float_unit = copy.deepcopy(live)
         solved = []
         for stage in self._stages(unit):
             solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls))
@@ -197,13 +217,26 @@ class Calibration:
         learned = None
         if solved and self.reconstruction is not None:
             learned = self.reconstruction.unit(unit.name, live, float_unit, calls, float_outputs)
+        for name in self._corrections_inside(unit):
+            self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
+        state = {"diverged": self.diverged, "learned": learned and asdict(learned)}
+        self.steps.keep(f"unit-{index:04d}", unit.name, before, **state)
+        self._progress(index, unit, solved, learned, time.perf_counter() - start)
+
+    def _take_over(self, unit: Unit, float_unit: nn.Module, record: dict[str, Any]) -> None:
+        """The books of a unit that an earlier run finished."""
+        self.diverged = record["diverged"]
+        for name in self._corrections_inside(unit):
+            self.corrections.remove(name)
+        if record["modules"] and self.reconstruction is not None:
+            self.reconstruction.remember(unit.name, self.model.get_submodule(unit.name), float_unit)
+            if record["learned"] is not None:
+                self.reconstruction.progress[unit.name] = Progress(**record["learned"])
+
+    def _corrections_inside(self, unit: Unit) -> list[str]:
         # What sits on a whole unit waits if the model will learn on: by then its outputs are others.
         waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
-        for name in [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]:
-            self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
-        outputs = self.walk.inputs_and_outputs(index, "quantized")[1] if self.diverged else float_outputs
-        self.walk.record(index, {"float": float_outputs, "quantized": outputs})
-        self._progress(index, unit, solved, learned, time.perf_counter() - start)
+        return [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]
 
     def _progress(self, index: int, unit: Unit, solved: list[str], learned: Progress | None, seconds: float) -> None:
         if not solved:
@@ -250,7 +283,13 @@ class Calibration:
             return []
         scheme = self.swap.sites[name].scheme
         input_range = self.gather.input_range(lead, scheme, streams)
-        moments = self.gather.moments(name, lead, scheme, streams, input_range)
+        moments: Any = None
+        if isinstance(streams.live.get_submodule(lead.name), ExpertLinear):
+            rows = ExpertRows(self.gather, name, lead, streams)
+            moments = rows.moments(scheme)
+            self.swap.outcome.notes += [rows.note] if rows.note else []
+        else:
+            moments = self.gather.moments(name, lead, scheme, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]
         for site in names:
             self.swap.site(site, moments, input_range)
@@ -275,7 +314,7 @@ class Calibration:
     def _fit(self, name: str, pairs: Pairs) -> None:
         if pairs.count < LEAST_ROWS:
             self._left_out(f"correction at {name}: off, {pairs.count} rows of samples are fewer than {LEAST_ROWS}")
-            del self.corrections[self.corrections.index(name)]
+            self.corrections.remove(name)
             return
         kind: Kind = "logits" if name == self.walk.plan.logits_site else "hidden"
         del self.corrections[self.corrections.index(name)]

@@ -16,6 +16,7 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .evaluation_table import Evaluation
 from .integrity import sha256
 from .report import Report
+from .tasks import SOUND_CLASSIFIERS
 from .verify import read_object, stored_config, weight_files
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -81,7 +82,7 @@ def model_card(
     _check_same(table, report)
     data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
     architecture = (config.get("architectures") or ["A model"])[0]
-    task = next((tag for ending, tag in TASKS.items() if architecture.endswith(ending)), None)
+    task = _task(architecture)
     title = f"{(base or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
     return ModelCard.from_template(
         _metadata(quantization, title, base, license, task, table, data),
@@ -109,6 +110,13 @@ def model_card(
         files=files_of(folder),
         limits=_limits(quantization, table, report),
     )
+
+
+def _task(architecture: str) -> str | None:
+    """The Hub's word for what a class does, None if its name says nothing."""
+    if architecture in SOUND_CLASSIFIERS:
+        return "audio-classification"
+    return next((tag for ending, tag in TASKS.items() if architecture.endswith(ending)), None)
 
 
 def files_of(folder: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ class CatQuantConfig(QuantizationConfigMixin):
     """How to quantize a model, and how a quantized one is stored.
 
     Args:
-        weights: format of the weights: binary, ternary, int2, int3, int4 or int8.
+        weights: format of the weights: binary, ternary, ternary_symmetric (no offsets), int2, int3, int4 or int8.
         group_size: columns that share a scale, a positive multiple of 8, or -1 for one group a row.
         activations: None, or the format of the inputs: int2, int3, int4 or int8. Linears find a range for every token;
             convolutions calibrate one.

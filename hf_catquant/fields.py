@@ -79,6 +79,26 @@ def check_depth(config: Mapping[str, Any], tensors: int) -> None:
                 )
 
 
+def check_labels(config: Mapping[str, Any], size: int) -> None:
+    """Refuse a config that asks for more classes than the checkpoint has bytes: transformers writes a table of them.
+
+    Args:
+        config: of the model, as it is in the file; configs inside it are looked at too.
+        size: of all files of weights, bytes.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_labels(value, size)
+        elif name == "num_labels" and isinstance(value, int | float) and value > size:
+            raise ValueError(
+                f"config.json: num_labels must be at most the {size} bytes of the checkpoint, got {value}: "
+                "the config.json was changed or damaged after the save, fetch it again"
+            )
+
+
 def _kept(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, _stripped(value)) for name, value in sorted(config.items()) if name not in _FREE]
 

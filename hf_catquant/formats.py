@@ -64,6 +64,8 @@ FORMATS: dict[str, Format] = {
     for fmt in (
         Format("binary", (-1.0, 1.0), digits=8, nbytes=1, affine=True),
         Format("ternary", (-1.0, 0.0, 1.0), digits=5, nbytes=1, affine=True),
+        # Without offsets, for narrow layers, where they take a fifth of the bits, and for files of other runtimes.
+        Format("ternary_symmetric", (-1.0, 0.0, 1.0), digits=5, nbytes=1, affine=False),
         _integer(2, digits=4, nbytes=1),
         _integer(3, digits=8, nbytes=3),
         _integer(4, digits=2, nbytes=1),

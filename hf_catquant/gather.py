@@ -34,8 +34,8 @@ class Streams:
 
     float_unit: nn.Module
     live: nn.Module
-    float_calls: list[list[Call]]
-    calls: list[list[Call]]
+    float_calls: Sequence[list[Call]]
+    calls: Sequence[list[Call]]
 
     def inputs(self, leaf: Leaf, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What ``leaf`` reads at each of its runs on ``batch``, in the float and in the quantized stream."""
@@ -67,7 +67,7 @@ class Gather:
         module = streams.float_unit.get_submodule(leaf.name)
         layer = layer_for(module)
         assert layer is not None
-        quota = self._quota(layer.matrix_shape(module)[1])
+        quota = self.quota(layer.matrix_shape(module)[1])
         for batch in self.batches:
             for x, y in streams.inputs(leaf, batch):
                 if scheme.rotation is not None:
@@ -112,7 +112,7 @@ class Gather:
         mask = samples.padding_mask(self.data[batch], self.model, name, hidden)
         return None if mask is None else mask.flatten().to(hidden.device)
 
-    def _quota(self, columns: int) -> int:
+    def quota(self, columns: int) -> int:
         """Rows of each batch that go into the moments of ``columns`` columns."""
         return max(1, max(MAX_ROWS, ROWS_PER_COLUMN * columns) // len(self.batches))
 

@@ -102,13 +102,13 @@ class LearnedLayer(nn.Module):
         ]
         return torch.stack(moves).sum()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the packed layer will return for ``x``."""
+    def forward(self, x: Tensor, *where: Tensor) -> Tensor:
+        """What the packed layer will return for ``x`` and what else it takes."""
         x = self.layer.rotated(x)
         dtype = x.dtype if x.is_floating_point() else self.layer.dtype  # an embedding is given indices
         matrix = self.matrix().to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        out = self.layer.apply_matrix(self._quantized_input(x), matrix, bias)
+        out = self.layer.apply_matrix(self._quantized_input(x), matrix, bias, *where)
         if not self.low_rank:
             return out
         return out + self.layer.apply_matrix(x, (self.low_rank[0] @ self.low_rank[1]).to(dtype), None)

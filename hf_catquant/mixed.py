@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .config import CatQuantConfig
 from .fitting import output_of, placed, tensor_of
-from .formats import FORMATS, get_format
+from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
 from .logits import divergences, logits_site
 from .model import Selection, Site, replace_module
 from .samples import Batches, padding_mask
+from .shelf import resident
 from .solvers import rtn
 
 JUDGES = 32  # samples that every format of every layer is tried on
@@ -43,7 +44,7 @@ def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data:
         ValueError: ``average_bits`` is less than ``config.weights`` takes everywhere, or no layer is free.
     """
     free = [site for site in selection.sites if site.is_free and site.tied_to is None]
-    names = [name for name, fmt in FORMATS.items() if fmt.storage_bits >= get_format(config.weights).storage_bits]
+    names = [name for name, fmt in FORMATS.items() if _size(fmt) >= _size(get_format(config.weights))]
     bits = {site.name: {name: _bits(site, name) for name in names} for site in free}
     count = sum(layer.rows_ * layer.columns for layer in (_empty(site, config.weights) for site in free))
     budget = _budget(config, sum(sizes[config.weights] for sizes in bits.values()), count)
@@ -64,6 +65,11 @@ def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data:
     words = ", ".join(f"{counts[name]} in {name}" for name in names if counts[name])
     took = sum(bits[name][weights] for name, weights in chosen.items())
     return f"mixed formats: {words}; {took / count:.3f} bits a weight"
+
+
+def _size(fmt: Format) -> tuple[float, bool]:
+    """What orders formats by the bits that a weight takes, whatever the group size."""
+    return fmt.storage_bits, fmt.affine
 
 
 def _budget(config: CatQuantConfig, least: int, count: int) -> int:
@@ -96,8 +102,9 @@ class _Losses:
     def alone(self, site: Site, weights: str) -> float:
         """Mean divergence of the logits (squared error of the output where there are none), over what is no padding."""
         layer = _empty(site, weights)
-        weight: Tensor = site.module.weight  # type: ignore[assignment]
-        layer.fill(rtn.solve(layer.target(weight), get_format(weights), site.scheme.group_size))
+        with resident(self.model, site.name):
+            weight: Tensor = site.module.weight  # type: ignore[assignment]
+            layer.fill(rtn.solve(layer.target(weight), get_format(weights), site.scheme.group_size))
         replace_module(self.model, site.name, layer)
         try:
             found = [self._answers(batch) for batch in self.batches]

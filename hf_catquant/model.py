@@ -15,7 +15,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .config import CatQuantConfig
 from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
+from .layers.experts import DOWN, UP
+from .modules import close_experts, holds, move_correction, open_experts, replace_module
 
+LISTED = "listed in modules_to_not_convert"
 _SMALL = 2  # parameters of fewer dimensions (biases, norms) are not weights
 
 
@@ -49,10 +52,21 @@ class Selection:
 def select(model: nn.Module, config: CatQuantConfig) -> Selection:
     """Decide for every weight of ``model`` whether and how it is quantized.
 
+    Fused experts of which something will be quantized are opened in place (``layers/experts.py``).
+
     Raises:
         ValueError: a pattern of ``modules_to_not_convert`` or ``overrides`` matches no module, nothing at all would be
             quantized, or ``strict`` is set and something would be skipped.
     """
+    open_experts(model, lambda name: not all(_is_listed(f"{name}.{child}", config) for child in (UP, DOWN)))
+    try:
+        return _select(model, config)
+    except ValueError:
+        close_experts(model)
+        raise
+
+
+def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
     _check_patterns(model, config)
     selection = Selection()
     inside = block_members(model)
@@ -68,9 +82,11 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
             scheme = config.scheme_for(name, edge)
             if not candidates[name].rotates:
                 scheme = replace(scheme, rotation=None)
+            if not candidates[name].takes_product:
+                scheme = replace(scheme, low_rank=0)
             selection.sites.append(Site(name, module, scheme, is_free=config.leaves_free(name, edge)))
     _resolve_ties(model, selection)
-    _skip_loose_parameters(model, selection)
+    _skip_loose_parameters(model, selection, config)
     if not selection.sites:
         raise ValueError(f"nothing in {type(model).__name__} can be quantized: {_listed(selection.skipped)}")
     if config.strict and selection.skipped:
@@ -123,6 +139,7 @@ def prepare(model: nn.Module, modules: Entries) -> None:
     Raises:
         ValueError: an entry names no module, a module of another type, or another shape.
     """
+    open_experts(model, lambda name: holds(name, modules))
     for name, entry in modules.items():
         original = _get(model, name)
         layer = None if original is None else layer_for(original)
@@ -135,6 +152,7 @@ def prepare(model: nn.Module, modules: Entries) -> None:
                 f"the model expects {list(layer.matrix_shape(original))}"
             )
         replace_module(model, name, layer(original, entry_scheme(entry)))
+    close_experts(model)
     for name, entry in modules.items():
         if entry["tied_to"] is not None:
             share_weight(model, name, entry["tied_to"])
@@ -144,14 +162,6 @@ def share_weight(model: nn.Module, name: str, source: str) -> None:
     """Make the quantized module ``name`` hold the packed weight of ``source``."""
     module: Any = model.get_submodule(name)
     module.share(model.get_submodule(source))
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` at every place that holds the module called ``name``: some models use one module at several."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child in [child for child, module in parent._modules.items() if module is old]:
-            setattr(parent, child, new)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
@@ -186,10 +196,8 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
         if weight is not None and weight.dim() >= _SMALL:
             return f"{type(module).__name__} is not a layer type that can be quantized"
         return None
-    # Of a module that holds others all are meant, which transformers' own rule does not say of a bare name.
-    holders = [name[: match.start()] for match in re.finditer(r"\.", name)]
-    if not all(should_convert_module(part, config.modules_to_not_convert or []) for part in (*holders, name)):
-        return "listed in modules_to_not_convert"
+    if _is_listed(name, config):
+        return LISTED
     if not isinstance(weight, Tensor) or not (
         {"weight", "parametrizations"} & {*module._parameters, *module._modules}
     ):
@@ -197,6 +205,15 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     return layer.refusal(module)
+
+
+def _is_listed(name: str, config: CatQuantConfig) -> bool:
+    """Whether ``modules_to_not_convert`` means this module.
+
+    Of a module that holds others all are meant, which transformers' own rule does not say of a bare name.
+    """
+    holders = [name[: match.start()] for match in re.finditer(r"\.", name)]
+    return not all(should_convert_module(part, config.modules_to_not_convert or []) for part in (*holders, name))
 
 
 def _edges(candidates: Iterable[str], inside: set[str]) -> set[str]:
@@ -225,8 +242,8 @@ def _resolve_ties(model: nn.Module, selection: Selection) -> None:
     ]
 
 
-def _skip_loose_parameters(model: nn.Module, selection: Selection) -> None:
-    """Weights held by modules without a ``weight`` of their own: experts, position tables, class tokens."""
+def _skip_loose_parameters(model: nn.Module, selection: Selection, config: CatQuantConfig) -> None:
+    """Weights held by modules without a ``weight`` of their own: experts of other kinds, position tables, class tokens."""
     folded = tuple(f"{site.name}.parametrizations." for site in selection.sites)
     for name, module in model.named_modules():
         if folded and f"{name}.".startswith(folded):
@@ -234,7 +251,8 @@ def _skip_loose_parameters(model: nn.Module, selection: Selection) -> None:
         for parameter, value in module._parameters.items():
             if parameter not in ("weight", "bias") and value is not None and value.dim() >= _SMALL:
                 full = f"{name}.{parameter}" if name else parameter
-                selection.skipped[full] = f"a parameter of {type(module).__name__}, not a layer that can be quantized"
+                reason = f"a parameter of {type(module).__name__}, not a layer that can be quantized"
+                selection.skipped[full] = LISTED if name and _is_listed(name, config) else reason
 
 
 def _weight(model: nn.Module, name: str) -> Tensor | None:
@@ -269,12 +287,6 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> No
         shared = made.setdefault(module.owner or module, new.weight)  # type: ignore[arg-type]
         if shared is not new.weight and shared.shape == new.weight.shape:
             new.weight = shared
-        _move_correction(module, new)
+        move_correction(module, new)
         replace_module(model, name, new)
-
-
-def _move_correction(old: nn.Module, new: nn.Module) -> None:
-    correction = old._modules.get("correction")
-    if correction is not None:
-        new.correction = correction
-        new._forward_hooks.update(old._forward_hooks)
+    close_experts(model)

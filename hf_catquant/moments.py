@@ -20,19 +20,21 @@ class MomentSums:
     def add(self, float_rows: Tensor, rows: Tensor) -> None:
         """Add rows x of the float stream and x~ of the quantized stream, (B, M, K) each, row by row the same tokens."""
         x, y = float_rows.float(), rows.float()
-        parts = (y.transpose(1, 2) @ y, x.transpose(1, 2) @ y, y.sum(1), x.sum(1))
+        # One after the other: a part of many columns is as large as its sum.
+        parts = (lambda: y.transpose(1, 2) @ y, lambda: x.transpose(1, 2) @ y, lambda: y.sum(1), lambda: x.sum(1))
         self.count += x.shape[1]
         if self._sums is None:
-            self._sums = parts
+            self._sums = tuple(part() for part in parts)
         else:
             for total, part in zip(self._sums, parts, strict=True):
-                total += part
+                total += part()
 
     def result(self) -> Moments | None:
-        """The moments, or None if no row came."""
+        """The moments, or None if no row came. Ask once: the sums become the moments."""
         if self._sums is None or self.count == 0:
             return None
-        gram, cross, mean, float_mean = (total / self.count for total in self._sums)
+        gram, cross, mean, float_mean = (total.div_(self.count) for total in self._sums)
+        self._sums = None  # they are the moments now
         return Moments(gram, cross, mean, float_mean, self.count)
 
 

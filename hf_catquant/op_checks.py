@@ -78,6 +78,44 @@ def check_input(
     )
 
 
+def check_experts(
+    x: Tensor,
+    ends: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+) -> int:
+    """Refuse rows x (S, K) that are no matrix, and ends (E,) that do not divide the rows of the weight (E * N, K).
+
+    Returns:
+        N.
+
+    Raises:
+        RuntimeError: naming the tensor, the rule and the value.
+    """
+    torch._check(x.dim() == 2, lambda: f"x must be (S, K), got {tuple(x.shape)}")
+    torch._check(
+        ends.dim() == 1 and ends.dtype == torch.int64 and len(ends) > 0,
+        lambda: f"ends must be (E,) int64 with E > 0, got {tuple(ends.shape)} {ends.dtype}",
+    )
+    check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
+    torch._check(
+        packed.shape[0] % len(ends) == 0,
+        lambda: f"weight_packed must have a multiple of the {len(ends)} experts as rows, got {packed.shape[0]}",
+    )
+    rows = packed.shape[0] // len(ends)
+    check_input(x, None, rows, activations, None)
+    torch._check(
+        bias is None or tuple(bias.shape) == (len(ends), rows),
+        lambda: f"bias must be (E, N) = {(len(ends), rows)}, got {() if bias is None else tuple(bias.shape)}",
+    )
+    return rows
+
+
 def check_cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, beta: Tensor) -> None:
     """Refuse correction tensors whose shapes do not agree with y (..., D).
 

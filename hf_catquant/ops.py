@@ -3,6 +3,8 @@
 Letters: N out features, K in features, M rows of x, G groups a row, C clusters, D corrected width, P projection rank.
 
     catquant::linear          x (..., K)                -> (..., N)
+    catquant::expert_linear   x (S, K), ends (E,)       -> (S, N)          S rows, sorted by the expert that they meet
+    catquant::expert_transposed   x (S, N), ends (E,)  -> (S, K)         the same with w_hat transposed: its gradient
     catquant::conv            x (B, C_in, *spatial)     -> (B, N, *spatial_out)     one or two spatial dimensions
     catquant::embedding       indices (...)             -> (..., K)
     catquant::dequantize      packed rows               -> w_hat (N, K)
@@ -21,6 +23,7 @@ import torch
 from .op_checks import (
     check_cluster_affine,
     check_conv,
+    check_experts,
     check_indices,
     check_input,
     check_packed,
@@ -34,6 +37,9 @@ _INPUT = "Tensor? input_scale, Tensor? input_offset"
 SCHEMAS = {
     "linear": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations) "
     "-> Tensor",
+    "expert_linear": f"(Tensor x, Tensor ends, {_WEIGHT}, Tensor? bias, str weights, int group_size, "
+    "str? activations) -> Tensor",
+    "expert_transposed": f"(Tensor x, Tensor ends, {_WEIGHT}, str weights, int group_size, int columns) -> Tensor",
     "conv": f"(Tensor x, {_WEIGHT}, {_INPUT}, Tensor? bias, str weights, int group_size, str? activations, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     "embedding": f"(Tensor indices, {_WEIGHT}, str weights, int group_size, int columns, ScalarType dtype) -> Tensor",
@@ -51,6 +57,18 @@ def _linear(x, packed, scale, offset, input_scale, input_offset, bias, weights, 
     check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
     check_input(x, bias, packed.shape[0], activations, input_scale)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.register_fake("catquant::expert_linear")
+def _expert_linear(x, ends, packed, scale, offset, bias, weights, group_size, activations):
+    rows = check_experts(x, ends, packed, scale, offset, bias, weights, group_size, activations)
+    return x.new_empty((x.shape[0], rows))
+
+
+@torch.library.register_fake("catquant::expert_transposed")
+def _expert_transposed(x, ends, packed, scale, offset, weights, group_size, columns):
+    check_weight(packed, scale, offset, weights, group_size, columns)
+    return x.new_empty((x.shape[0], columns))
 
 
 @torch.library.register_fake("catquant::conv")
@@ -122,6 +140,25 @@ def _linear_backward(ctx, grad):
     return grad @ weight, None, None, None, None, None, grad_bias, None, None, None
 
 
+def _save_expert_linear(ctx, inputs, output):
+    x, ends, packed, scale, offset, bias, ctx.weights, ctx.group_size, _ = inputs
+    ctx.columns, ctx.bias_shape = x.shape[-1], None if bias is None else bias.shape
+    ctx.save_for_backward(ends, packed, scale, offset)
+
+
+def _expert_linear_backward(ctx, grad):
+    ends, packed, scale, offset = ctx.saved_tensors
+    stored = (packed, scale, offset, ctx.weights, ctx.group_size, ctx.columns)
+    grad_x = torch.ops.catquant.expert_transposed(grad, ends, *stored)
+    grad_bias = None
+    if ctx.bias_shape is not None:
+        experts = torch.searchsorted(ends, torch.arange(len(grad), device=ends.device), right=True)
+        mine = (experts < len(ends)).unsqueeze(1)
+        experts = experts.clamp(max=len(ends) - 1)
+        grad_bias = grad.new_zeros(ctx.bias_shape).index_add(0, experts, grad * mine)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
 def _save_conv(ctx, inputs, output):
     x, packed, scale, offset, _, _, bias, ctx.weights, ctx.group_size, _, *ctx.geometry = inputs
     ctx.has_bias = bias is not None
@@ -173,6 +210,7 @@ def _rotate_backward(ctx, grad):
 
 
 torch.library.register_autograd("catquant::linear", _linear_backward, setup_context=_save_linear)
+torch.library.register_autograd("catquant::expert_linear", _expert_linear_backward, setup_context=_save_expert_linear)
 torch.library.register_autograd("catquant::conv", _conv_backward, setup_context=_save_conv)
 torch.library.register_autograd(
     "catquant::cluster_affine", _cluster_affine_backward, setup_context=_save_cluster_affine

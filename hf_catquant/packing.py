@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .formats import Format, group_count, group_width
 
+_AT_ONCE = 1 << 22  # codes that are packed at once: as numbers they take many times their size
+
 
 def packed_width(fmt: Format, columns: int, group_size: int) -> int:
     """Bytes of one packed row of ``columns`` codes."""
@@ -32,6 +34,8 @@ def pack(codes: Tensor, fmt: Format, group_size: int) -> Tensor:
     if codes.numel() and int(codes.max()) >= fmt.radix:
         raise ValueError(f"{fmt.name} codes must be below {fmt.radix}, got {int(codes.max())}")
     rows, columns = codes.shape
+    if codes.numel() > _AT_ONCE and rows > 1:
+        return torch.cat([pack(part, fmt, group_size) for part in codes.split(max(1, _AT_ONCE // columns))])
     width, groups = group_width(columns, group_size), group_count(columns, group_size)
     words_per_group = -(-width // fmt.digits)
     grouped = _pad(codes, groups * width).view(rows, groups, width)

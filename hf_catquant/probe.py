@@ -108,6 +108,8 @@ class _Probe:
         self.outputs: list[list[Any]] = []
         self.graph_leaf: dict[int, int] = {}
         self.kept: list[Any] = []
+        self.visited: list[Any] = []  # tensors of the block in work
+        self.blocks, self.last_block = set(inside.values()), "\0"
         self.returned: list[tuple[str, Tensor]] = []
         self.silent: set[str] = (
             set()
@@ -209,7 +211,7 @@ class _Probe:
                 self.silent.add(block)
                 return
             tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.kept.extend(tensors)  # a freed tensor's id could come back as another's
+            self.visited.extend(tensors)  # a freed tensor's id could come back as another's
             unit = self.units[self.order[block]]
             known = {entry.name: entry for entry in unit.leaves}
             if name not in known:
@@ -223,9 +225,19 @@ class _Probe:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             index = self.order[name]
             self.outputs[index].append(own(output))
+            if name in self.blocks:
+                self._forget_inside(name)
             return pytree.tree_map_only(Tensor, lambda tensor: self._fresh(tensor, index), output)
 
         return hook
+
+    def _forget_inside(self, block: str) -> None:
+        """The block has run: what layers inside the one before returned is not the model's output, and holds its weights."""
+        self.visited.clear()
+        if self.last_block != block:
+            inside = f"{self.last_block}."
+            self.returned[:] = [pair for pair in self.returned if not pair[0].startswith(inside)]
+        self.last_block = block
 
     def _fresh(self, tensor: Tensor, index: int) -> Tensor:
         if not tensor.is_floating_point():

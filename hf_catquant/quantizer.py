@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .calibrate import quantize_modules
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
 from .entries import check_tensors, entries_checksum, verify_entries
 from .fields import check_depth, field_checksums
 from .integrity import checksums, verify_files
+from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, share_weight
+from .modules import holds, open_experts, opened_experts
+from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 
@@ -95,6 +99,7 @@ class CatQuantizer(HfQuantizer):
         stored = config.modules or {}
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
+        open_experts(model, lambda name: holds(name, stored))
         names = resolve_names(model, stored)
         config.modules = renamed(stored, names)
         sites = resolve_corrections(model, config.corrections, stored.keys() - names.keys())
@@ -108,13 +113,20 @@ class CatQuantizer(HfQuantizer):
         _untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
+        sentinels |= {
+            rf"(^|\.){re.escape(f'{name}.{key}')}$"
+            for name, m in opened_experts(model).items()
+            for key in m.sentinel()
+        }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | sentinels
 
     @torch.no_grad()
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, journal: Journal | None = None, **kwargs: Any
+    ) -> None:
         model.add_model_tags([QUANT_METHOD])  # what model.push_to_hub writes on a card of its own
         if not self.pre_quantized:
-            self.quantization_config = quantize_model(model, self.quantization_config)
+            self.quantization_config = quantize_model(model, self.quantization_config, journal)
             model.config.quantization_config = self.quantization_config
             return
         entries = self.quantization_config.modules or {}
@@ -152,10 +164,16 @@ class CatQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
-        state = model.state_dict()
+        # What waits on the disk is read: its checksum is needed before transformers writes it, shard by shard.
+        state = {n: load_offloaded_parameter(model, n) if t.is_meta else t for n, t in model.state_dict().items()}
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
-        state.update({f"{n}.{module.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, module in stored.items()})
+        state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
+        for name, module in opened_experts(model).items():
+            state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
         config = self.quantization_config
+        for name, m in quantized_modules(model).items():  # an adapter that was merged is part of the scheme
+            if config.modules is not None and name in config.modules:
+                config.modules[name].update(asdict(m.scheme))
         # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
         config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)
@@ -192,12 +210,14 @@ def register() -> None:
             add(QUANT_METHOD)(entry)
 
 
-def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
+def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> nn.Module:
     """Quantize a model that is already in memory, in place, and return it.
 
     Args:
         model: a transformers model, or any module; its layers are replaced.
         config: what to do. It is not changed.
+        journal: keeps finished units and gives back those of an interrupted run; see :func:`quantize_folder`, which also
+            checks that it is a run of the same model.
 
     Raises:
         ValueError, TypeError: the config or its data cannot be used; the model is then unchanged or, if that happens in
@@ -206,19 +226,19 @@ def quantize(model: nn.Module, config: CatQuantConfig) -> nn.Module:
     if quantized_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized: start from the float model")
     if not isinstance(model, PreTrainedModel):
-        model.quantization_config = quantize_model(model, copy.deepcopy(config))  # type: ignore[assignment]
+        model.quantization_config = quantize_model(model, copy.deepcopy(config), journal)  # type: ignore[assignment]
         return model
     quantizer = CatQuantizer(config, pre_quantized=False)
-    quantizer.postprocess_model(model)
+    quantizer.postprocess_model(model, journal=journal)
     for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", QUANT_METHOD)):
         setattr(model, name, value)
     return model
 
 
-def quantize_model(model: nn.Module, config: CatQuantConfig) -> CatQuantConfig:
+def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> CatQuantConfig:
     """Quantize in place; returns the config that a checkpoint of ``model`` stores."""
     before = stored_bytes(model)
-    selection, outcome, batches = quantize_modules(model, config)
+    selection, outcome, batches = quantize_modules(model, config, journal)
     config.modules, config.corrections = outcome.modules, outcome.corrections
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None

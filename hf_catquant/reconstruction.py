@@ -57,7 +57,7 @@ class Reconstruction:
     progress: dict[str, Progress] = field(default_factory=dict)
 
     def unit(
-        self, name: str, live: nn.Module, float_unit: nn.Module, calls: list[list[Call]], outputs: list[list[Any]]
+        self, name: str, live: nn.Module, float_unit: nn.Module, calls: Sequence[list[Call]], outputs: list[list[Any]]
     ) -> Progress | None:
         """Learn the quantized layers inside the unit called ``name``; None where there are none.
 
@@ -68,9 +68,7 @@ class Reconstruction:
             calls: what ``live`` receives, by batch, by call.
             outputs: what the float unit put out, by batch, by call.
         """
-        for inner, layer in quantized_modules(live).items():
-            weight: Tensor = float_unit.get_submodule(inner).weight  # type: ignore[assignment]
-            self.weights[f"{name}.{inner}" if inner else name] = layer.target(weight)
+        self.remember(name, live, float_unit)
         if isinstance(live, QuantizedModule) or not self.options.block_steps:
             return None
         targets = [[tensor_of(output) for output in row] for row in outputs]
@@ -82,6 +80,14 @@ class Reconstruction:
             return torch.stack(losses).mean() / max(size, 1e-12)
 
         return self._learn(name, live, loss_of, self.options.block_steps, 1.0, _DROP)
+
+    def remember(self, name: str, live: nn.Module, float_unit: nn.Module) -> None:
+        """Keep the float weights of the unit called ``name``: what is learned starts there."""
+        if not self.options.model_steps:
+            self.weights.clear()  # those of the units before will not be asked for again
+        for inner, layer in quantized_modules(live).items():
+            weight: Tensor = float_unit.get_submodule(inner).weight  # type: ignore[assignment]
+            self.weights[f"{name}.{inner}" if inner else name] = layer.target(weight)
 
     def model(
         self, model: nn.Module, data: Sequence[dict[str, Tensor]], site: str | None, targets: list[Tensor]

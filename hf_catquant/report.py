@@ -200,8 +200,13 @@ def provenance(
         "calibration": calibration,
         "solver": config.solver,
         "solver_options": config.solver_options,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        "versions": library_versions(),
     }
+
+
+def library_versions() -> dict[str, str | None]:
+    """The versions that decide what quantizing gives."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 _LIBRARIES = ("hf-catquant", "torch", "transformers", "scikit-learn")

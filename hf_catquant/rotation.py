@@ -25,8 +25,8 @@ def block_size(columns: int) -> int:
 def rotate(x: Tensor, inverse: bool) -> Tensor:
     """R x of each row x of (..., K), or R^T x; computed in float32, in the dtype of ``x``."""
     rows = x.float()
-    signs = _signs(x.shape[-1], x.device)
-    out = _walsh(rows) * signs if inverse else _walsh(rows * signs)
+    factors = signs(x.shape[-1], x.device)
+    out = _walsh(rows) * factors if inverse else _walsh(rows * factors)
     return out.to(x.dtype)
 
 
@@ -35,7 +35,7 @@ def _walsh(x: Tensor) -> Tensor:
     size = block_size(x.shape[-1])
     first = 1 << (size.bit_length() // 2)
     second = size // first
-    blocks = x.reshape(*x.shape[:-1], -1, first, second)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, first, second)  # no -1: there may be no rows
     return (_walsh_signs(first, x.device) @ (blocks @ _walsh_signs(second, x.device))).reshape(x.shape) * size**-0.5
 
 
@@ -49,7 +49,7 @@ def _walsh_signs(size: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _signs(columns: int, device: torch.device) -> Tensor:
+def signs(columns: int, device: torch.device) -> Tensor:
     """s (K,): the same ones forever, part of the stored format; a multiplicative hash, so like no row of H."""
     hashed = (torch.arange(1, columns + 1, device=device) * 2654435761) & 0xFFFFFFFF
     hashed = ((hashed ^ (hashed >> 15)) * 2246822519) & 0xFFFFFFFF

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import solvers
-from .entries import module_entry
+from .entries import Entries, entry_scheme, module_entry
 from .formats import get_format
-from .layers import QuantizedModule, layer_for
+from .layers import QuantizedModule, Scheme, layer_for
 from .model import Selection, replace_module, share_weight
 from .solvers import Moments
-from .weight import QuantizedWeight
+from .weight import QuantizedWeight, dequantize
 
+ByRun = Iterable[Moments | None]
 Range = tuple[Tensor, Tensor | None]  # scale and offset () of a calibrated activation range
 
 
@@ -41,8 +44,10 @@ class Swap:
         self.outcome = Outcome()
         self._owner: dict[str, str] = {}  # first quantized member of a tied group, by the group's name
 
-    def site(self, name: str, moments: Moments | None, input_range: Range | None = None) -> None:
+    def site(self, name: str, moments: Moments | ByRun | None, input_range: Range | None = None) -> None:
         """Quantize the layer called ``name``; without moments by rounding to nearest.
+
+        A layer of several runs (experts) is given the moments of each in turn, None for one that has none.
 
         Raises:
             ValueError: the weight or the moments are not finite; the float layer is then still in place.
@@ -56,7 +61,15 @@ class Swap:
         new = layer(module, scheme)
         owner = self._owner.get(group)
         if owner is None:
-            self._solve(name, module, new, moments)
+            matrix = self._target(name, module, new)
+            try:
+                if new.runs == 1:
+                    assert moments is None or isinstance(moments, Moments)
+                    self._solve(name, new, matrix, moments)
+                else:
+                    self._solve_runs(name, new, matrix, repeat(None) if moments is None else moments)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             self._owner[group] = name
         replace_module(self.model, name, new)  # not before it is solved: an error leaves the float layer in place
         if owner is not None:
@@ -65,34 +78,70 @@ class Swap:
             new.fill_input_range(*input_range)
         self.outcome.modules[name] = module_entry(new.scheme, (new.rows_, new.columns), owner)
 
-    def _solve(self, name: str, module: nn.Module, new: QuantizedModule, moments: Moments | None) -> None:
-        scheme = new.scheme
+    def restore(self, entries: Entries) -> None:
+        """Put empty layers in the places that ``entries`` describe, as :meth:`site` did when it solved them."""
+        for name, entry in entries.items():
+            module = self.model.get_submodule(name)
+            layer = layer_for(module)
+            assert layer is not None
+            replace_module(self.model, name, layer(module, entry_scheme(entry)))
+            if entry["tied_to"] is None:
+                self._owner[self.sites[name].tied_to or name] = name
+
+    def share(self, entries: Entries) -> None:
+        """After :meth:`restore`, and after the owners have been filled: let those that share a weight hold it."""
+        for name, entry in entries.items():
+            if entry["tied_to"] is not None:
+                share_weight(self.model, name, entry["tied_to"])
+
+    def _target(self, name: str, module: nn.Module, new: QuantizedModule) -> Tensor:
+        """What the new layer's matrix stands for, (N, K) float32."""
         weight: Tensor = module.weight  # type: ignore[assignment]
         matrix = new.target(weight)
-        if not bool(torch.isfinite(matrix).all()):
+        if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in solvers.row_slices(matrix)):
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
-        solver = solvers.get(self.solver if moments is not None else "rtn")
+        return matrix
 
-        def solve(target: Tensor) -> QuantizedWeight:
-            return solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
+    def _solver(self, scheme: Scheme, moments: Moments | None) -> Callable[[Tensor], QuantizedWeight]:
+        """From a matrix (N, K) to what the solver finds for it."""
+        solver = solvers.get(self.solver if moments is not None else "rtn")
+        return lambda target: solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
+
+    def _solve(self, name: str, new: QuantizedModule, matrix: Tensor, moments: Moments | None) -> None:
+        solve = self._solver(new.scheme, moments)
 
         def stored(quantized: QuantizedWeight) -> Tensor:
             new.fill(quantized)
             return new.stored_matrix(torch.float32)
 
-        try:
-            if scheme.low_rank:
-                quantized, *product = solvers.solve_with_product(matrix, scheme.low_rank, moments, solve, stored)
-                new.fill_low_rank(*product)
-            else:
-                quantized = solve(matrix)
-            w_hat = stored(quantized)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        if new.scheme.low_rank:
+            quantized, *product = solvers.solve_with_product(matrix, new.scheme.low_rank, moments, solve, stored)
+            new.fill_low_rank(*product)
+        else:
+            quantized = solve(matrix)
+        w_hat = stored(quantized)
         self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
         if moments is not None and new.bias is not None:
             shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
             new.bias.data = new.bias + shift.to(new.bias.dtype)  # the same parameter: others may be tied to it
+
+    def _solve_runs(self, name: str, new: QuantizedModule, matrix: Tensor, each: ByRun) -> None:
+        """As :meth:`_solve`, every run with moments of its own; the error is that of all rows that were seen."""
+        parts: list[QuantizedWeight] = []
+        noise = signal = 0.0
+        for run, (rows, moments) in enumerate(zip(matrix.chunk(new.runs), each, strict=False)):
+            part = self._solver(new.scheme, moments)(rows)
+            parts.append(part)
+            w_hat = dequantize(part, get_format(new.scheme.weights), new.scheme.group_size)
+            lost, whole = solvers.output_energies(rows, w_hat, moments)
+            noise, signal = noise + lost, signal + whole
+            if moments is not None and new.bias is not None:
+                shift = _mean_output(rows, moments.float_mean) - _mean_output(w_hat, moments.mean)
+                new.bias.data[run] += shift.to(new.bias.dtype)
+        codes, scales, offsets = zip(*parts, strict=True)
+        offset = None if offsets[0] is None else torch.cat(offsets)
+        new.fill(QuantizedWeight(torch.cat(codes), torch.cat(scales), offset))
+        self.outcome.errors[name] = noise / signal if signal > 0 else 0.0
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import transformers
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
 
 # What the class name of a model ends in, and the Auto class that loads such models.
 AUTO_CLASSES = {
@@ -25,6 +26,8 @@ AUTO_CLASSES = {
     "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     "ForCTC": transformers.AutoModelForCTC,
 }
+# Some classes of sounds are called "ForSequenceClassification" like those of texts.
+SOUND_CLASSIFIERS = frozenset(MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values())
 LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 LABELS = ("label", "labels")
@@ -40,6 +43,8 @@ READY = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input
 def auto_class(config: Any) -> Any:
     """The Auto class for the architecture that a config names; ``AutoModel`` if it names no task."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture in SOUND_CLASSIFIERS:
+        return transformers.AutoModelForAudioClassification
     if architecture.startswith("Whisper"):
         return transformers.AutoModelForSpeechSeq2Seq
     return next(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import Entries, check_tensors, verify_entries
-from .fields import changed_fields, check_depth
+from .fields import changed_fields, check_depth, check_labels
 from .formats import get_format, group_count
 from .integrity import Stored, read_header, sha256, verify_files
 from .packing import check_bytes, packed_width
@@ -164,6 +164,7 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
     verify_entries(modules, config.corrections, config.entries_checksum)
     check_tensors(modules, config.checksums)
     check_depth(raw, len(config.checksums))
+    check_labels(raw, sum(path.stat().st_size for path in files))
     verify_files(files, config.checksums)
     headers: dict[str, Stored] = {}
     for path in files:
@@ -247,6 +248,11 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
             )
         elif path.suffix == ".py":
             found.remarks.append(f"{path.name} is code; it runs only with trust_remote_code=True")
+        elif path.name == "adapter_config.json":
+            found.problems.append(
+                "adapter_config.json lies beside the model: transformers would load the model that it names, with an "
+                "adapter, instead of this one; move the adapter into a folder of its own"
+            )
         elif path.suffix == ".safetensors" and path not in files:
             found.remarks.append(f"{path.name} is not part of the model")
 
@@ -258,12 +264,17 @@ def _check_fields(folder: Path, config: CatQuantConfig, found: Verification) -> 
         found.remarks.append("provenance has no fields: whether config.json was changed after the save cannot be told")
         return
     try:
-        changed = changed_fields(transformers.AutoConfig.from_pretrained(folder).to_dict(), fields)
+        changed = changed_fields(_as_loaded(folder), fields)
     except Exception as error:  # of the model's own config class: whatever it raises, the fields stay unchecked
         found.remarks.append(f"the fields of config.json were not checked: {' '.join(str(error).split())[:200]}")
         return
     if changed:
         found.problems.append(f"{', '.join(changed)} of config.json are not what was saved")
+
+
+def _as_loaded(folder: Path) -> dict[str, Any]:
+    """config.json as transformers reads it; without the word False it would ask at a terminal whether to run code."""
+    return dict(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
 
 
 def _provenance(config: CatQuantConfig, found: Verification) -> None:

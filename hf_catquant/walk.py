@@ -12,9 +12,10 @@ that detaches its hidden states), everything is kept, and the log says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,6 +26,7 @@ from .replay import Call, Replay, Stop, forget, hooked, own, own_random_numbers,
 __all__ = ["Call", "Leaf", "Outputs", "Unit", "Walk", "leaf_inputs", "leaf_outputs", "run_unit"]
 
 Outputs = list[list[Any]]  # by batch, by call
+KEPT_BYTES = 1 << 30  # arguments of a unit over all batches that are larger than this are caught again when asked for
 
 
 class Walk:
@@ -51,13 +53,25 @@ class Walk:
         self._stream, self._batch = "float", 0
         self._last_read = self.plan.last_reads()
 
-    def inputs(self, index: int, stream: str) -> list[list[Call]]:
-        """Arguments that unit ``index`` receives in ``stream``, by batch, by call."""
-        return [self._catch(index, stream, batch, until="input")[0] for batch in range(len(self.batches))]
+    def inputs(self, index: int, stream: str) -> Sequence[list[Call]]:
+        """Arguments that unit ``index`` receives in ``stream``, by batch, by call; until the unit is recorded."""
+        first = self._catch(index, stream, 0, until="input")[0]
+        if _nbytes(first) * len(self.batches) > KEPT_BYTES:
+            return _CaughtAgain(lambda batch: self._catch(index, stream, batch, until="input")[0], len(self.batches))
+        rest = range(1, len(self.batches))
+        return [first, *(self._catch(index, stream, batch, until="input")[0] for batch in rest)]
 
-    def inputs_and_outputs(self, index: int, stream: str) -> tuple[list[list[Call]], Outputs]:
-        """Arguments and results of unit ``index``, as it stands in the model now, by batch, by call."""
-        pairs = [self._catch(index, stream, batch, until="output") for batch in range(len(self.batches))]
+    def outputs(self, index: int, stream: str) -> Outputs:
+        """Results of unit ``index``, as it stands in the model now, by batch, by call."""
+        return [self._catch(index, stream, batch, until="output")[1] for batch in range(len(self.batches))]
+
+    def inputs_and_outputs(self, index: int, stream: str) -> tuple[Sequence[list[Call]], Outputs]:
+        """Both, in one run where the arguments are small."""
+        first = self._catch(index, stream, 0, until="output")
+        if _nbytes(first[0]) * len(self.batches) > KEPT_BYTES:
+            return self.inputs(index, stream), self.outputs(index, stream)
+        rest = range(1, len(self.batches))
+        pairs = [first, *(self._catch(index, stream, batch, until="output") for batch in rest)]
         return [calls for calls, _ in pairs], [outputs for _, outputs in pairs]
 
     def record(self, index: int, outputs: dict[str, Outputs]) -> None:
@@ -71,6 +85,10 @@ class Walk:
         for past in [i for i in self._replays if self._last_read[i] <= index]:
             for stream in self._recorded:
                 self._recorded[stream][past] = pytree.tree_map_only(Tensor, forget, self._recorded[stream][past])
+
+    def recorded(self, stream: str) -> dict[int, Outputs]:
+        """What the finished units put out, by index; forgotten tensors are no tensors any more."""
+        return self._recorded[stream]
 
     def outputs_of(self, name: str, stream: str, batches: Sequence[int] | None = None) -> list[Any]:
         """What the module called ``name`` returns at its last call, by batch, once every unit is recorded."""
@@ -90,13 +108,14 @@ class Walk:
             replace_module(self.model, self.plan.units[index].name, replay.original)
         self._replays.clear()
 
+    @torch.no_grad()
     def _catch(self, index: int, stream: str, batch: int, until: str) -> tuple[list[Call], list[Any]]:
         unit = self.plan.units[index]
         calls: list[Call] = []
         outputs: list[Any] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((own(args), own(kwargs)))
+            calls.append((own(args), own(kwargs)))  # the unit may write into what it was given
             if until == "input" and len(calls) == unit.calls:
                 raise Stop
 
@@ -122,6 +141,27 @@ class Walk:
 
     def _recall(self, index: int, call: int) -> Any:
         return revived(self._recorded[self._stream][index][self._batch][call])
+
+
+class _CaughtAgain(Sequence[list[Call]]):
+    """Arguments of a unit by batch, from a new run of the model every time one is asked for."""
+
+    def __init__(self, catch: Callable[[int], list[Call]], count: int) -> None:
+        self._batches = range(count)
+        self._catch = catch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, batch: Any) -> Any:
+        return self._catch(self._batches[batch])
+
+    def __iter__(self) -> Iterator[list[Call]]:
+        return map(self._catch, self._batches)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def leaf_inputs(root: nn.Module, leaf: Leaf, calls: list[Call]) -> list[Tensor]:

@@ -26,12 +26,25 @@ HEADER = Path(__file__).parent / "kernels" / "emulator" / "emulator.h"
 ARGUMENTS = {
     "product16": "Product",
     "product8": "Product",
+    "gemm": "Product",
+    "sums": "XSums",
+    "partials": "Partials",
     "rows": "Quantization",
     "weight": "Rows",
+    "untile": "Product",
+    "rotate": "Rotation",
     "cluster": "Correction",
 }
 PROCESSORS = 3  # of the device that is emulated: few, so that small matrices use every launch there is
-OUTPUTS = {"product16": (5,), "product8": (5,), "rows": (1, 2), "weight": (4,), "cluster": (6,)}
+OUTPUTS = {
+    **dict.fromkeys(("product16", "product8", "gemm", "untile"), (6,)),
+    "sums": (1,),
+    "rotate": (1,),
+    "partials": (3,),
+    "rows": (1, 2),
+    "weight": (4,),
+    "cluster": (6,),
+}
 
 
 class Region(ctypes.Structure):

@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForAudioClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import fake_hub
 import tiny_models
-from hf_catquant.card import model_card
+from hf_catquant.card import _task, model_card
 from hf_catquant.cli import main
+from hf_catquant.tasks import auto_class
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(90)]
@@ -138,6 +139,17 @@ def test_a_damaged_folder_is_not_pushed(copy, capsys):
     assert "is not pushed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["wav2vec2", "bert", "ast"])
+def test_the_task_of_a_sound_classifier_is_not_that_of_a_text(name):
+    architecture = type(tiny_models.build(name)).__name__
+    sound = name != "bert"
+    assert _task(architecture) == ("audio-classification" if sound else "text-classification")
+    config = tiny_models.build(name).config
+    config.architectures = [architecture]
+    auto = AutoModelForAudioClassification if sound else AutoModelForSequenceClassification
+    assert auto_class(config) is auto
+
+
 def test_the_cards_of_the_repository_are_of_this_template():
     assert (ROOT / "model_cards" / "TEMPLATE.md").read_text() == (
         ROOT / "hf_catquant" / "card_template.md"
@@ -159,6 +171,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification as Auto
 import hf_catquant
 from hf_catquant.cli import main
+from hf_catquant.tasks import auto_class
 folder, shards = sys.argv[1:]
 assert main(["push", folder, "me/tiny", "--base-model", "you/float"]) == 0
 model = Auto.from_pretrained(folder)

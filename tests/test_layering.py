@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity fields generate evaluation_table bench_peers",
-    "rotation",
+    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
+    "rotation journal shelf",
     "packing request_checks theory",
     "weight",
     "op_checks",
@@ -26,25 +26,29 @@ ROWS = [
     "correction_file cluster_space cluster_sums",
     "cluster_fit",
     "layers",
-    "entries",
+    "entries lora modules",
     "config",
     "model resolve",
-    "model_inputs padding load_checks",
+    "model_inputs padding load_checks streaming sizes",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
     "replay activations",
     "logits",
     "probe swap",
-    "samples walk",
+    "samples walk steps",
     "fitting features gather",
+    "expert_rows",
     "extract learned training mixed",
     "reconstruction",
     "calibrate",
+    "pipeline",
+    "planning",
     "report",
+    "plain",
     "quantizer",
     "evaluation tasks verify",
-    "by_layer report_page card",
+    "by_layer report_page card exports folder",
     "hub",
     "demo",
     "cli",
@@ -53,7 +57,7 @@ ROWS = [
 # Parts of transformers that change without notice, and the files that follow them: the quantizer, and the model's one
 # question what modules_to_not_convert means.
 INTERNALS = ("transformers.quantizers", "transformers.core_model_loading", "transformers.modeling_utils")
-FOLLOWERS = {"quantizer", "model"}
+FOLLOWERS = {"quantizer", "model", "streaming"}
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant import CatQuantConfig, mixed, quantize, report
 from hf_catquant.formats import get_format
 
 
@@ -66,6 +66,17 @@ def test_bits_stay_within_the_budget_and_go_where_they_are_needed(average_bits):
     assert min(widths["layers.1.a"], widths["layers.1.b"]) >= max(others)
     assert min(widths["layers.1.a"], widths["layers.1.b"]) > min(others)
     assert any(f"{used:.3f} bits a weight" in note for note in report(model).notes)
+
+
+@pytest.mark.parametrize(("weights", "tried"), [("ternary", False), ("ternary_symmetric", True)])
+def test_only_what_takes_no_fewer_bits_is_tried(weights, tried, monkeypatch):
+    names = []
+    monkeypatch.setattr(mixed._Losses, "alone", lambda self, site, name: names.append(name) or 1.0)
+    model, samples = uneven()
+    quantize(model, request(dataset=samples, weights=weights, average_bits=6.0))
+    assert ("ternary_symmetric" in names) == tried
+    assert {"ternary", "int2", "int8"} <= set(names)
+    assert "binary" not in names
 
 
 def test_mixed_is_better_than_uniform_of_the_same_bits():

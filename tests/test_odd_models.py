@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], tf.PreTrainedModel], str, float]] = {
         "text",
         90,
     ),
-    "mixtral: fused experts": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**LLAMA, **EXPERTS)), "text", 20),
+    "mixtral: fused experts": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**LLAMA, **EXPERTS)), "text", 99),
     "wavlm: a weight norm": (
         lambda: tf.WavLMForSequenceClassification(tf.WavLMConfig(**SPEECH)),
         "wave",
@@ -143,8 +143,6 @@ def test_round_trip(name: str, tmp_path: Path):
     assert report.coverage >= least
     ternary = sum(layer.weights == "ternary" for layer in report.layers)
     assert 2 * ternary >= len(report.layers), "blocks were not found: what is outside them is int8"
-    if "experts" in name:
-        assert any("experts.gate_up_proj" in skipped for skipped in report.skipped)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -284,6 +284,16 @@ def test_compile_and_export(name, root):
     torch.testing.assert_close(tiny_models.main_output(actual), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+@torch.no_grad()
+def test_inductor(name, root):
+    model = load(name, root, quantization_config=calibrated(name))
+    compiled = torch.compile(model, fullgraph=True)
+    actual = tiny_models.main_output(compiled(**tiny_models.batch(name)))
+    torch.testing.assert_close(actual, output(model, name), rtol=1e-4, atol=1e-4)
+
+
 def test_loading_without_modules_is_refused(root, tmp_path):
     folder = tiny_models.folder_of("bert", root)
     config = tf.AutoConfig.from_pretrained(folder)

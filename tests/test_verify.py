@@ -100,6 +100,8 @@ def test_tensors_that_cannot_be_are_named(folder, tensors, message):
     [
         ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most"),
+        ({"num_labels": 10**12}, "num_labels must be at most"),  # transformers would write a table of them
+        ({"text_config": {"num_labels": 1e300}}, "num_labels must be at most"),
         ({"quantization_config": None}, "not a quantized model"),
         ({"quantization_config": {"quant_method": "catquant"}}, "it is a request, not a quantized model"),
     ],
@@ -139,6 +141,21 @@ def test_a_careful_user_is_told_what_lies_beside(folder):
     found = verify(folder)
     assert found.is_whole
     assert len(found.remarks) == 3
+
+
+def test_an_adapter_that_would_be_loaded_instead_is_named(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another/model"}))
+    assert "adapter_config.json lies beside the model" in verify(folder).problems[0]
+
+
+def test_nobody_is_asked_whether_code_may_run(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    edit(folder, model_type="unheard-of", auto_map={"AutoConfig": "evil.Config"})
+    found = verify(folder)
+    assert asked == []
+    assert any("the fields of config.json were not checked" in remark for remark in found.remarks)
 
 
 def test_the_verb_fails_when_something_is_wrong(folder, capsys):

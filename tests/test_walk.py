@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize, walk
 from hf_catquant.layers import layer_for
 from hf_catquant.log import logger
 from hf_catquant.model import stacks
@@ -253,3 +255,18 @@ def test_layers_that_read_one_tensor_share_a_source():
     leaves = walk_over(model, [{"input": torch.randn(4, 6)}]).plan.units[0].leaves
     assert [leaf.name for leaf in leaves] == ["up", "other", "down"]
     assert leaves[0].source == leaves[1].source != leaves[2].source
+
+
+@pytest.mark.parametrize("solver", ["gptq", "reconstruct"])
+@pytest.mark.parametrize("arch", ["resnet", "bert"])
+def test_arguments_too_large_to_keep_are_caught_again(arch, solver, monkeypatch):
+    options = {"block_steps": 3, "model_steps": 2} if solver == "reconstruct" else None
+    config = {"batch_size": 4, "solver": solver, "solver_options": options, "activations": "int4"}
+    states = []
+    for kept in (walk.KEPT_BYTES, 0):
+        monkeypatch.setattr(walk, "KEPT_BYTES", kept)
+        model = tiny_models.build(arch)
+        quantize(model, CatQuantConfig(dataset=tiny_models.samples(arch, 16, seed=0), **config))
+        states.append(model.state_dict())
+    assert_same(states[0], states[1])
+    assert states[0].keys() == states[1].keys()

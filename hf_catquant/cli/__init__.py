@@ -1,4 +1,4 @@
-"""The command line: ``catquant demo | quantize | inspect | eval | verify | push | bench``."""
+"""The command line: ``catquant demo | plan | quantize | inspect | eval | verify | export | push | bench``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, evaluate, inspect, push, quantize, verify
+from . import bench, demo, evaluate, export, inspect, plan, push, quantize, verify
 
-VERBS = (demo, quantize, inspect, evaluate, verify, push, bench)
+VERBS = (demo, plan, quantize, inspect, evaluate, verify, export, push, bench)
 
 
 def add_verbs(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ The model comes from a folder or from the Hub; calibration rows come from a parq
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import CatQuantConfig
+from ..folder import quantize_folder
 from ..formats import ACTIVATION_FORMATS, FORMATS
 from ..generate import generate_samples
 from ..report import report
@@ -29,6 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("model", help="folder or Hub id of the float model")
     parser.add_argument("out", help="folder to write")
+    add_request(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into a folder that is not empty; drop an interrupted run"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run into this folder that was interrupted, if there is one"
+    )
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """What to do with the model, where from, and in how much memory."""
     parser.add_argument("--weights", choices=FORMATS, default="ternary", help="format of the weights")
     parser.add_argument("--group-size", type=int, default=128, help="columns that share a scale, -1 for whole rows")
     parser.add_argument(
@@ -72,20 +83,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code that comes with the model"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    parser.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="load the whole float model, instead of a unit at a time from the disk",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, save and print the report."""
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
     config = load_config(args.model, args.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{args.model} is quantized already: start from the float model")
     processor = load_processor(args.model, args.trust_remote_code)
-    auto = auto_class(config)
-    request = CatQuantConfig(
+    model = quantize_folder(
+        args.model,
+        out,
+        request(args, processor, auto_class(config)),
+        dtype=getattr(torch, args.dtype),
+        stream=not args.in_memory,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        trust_remote_code=args.trust_remote_code,
+        made={"model": _without_folder(args.model), "command": _command(args.words)},
+    )
+    print(report(model))
+    print(f"saved to {out}")
+
+
+def request(args: argparse.Namespace, processor: Any, auto: Any) -> CatQuantConfig:
+    """What the arguments ask for."""
+    return CatQuantConfig(
         weights=args.weights,
         group_size=args.group_size,
         activations=None if args.activations == "none" else args.activations,
@@ -104,20 +131,6 @@ def run(args: argparse.Namespace) -> None:
         modules_to_not_convert=args.skip,
         strict=args.strict,
     )
-    model = auto.from_pretrained(
-        args.model,
-        quantization_config=request,
-        dtype=getattr(torch, args.dtype),
-        trust_remote_code=args.trust_remote_code,
-    )
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    summary = report(model)
-    made = {"model": _without_folder(args.model), "command": _command(args.words)}
-    (out / "report.json").write_text(json.dumps({**summary.to_dict(), **made}, indent=2), encoding="utf-8")
-    print(summary)
-    print(f"saved to {out}")
 
 
 def _samples(args: argparse.Namespace, processor: Any, auto: Any) -> Any:

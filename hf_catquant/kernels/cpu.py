@@ -12,10 +12,11 @@ from torch import Tensor
 from ..log import logger
 from . import native, reference
 from .cpu_conv import conv
+from .cpu_float import cluster_affine, rotate
 from .cpu_linear import linear
 from .cpu_rows import dequantize, embedding, unpack
 
-KERNELS = (linear, conv, embedding, dequantize, unpack)
+KERNELS = (linear, conv, embedding, dequantize, unpack, cluster_affine, rotate)
 
 
 @cache

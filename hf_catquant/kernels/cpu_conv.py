@@ -1,12 +1,14 @@
-"""``conv`` on the CPU: few positions are a linear of their patches; many are convolved by torch with the float weight.
+"""``conv`` on the CPU: sums of integers where there are many out channels, else torch's own with the float weight.
 
-Patches cost K values a position to lay out, the float weight N * K to dequantize: where a layer has fewer positions
-than about the rows of a cache, its weight is the larger part. Early layers of an image network have small weights and
-many positions, and later ones the reverse.
+Laying out the K values of a position costs about as much as multiplying them by some tens of channels, and the float
+weight N * K values to dequantize. So the early layers of an image network, small and with many positions, are
+convolved by torch, and the later ones in integers: by the library, which reads the input where it lies, or where
+float products are faster for many rows, as a linear of patches for few positions.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Sequence
@@ -18,9 +20,11 @@ from ..formats import get_format
 from ..op_checks import check_conv, check_input
 from ..weight import quantize_activation
 from . import activation, native
-from .cpu_linear import linear
+from .cpu_linear import linear, readable_bias
 from .cpu_rows import dequantize, dequantize_into
-from .layout import readable
+from .layout import check_state, layout_of, readable
+from .native import DTYPES
+from .patches import patches
 
 # Positions of all inputs together up to which patches are faster; measured with the layers of ResNet-50.
 MOST_POSITIONS = 256
@@ -53,8 +57,26 @@ def conv(
     check_input(x, bias, packed.shape[0], activations, input_scale)
     sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
+    geometry = (kernel_size, stride, padding, dilation)
+    if groups == 1:
+        found = _integer_conv(
+            x,
+            packed,
+            scale,
+            offset,
+            input_scale,
+            input_offset,
+            bias,
+            weights,
+            group_size,
+            activations,
+            *geometry,
+            spatial,
+        )
+        if found is not None:
+            return found
     if groups == 1 and _few(x, math.prod(spatial), activations, input_scale, input_offset):
-        rows = _patches(x, kernel_size, stride, padding, dilation)
+        rows = patches(x, kernel_size, stride, padding, dilation)
         out = linear(rows, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
         maps = out.new_empty((x.shape[0], packed.shape[0], *spatial))  # no view: the caller may write into it
         maps.flatten(2).copy_(out.transpose(1, 2))
@@ -71,6 +93,62 @@ def conv(
     function = torch.nn.functional.conv1d if len(kernel_size) == 1 else torch.nn.functional.conv2d
     bias = None if bias is None else bias.to(x.dtype)
     return function(x, weight.view(shape), bias, list(stride), list(padding), list(dilation), groups).contiguous()
+
+
+def _integer_conv(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    input_scale: Tensor | None,
+    input_offset: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    spatial: Sequence[int],
+) -> Tensor | None:
+    """The convolution in integers, None if the library does not serve it or float weights are faster."""
+    dtype, rows = DTYPES.get(x.dtype), packed.shape[0]
+    out = x.new_empty((x.shape[0], rows, *spatial))
+    if dtype is None or not out.numel() or not (bias is None or readable_bias(bias, rows)):
+        return None
+    how = activation.row_range(None, x.dtype)
+    if activations is not None:  # a range has to be one for all, with zero, which is around x, on a level
+        how = None if input_scale is None else activation.given_range(activations, input_scale, input_offset)
+    if how is None or rows < native.conv_from[how.digits - 1]:
+        return None
+    columns = x.shape[1] * math.prod(kernel_size)
+    address = layout_of(packed, scale, offset, weights, group_size, columns)
+    if address is None:
+        return None
+    x = x.contiguous()
+    sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
+    steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))
+    window = native.Window(x.shape[1], *(side for pair in (*sizes, *steps) for side in pair))
+    state = native.loaded().cq_conv(
+        address,
+        how.address,
+        ctypes.addressof(window),
+        x.data_ptr(),
+        x.shape[0],
+        dtype,
+        *((None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])),
+        out.data_ptr(),
+        native.path_number,
+        torch.get_num_threads(),
+    )
+    check_state(state)
+    return out if state == native.OK else None
+
+
+def _sides(values: Sequence[int], first: int) -> tuple[int, ...]:
+    """Of two dimensions; a convolution over time has one line."""
+    return (first, *values) if len(values) == 1 else tuple(values)
 
 
 def _buffer(size: int, dtype: torch.dtype) -> Tensor:
@@ -96,19 +174,3 @@ def _few(x: Tensor, positions: int, activations: str | None, scale: Tensor | Non
         and scale is not None
         and activation.given_range(activations, scale, offset) is not None
     )
-
-
-def _patches(
-    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """The part of x (B, C, *spatial) under the kernel at every position: (B, positions, C * prod(kernel_size))."""
-    if any(padding):
-        x = torch.nn.functional.pad(x, [side for side in reversed(padding) for _ in range(2)])
-    batch, channels = x.shape[:2]
-    sides = zip(x.shape[2:], kernel_size, stride, dilation, strict=True)
-    spatial = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in sides]
-    batch_step, channel_step, *steps = x.stride()
-    moves = [step * s for step, s in zip(steps, stride, strict=True)]
-    inside = [step * d for step, d in zip(steps, dilation, strict=True)]
-    shape, strides = (batch, *spatial, channels, *kernel_size), (batch_step, *moves, channel_step, *inside)
-    return x.as_strided(shape, strides, x.storage_offset()).reshape(batch, math.prod(spatial), -1)

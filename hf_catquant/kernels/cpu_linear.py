@@ -42,7 +42,7 @@ def _integer_linear(
 ) -> Tensor | None:
     """The product in integers, None if the library does not serve it."""
     columns, rows, dtype = x.shape[-1], packed.shape[0], DTYPES.get(x.dtype)
-    if dtype is None or not x.numel() or not (bias is None or _readable_bias(bias, rows)):
+    if dtype is None or not x.numel() or not (bias is None or readable_bias(bias, rows)):
         return None
     if input_scale is None:
         how = activation.row_range(activations, x.dtype)
@@ -73,7 +73,8 @@ def _integer_linear(
     return out if state == native.OK else None
 
 
-def _readable_bias(bias: Tensor, rows: int) -> bool:
+def readable_bias(bias: Tensor, rows: int) -> bool:
+    """Whether the library can add it where it lies."""
     return bias.dtype in DTYPES and bias.shape == (rows,) and bias.is_contiguous()
 
 

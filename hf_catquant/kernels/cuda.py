@@ -2,8 +2,8 @@
 
     linear          a product from packed tiles for few tokens (float16, bfloat16; any dtype with dynamic activations),
                     else dequantization in pieces and cuBLAS
-    conv            dequantization and cuDNN
-    embedding, dequantize, cluster_affine    one kernel each (a wide projection is cuBLAS)
+    conv            few positions are a linear of their patches; else dequantization and cuDNN
+    embedding, dequantize, rotate, cluster_affine    one kernel each (a wide projection is cuBLAS)
     unpack          the reference
 
 Nothing here touches CUDA before an op is called on a CUDA tensor. Kernels are compiled then (``cuda_compile.py``). Where
@@ -14,6 +14,7 @@ instead, ``CATQUANT_CUDA=reference`` never uses a kernel.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,12 +26,14 @@ from torch.nn import functional as F
 from .. import ops  # noqa: F401  defines what is registered here
 from ..formats import get_format
 from ..log import logger
-from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_weight
+from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_rotate, check_weight
 from ..weight import quantize_activation
 from . import cuda_table, reference
 from .cuda_calls import correct, dense, expand, multiply
+from .cuda_calls import rotate as rotate_rows
 from .cuda_compile import Unserved, library
 from .cuda_layout import Layout, Layouts
+from .patches import patches
 
 SWITCH = "CATQUANT_CUDA"
 layouts = Layouts()
@@ -87,25 +90,24 @@ def linear(
     check_input(x, bias, rows, activations, input_scale)
     if bias is not None:
         bias = bias.to(x.dtype)
-    flat = x.reshape(-1, columns)
     stored = (weight_packed, weight_scale, weight_offset, weights, group_size, columns)
-    out = None
-    if flat.shape[0] and rows and _in_tiles(flat, activations, input_scale):
+    if not x.numel() or not rows:
+        return x.new_zeros(*x.shape[:-1], rows)  # no rows of x, or no outputs: K is never 0
+    layout = None
+    if x.dtype != torch.float32 or activations is not None:
         layout = layouts.of(*stored)
-        if layout is not None:
-            out = multiply(flat, layout, bias, activations)
-    if out is None:
-        if activations is not None:
-            flat = quantize_activation(flat, get_format(activations), input_scale, input_offset)
-        out = dense(flat, *stored[:5], bias)
-    return out.view(*x.shape[:-1], rows)
+    if layout is not None and _in_tiles(x, activations, input_scale):
+        return multiply(x, layout, bias, activations)
+    if activations is not None:
+        x = quantize_activation(x, get_format(activations), input_scale, input_offset)
+    return dense(x, *stored[:5], bias, layout)
 
 
 def _in_tiles(x: Tensor, activations: str | None, input_scale: Tensor | None) -> bool:
-    """Whether a product from tiles serves x (M, K)."""
+    """Whether a product from tiles serves x (..., K)."""
     if activations is None:
-        return x.dtype != torch.float32 and x.shape[0] <= cuda_table.EXACT_TOKENS
-    return input_scale is None and x.shape[0] <= cuda_table.INTEGER_TOKENS
+        return x.dtype != torch.float32 and x.numel() // x.shape[-1] <= cuda_table.EXACT_TOKENS
+    return input_scale is None
 
 
 @served
@@ -167,10 +169,21 @@ def conv(
     check_input(x, bias, weight_packed.shape[0], activations, input_scale)
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
-    shape = (weight_packed.shape[0], x.shape[1] // groups, *kernel_size)
-    weight = expand(*stored, torch.Size(shape[1:]).numel(), x.dtype).view(shape)
-    function = F.conv1d if len(kernel_size) == 1 else F.conv2d
     bias = None if bias is None else bias.to(x.dtype)
+    shape = torch.Size((weight_packed.shape[0], x.shape[1] // groups, *kernel_size))
+    sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
+    positions = x.shape[0] * math.prod(spatial)
+    if groups == 1 and 0 < positions <= cuda_table.EXACT_TOKENS and x.dtype != torch.float32 and shape.numel():
+        layout = layouts.of(*stored, shape[1:].numel())
+        if layout is not None:
+            rows = patches(x, kernel_size, stride, padding, dilation).flatten(0, 1)
+            out = multiply(rows, layout, bias, None).view(x.shape[0], -1, shape[0])
+            maps = out.new_empty(x.shape[0], shape[0], *spatial)  # no view: the caller may write into it
+            maps.flatten(2).copy_(out.transpose(1, 2))
+            return maps
+    weight = expand(*stored, shape[1:].numel(), x.dtype).view(shape)
+    function = F.conv1d if len(kernel_size) == 1 else F.conv2d
     return function(x, weight, bias, list(stride), list(padding), list(dilation), groups).contiguous()
 
 
@@ -179,6 +192,13 @@ def cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Te
     """gamma[c] * y + beta[c], c the nearest of the centroids (C, P) to y (..., D) @ basis (D, P)."""
     check_cluster_affine(y, basis, centroids, gamma, beta)
     return correct(y, basis, centroids, gamma, beta)
+
+
+@served
+def rotate(x: Tensor, inverse: bool) -> Tensor:
+    """R x of the rows of x (..., K), or R^T x: see ``rotation.py``."""
+    check_rotate(x)
+    return rotate_rows(x, inverse)
 
 
 def place(
@@ -204,5 +224,5 @@ def _say(message: str) -> None:
     logger.warning(message)
 
 
-for _kernel in (linear, conv, embedding, dequantize, cluster_affine):
+for _kernel in (linear, conv, embedding, dequantize, cluster_affine, rotate):
     torch.library.register_kernel(f"catquant::{_kernel.__name__}", "cuda", _kernel)

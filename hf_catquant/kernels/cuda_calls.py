@@ -7,27 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..formats import Format, get_format, group_count, group_width
+from ..rotation import block_size
 from . import cuda_driver, cuda_table
 from .cuda_compile import Unserved, Variant
-from .cuda_layout import Layout, level_map
+from .cuda_layout import Layout, aligned, level_map
 
+MOST_THREADS = 1024  # of a block
+MOST_BLOCKS = (2**31 - 1, 65535)  # along x and y
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the constant TYPE of every kernel
 
 # The struct that each kernel takes: pointers, then ints, then floats, rounded up to whole pointers as C does.
 FORMS = {
-    "product16": struct.Struct("6P6i2f0P"),
-    "product8": struct.Struct("6P6i2f0P"),
+    "product16": struct.Struct("7P7i2f0P"),
+    "product8": struct.Struct("7P7i2f0P"),
+    "gemm": struct.Struct("7P7i2f0P"),
+    "sums": struct.Struct("2P3i0P"),
+    "partials": struct.Struct("4P3i0P"),
     "rows": struct.Struct("3P2i2f0P"),
     "weight": struct.Struct("5P7i2f0P"),
+    "untile": struct.Struct("7P7i2f0P"),
+    "rotate": struct.Struct("2P2i1f0P"),
     "cluster": struct.Struct("7P3i0P"),
 }
 
 
 def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | None) -> Tensor:
-    """x (M, K) times the weight in tiles, plus bias (N,) in the dtype of x: (M, N).
+    """x (..., K) times the weight in tiles, plus bias (N,) in the dtype of x: (..., N).
 
     Args:
         x: float16 or bfloat16, or any dtype together with ``activations``.
@@ -38,25 +45,49 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     Raises:
         Unserved: the kernel cannot be compiled or loaded.
     """
-    dtype, tokens, device = x.dtype, x.shape[0], x.device
-    out = x.new_empty(tokens, layout.rows)
-    x, scale = layout.align(x), None
+    dtype, device = x.dtype, x.device
+    out = x.new_empty(*x.shape[:-1], layout.rows)  # as it is returned: a view could not be written to under autograd
+    x, scale = layout.align(x.reshape(-1, x.shape[-1])), None
+    tokens = x.shape[0]
     columns = x.shape[1]
     if activations is not None:
         x, scale = quantize_rows(x, get_format(activations), layout.padded)
-    variant, held, tiles, warps = cuda_table.product(
-        layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device)
-    )
+    plan = cuda_table.product(layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device))
     row_tiles = layout.tiles.shape[0]
-    sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1])
-    _launch(
-        variant,
-        device,
-        (-(-row_tiles // tiles), -(-tokens // held)),
-        (32, warps),
-        (layout.tiles, layout.scales, x, scale, bias, out, *sizes, layout.level_step, layout.level_zero),
+    x_sums = _sum_runs(x, plan, scale is not None) if plan.runs else None
+    made = out if plan.splits == 1 else out.new_empty(plan.splits, tokens, layout.rows, dtype=torch.float32)
+    sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
+    arguments = (
+        layout.tiles,
+        layout.scales,
+        x,
+        scale,
+        x_sums,
+        bias,
+        made,
+        *sizes,
+        layout.level_step,
+        layout.level_zero,
     )
+    _launch(plan.variant, device, plan.grid, plan.threads, arguments)
+    if plan.splits > 1:
+        adding = Variant("partials", (("TYPE", TYPES[dtype]),))
+        grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
+        parts = (made, scale, bias, out, tokens, layout.rows, plan.splits)
+        _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), parts)
     return out
+
+
+def _sum_runs(x: Tensor, plan: cuda_table.Launch, integer: bool) -> Tensor:
+    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 2) float32."""
+    tokens, columns = x.shape
+    made = torch.empty(plan.runs, tokens + tokens % 2, dtype=torch.float32, device=x.device)
+    shared = dict(plan.variant.constants)
+    constants = tuple((name, shared[name]) for name in (*cuda_table.NAMES, "INTEGER"))
+    grid = (tokens, -(-plan.runs * 32 // cuda_table.SUM_THREADS))
+    arguments = (x, made, tokens, columns, plan.runs)
+    _launch(Variant("sums", constants), x.device, grid, (cuda_table.SUM_THREADS, 1), arguments)
+    return made
 
 
 def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
@@ -78,21 +109,47 @@ def dense(
     weights: str,
     group_size: int,
     bias: Tensor | None,
+    layout: Layout | None = None,
 ) -> Tensor:
-    """x (M, K) times w_hat (N, K), dequantized a piece at a time: (M, N)."""
-    rows, columns = packed.shape[0], x.shape[1]
+    """x (..., K) times w_hat (N, K), dequantized a piece at a time, from its tiles where there are some: (..., N)."""
+    rows, columns = packed.shape[0], x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], rows)
+    x = x.reshape(-1, columns)
+    if layout is not None and layout.spread is None:
+        x = layout.align(x)
+    else:
+        layout = None
+
+    def piece(first: int, last: int) -> Tensor:
+        if layout is not None:
+            return untile(layout, first // 16, -(-last // 16), x.dtype)
+        some = None if offset is None else offset[first:last]
+        return expand(packed[first:last], scale[first:last], some, weights, group_size, columns, x.dtype)
+
     at_once = max(64, cuda_table.DENSE_BYTES // (columns * x.element_size()) // 64 * 64)
-    if rows <= at_once:
-        return F.linear(x, expand(packed, scale, offset, weights, group_size, columns, x.dtype), bias)
-    out = x.new_empty(x.shape[0], rows)
     for first in range(0, rows, at_once):
-        part = slice(first, first + at_once)
-        some = None if offset is None else offset[part]
-        weight = expand(packed[part], scale[part], some, weights, group_size, columns, x.dtype)
+        last = min(first + at_once, rows)
+        weight = piece(first, last)
         if bias is None:
-            torch.mm(x, weight.T, out=out[:, part])
+            torch.mm(x, weight.T, out=out.view(-1, rows)[:, first:last])
         else:
-            torch.addmm(bias[part], x, weight.T, out=out[:, part])
+            torch.addmm(bias[first:last], x, weight.T, out=out.view(-1, rows)[:, first:last])
+    return out
+
+
+def untile(layout: Layout, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """w_hat of the row tiles from ``first`` up to ``last``, in ``dtype``, as wide as ``layout.align`` makes x."""
+    count = last - first
+    rows = min(layout.rows - 16 * first, 16 * count)
+    columns = layout.columns + -layout.columns % 8
+    out = torch.empty(rows, columns, dtype=dtype, device=layout.tiles.device)
+    constants = (layout.bits, layout.group_steps, int(layout.scales.element_size() == 4), TYPES[dtype], 1, 1)
+    variant = Variant("untile", tuple(zip(cuda_table.NAMES, (*constants, cuda_table.UNTILE_WARPS), strict=True)))
+    sizes = (1, rows, columns, count, layout.chunks, layout.scales.shape[1], 1)
+    zero = layout.level_zero - (128 * layout.level_step if layout.bits == 8 else 0)
+    tensors = (layout.tiles[first:last], layout.scales[first:last], None, None, None, None, out)
+    grid = (count, -(-layout.chunks // cuda_table.UNTILE_WARPS))
+    _launch(variant, out.device, grid, (32, cuda_table.UNTILE_WARPS), (*tensors, *sizes, layout.level_step, zero))
     return out
 
 
@@ -132,6 +189,8 @@ def expand(
     index = None if index is None else index.contiguous()
     numbers = (rows, columns, *packed.shape, width, fmt.packed_len(width), group_count(columns, group_size))
     threads = cuda_table.WEIGHT_THREADS
+    if rows * -(-columns // 8) >= 2**32 - threads:
+        raise Unserved(f"dequantize counts its work in 32 bits, ({rows}, {columns}) is too much: use fewer rows")
     grid = (-(-rows * -(-columns // 8) // threads), 1)
     arguments = (packed, scale, offset, index, out, *numbers, *level_map(fmt))
     _launch(Variant("weight", constants), packed.device, grid, (threads, 1), arguments)
@@ -166,7 +225,41 @@ def correct(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, b
     return out
 
 
+def rotate(x: Tensor, inverse: bool) -> Tensor:
+    """R x of the rows of x (..., K), or R^T x: see ``rotation.py``.
+
+    Raises:
+        Unserved: of the dtype, or of so wide a block, there is no kernel.
+    """
+    columns = x.shape[-1]
+    size = block_size(columns)
+    if x.dtype not in TYPES:
+        raise Unserved(f"rotate takes {', '.join(map(str, TYPES))}, not {x.dtype}")
+    if size > 8 * MOST_THREADS:
+        raise Unserved(f"rotate takes blocks of up to {8 * MOST_THREADS} columns, {columns} have one of {size}")
+    x = aligned(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    fitting = 1 << max(0, -(-columns // 8) - 1).bit_length()
+    threads = max(32, size // 8, min(fitting, cuda_table.ROTATE_THREADS))
+    segments = -(-columns // (8 * threads))
+    names = ("LOG", "TYPE", "INVERSE", "THREADS")
+    values = (size.bit_length() - 1, TYPES[x.dtype], int(inverse), threads)
+    arguments = (x, out, columns, segments, size**-0.5)
+    grid = (x.numel() // columns * segments, 1)
+    _launch(Variant("rotate", tuple(zip(names, values, strict=True))), x.device, grid, (threads, 1), arguments)
+    return out
+
+
 def _launch(
     variant: Variant, device: torch.device, grid: tuple[int, int], block: tuple[int, int], arguments: tuple[Any, ...]
 ) -> None:
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise RuntimeError(
+                f"all tensors of {variant.source} must be on {device}, one is on {tensor.device}: move the layer there"
+            )
+    if grid[0] > MOST_BLOCKS[0] or grid[1] > MOST_BLOCKS[1]:
+        raise Unserved(f"{variant.source} would take {grid} blocks, the most are {MOST_BLOCKS}: use smaller batches")
     cuda_driver.launch(variant, device, grid, block, FORMS[variant.source], arguments)

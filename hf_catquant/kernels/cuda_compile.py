@@ -209,6 +209,8 @@ def _candidates() -> Iterator[str]:
     # The version that torch was built with, then the newest.
     packaged.sort(key=lambda name: not (wanted and name.endswith(f".so.{wanted}")))
     yield from (name for name in (*bundled, *packaged) if "builtins" not in name)
+    if wanted:
+        yield f"libnvrtc.so.{wanted}"  # wherever the dynamic linker looks, as torch itself does
     system = ctypes.util.find_library("nvrtc")
     if system:
         yield system

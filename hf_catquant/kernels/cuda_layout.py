@@ -4,9 +4,9 @@ Codes are widened to 1, 2, 4 or 8 bits (ternary takes 2, int3 takes 4) and laid 
 columns, which is what a warp multiplies; ``csrc/product.cuh`` says where each code lies. Groups are padded to 32, 64 or
 whole chunks of columns, rows to 16. Scales and offsets keep their dtype and lie in pairs, two rows together.
 
-A layout belongs to the tensor object of the packed codes. It is built when a layer comes to the device, else when the
-tensor is used for the second time (what is moved in for one use is not worth it), again if one of the tensors was written
-to, and dropped with it.
+A layout belongs to the memory of the packed codes, or of a part of them (an expert). It is built when a layer comes to the
+device, else at the second use (what is moved in for one use is not worth it), again if one of the tensors was written to,
+and dropped with that memory.
 """
 
 from __future__ import annotations
@@ -64,8 +64,13 @@ class Layout:
             groups, width, wide = self.spread
             x = pad(x, (0, groups * width - self.columns)).view(-1, groups, width)
             return pad(x, (0, wide - width)).view(-1, groups * wide)
-        x = pad(x, (0, -self.columns % 8)) if self.columns % 8 else x.contiguous()
-        return x if x.data_ptr() % 16 == 0 else x.clone()
+        return aligned(pad(x, (0, -self.columns % 8)) if self.columns % 8 else x)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and on 16 bytes, as vector loads want it."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def level_map(fmt: Format) -> tuple[float, float]:
@@ -163,10 +168,10 @@ def _tiles(codes: Tensor, bits: int) -> Tensor:
 
 
 class Layouts:
-    """Layouts by the packed tensors that they belong to."""
+    """Layouts by the storage, and the place in it, of the packed tensors that they belong to."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Layout | None]] = {}
+        self._held: dict[tuple[int, ...], tuple[weakref.ref[Any], tuple[Any, ...], Layout | None]] = {}
 
     def of(
         self,
@@ -178,29 +183,37 @@ class Layouts:
         columns: int,
         build_now: bool = False,
     ) -> Layout | None:
-        """The layout, built if this tensor has been asked for before or ``build_now``; None if it is new.
+        """The layout, built if it has been asked for before or ``build_now``; None the first time.
 
         Raises:
             Unserved: the format has none.
         """
-        key = id(packed)
+        storage = packed.untyped_storage()
+        key = (id(storage), packed.data_ptr(), packed.shape[0])
         state = (*map(_state, (packed, scale, offset)), weights, group_size, columns)
         entry = self._held.get(key)
-        known = entry is not None and entry[0]() is packed
+        known = entry is not None and entry[0]() is storage
         if known and entry is not None and entry[1] == state and entry[2] is not None:
             return entry[2]
         if packed.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # what a capture allocates and computes belongs to the graph
         made = build(packed, scale, offset, weights, group_size, columns) if known or build_now else None
-        self._held[key] = (weakref.ref(packed, lambda gone: self._drop(key, gone)), state, made)
+        if made is not None and packed.is_cuda:
+            _finish(packed.device)
+        self._held[key] = (weakref.ref(storage, lambda gone: self._drop(key, gone)), state, made)
         return made
 
     def __len__(self) -> int:
         return sum(entry[2] is not None for entry in self._held.values())
 
-    def _drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
+    def _drop(self, key: tuple[int, ...], gone: weakref.ref[Any]) -> None:
         if key in self._held and self._held[key][0] is gone:
             del self._held[key]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what was queued: the next use of the layout may be on another stream."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 def _state(tensor: Tensor | None) -> tuple[int, int] | None:

@@ -7,16 +7,23 @@ measures what they should be.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from .cuda_compile import Variant
-from .cuda_layout import Layout
+from .cuda_layout import STEP, Layout, chunk_width
 
 SPLIT_TOKENS = 4  # up to here 16-bit activations go through 8-bit products: fewer instructions a weight
-EXACT_TOKENS = 64  # up to here they are multiplied as they are; above, weights are dequantized for cuBLAS
-INTEGER_TOKENS = 1024  # the same for activations in few bits
-DENSE_BYTES = 24 << 20  # dequantized at a time: stays in the second-level cache (50 MB on an H200)
+FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a block shares them
+EXACT_TOKENS = (
+    256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
+)
+# Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
+# the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
+DENSE_BYTES = 64 << 20
 PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256  # of a correction that projects inside its one kernel
-CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = 256
+CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
+ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
+UNTILE_WARPS = 4
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -35,8 +42,24 @@ def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors
     return tiles, warps
 
 
-def product(layout: Layout, tokens: int, dtype: int, integer: bool, processors: int) -> tuple[Variant, int, int, int]:
-    """The variant for ``tokens`` rows of x, the tokens and the row tiles of a block, and its warps.
+class Launch(NamedTuple):
+    """How a product is run.
+
+    Attributes:
+        variant: the kernel; grid, threads: as the driver takes them.
+        splits: parts along k whose sums ``partials.cu`` adds, 1 for none.
+        runs: of columns, whose sums of x ``sums.cu`` makes for the kernel, 0 for none.
+    """
+
+    variant: Variant
+    grid: tuple[int, int]
+    threads: tuple[int, int]
+    splits: int = 1
+    runs: int = 0
+
+
+def product(layout: Layout, tokens: int, dtype: int, integer: bool, processors: int) -> Launch:
+    """The launch for ``tokens`` rows of x.
 
     Args:
         layout: of the weight.
@@ -45,31 +68,86 @@ def product(layout: Layout, tokens: int, dtype: int, integer: bool, processors: 
         integer: whether x comes as int8 codes.
         processors: multiprocessors of the device.
     """
-    split = 0 if integer or tokens > SPLIT_TOKENS else 1 << (tokens - 1).bit_length()
-    column_tiles = 1 if split or tokens <= 8 else 2 if tokens <= 16 else 4
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
-    return _plan(*fixed, column_tiles, split, integer, processors)
+    if tokens > FEW_TOKENS:
+        return _shared(*fixed, tokens, integer, processors)
+    split = 0 if integer or tokens > SPLIT_TOKENS else 1 << (tokens - 1).bit_length()
+    return _few(*fixed, tokens, 1 if tokens <= 8 else 2 if tokens <= 16 else 4, split, integer, processors)
+
+
+NAMES = ("BITS", "GROUP_STEPS", "SCALE32", "TYPE", "MT", "NT", "WARPS")
 
 
 @cache
-def _plan(
+def _few(
     bits: int,
     group_steps: int,
     scale32: int,
     dtype: int,
     row_tiles: int,
     chunks: int,
+    tokens: int,
     column_tiles: int,
     split: int,
     integer: bool,
     processors: int,
-) -> tuple[Variant, int, int, int]:
+) -> Launch:
+    """product8 and product16."""
     tiles, warps = blocks(row_tiles, bits, column_tiles, chunks, processors)
-    values = (bits, group_steps, scale32, dtype, tiles, column_tiles, warps)
-    names = ("BITS", "GROUP_STEPS", "SCALE32", "TYPE", "MT", "NT", "WARPS")
-    constants = tuple(zip(names, values, strict=True))
-    if not split and not integer:
-        return Variant("product16", constants), 8 * column_tiles, tiles, warps
+    constants = tuple(zip(NAMES, (bits, group_steps, scale32, dtype, tiles, column_tiles, warps), strict=True))
     held = split or 8 * column_tiles
-    return Variant("product8", (*constants, ("SPLIT", int(split > 0)), ("TOKENS", held))), held, tiles, warps
+    source = "product8" if split or integer else "product16"
+    if source == "product8":
+        constants = (*constants, ("SPLIT", int(split > 0)), ("TOKENS", held))
+    return Launch(Variant(source, constants), (-(-row_tiles // tiles), -(-tokens // held)), (32, warps))
+
+
+@cache
+def _shared(
+    bits: int,
+    group_steps: int,
+    scale32: int,
+    dtype: int,
+    row_tiles: int,
+    chunks: int,
+    tokens: int,
+    integer: bool,
+    processors: int,
+) -> Launch:
+    """gemm: 256 weight rows by up to 64 rows of x a block, or 128 by 128; by half as many where codes take more room."""
+    tiles = 2
+    wide = bits == 2 or (bits < 8 and integer)  # sums of 8 column tiles fit the registers beside the codes
+    column_tiles = 2 if tokens <= 16 else 8 if wide and tokens > 32 else 4
+    token_warps = 1 if tokens <= (64 if wide else 32) else 2
+    row_warps = 8 // token_warps
+    while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
+        row_warps //= 2
+    made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
+    at_once = 2 if column_tiles == 2 and bits <= 2 else 1  # blocks of a multiprocessor: what their registers allow
+    splits = cuts(made, chunks, processors * at_once)
+    sums = int(bits < 8 and tokens > 32)
+    steps = chunk_width(bits) // STEP
+    runs = sums * chunks * (1 if group_steps in (0, steps) or group_steps > steps else steps // group_steps)
+    values = (bits, group_steps, scale32, dtype, tiles, column_tiles, row_warps * token_warps)
+    constants = (
+        *zip(NAMES, values, strict=True),
+        ("INTEGER", int(integer)),
+        ("TOKEN_WARPS", token_warps),
+        ("SUMS", sums),
+        ("BLOCKS", at_once),
+    )
+    return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
+
+
+def cuts(made: int, chunks: int, at_once: int) -> int:
+    """Parts along k for ``made`` blocks of ``chunks`` turns each where ``at_once`` run at a time: none of them empty.
+
+    A block that is cut has to fill its pipeline once more, and what it wrote is read again: about 3 and 1 turns.
+    """
+
+    def turns(parts: int) -> float:
+        return -(-made * parts // at_once) * (-(-chunks // parts) + 3) + (4 + parts if parts > 1 else 0)
+
+    possible = [parts for parts in range(1, min(16, chunks) + 1) if -(-chunks // -(-chunks // parts)) == parts]
+    return min(possible, key=turns)

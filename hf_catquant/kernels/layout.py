@@ -19,6 +19,7 @@ from ..formats import group_width
 from ..op_checks import check_weight
 from .native import FORMAT_NUMBERS, NO_MEMORY, library
 
+LARGE_PAGE = 2 << 20  # CQ_LARGE_PAGE of csrc/catquant.h
 SCALE_DTYPES = (torch.float16, torch.float32)
 Source = tuple["weakref.ref[Any]", int, int]
 
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
 
     address: int
     memory: Tensor
+    nbytes: int
     version: int
     sources: tuple[Source, ...]
 
@@ -71,7 +73,7 @@ def readable(packed: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
 def held_bytes(packed: Tensor) -> int:
     """Bytes of the layouts that hang on the storage of ``packed``."""
     held = getattr(packed.untyped_storage(), "catquant_layouts", {})
-    return sum(layout.memory.numel() for layout in held.values())
+    return sum(layout.nbytes for layout in held.values())
 
 
 def check_state(state: int) -> None:
@@ -106,8 +108,9 @@ def _build(
     number, rows, width = FORMAT_NUMBERS[weights], packed.shape[0], group_width(columns, group_size)
     wide = int(scale.dtype == torch.float32)
     size = native.cq_layout_bytes(number, rows, columns, width, int(offset is not None), wide)
-    memory = torch.empty(size + 64, dtype=torch.uint8)
-    address = -(-memory.data_ptr() // 64) * 64
+    align = LARGE_PAGE if size >= LARGE_PAGE else 64  # what is left out in front is never touched
+    memory = torch.empty(size + align, dtype=torch.uint8)
+    address = -(-memory.data_ptr() // align) * align
     tensors = (packed.data_ptr(), packed.shape[1], scale.data_ptr(), None if offset is None else offset.data_ptr())
     check_state(native.cq_layout_build(number, rows, columns, width, wide, *tensors, torch.get_num_threads(), address))
     sources = tuple(
@@ -115,4 +118,4 @@ def _build(
         for tensor in (scale, offset)
         if tensor is not None
     )
-    return Layout(address, memory, _version(packed), sources)
+    return Layout(address, memory, size, _version(packed), sources)

@@ -10,6 +10,7 @@ The environment variable ``CATQUANT_CPU`` picks a path: ``reference``, ``scalar`
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -18,20 +19,41 @@ from typing import Any
 import torch
 
 from ..formats import FORMATS
+from ..log import logger
 
 # The numbers of csrc/catquant.h.
 PATHS = {"scalar": 0, "avx2": 1, "avx512": 2, "amx": 3, "neon": 4}
 FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "scalar")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FORMAT_NUMBERS = {name: number for number, name in enumerate(FORMATS)}
+# As in catquant.h: a number for each codebook in its storage word; whether there are offsets is no part of it.
+_CODEBOOKS = list(dict.fromkeys((fmt.levels, fmt.digits, fmt.nbytes) for fmt in FORMATS.values()))
+FORMAT_NUMBERS = {name: _CODEBOOKS.index((fmt.levels, fmt.digits, fmt.nbytes)) for name, fmt in FORMATS.items()}
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 
 # Rows of x, times digits, from which float products of dequantized weights are faster: where sums of integers have an
 # instruction of their own, never.
 _DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
 
+# Out channels from which a convolution is faster in integers than with float weights, for rows of 1, 2 and 3 digits: below
+# that, laying rows out costs more than multiplying them.
+_CONV_FROM = {"avx512": (64, 256, 256)}
+_NEVER = (1 << 62,) * 3
+
 LIBRARY = "libcatquant_cpu"
+SOURCES = Path(__file__).parent / "csrc"
 VARIABLE = "CATQUANT_CPU"
+
+
+class Window(ctypes.Structure):
+    """``cq_window``: where the rows of a convolution lie in its input."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
+            *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
+        )
+    )
 
 
 class Activation(ctypes.Structure):
@@ -64,6 +86,19 @@ _SIGNATURES = {
         _INT,
         (_INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT, _INT),
     ),
+    "cq_conv": (
+        _INT,
+        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+    ),
+    "cq_use_openmp": (None, (_POINTER,)),
+    "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
+    "cq_cluster_affine": (
+        _INT,
+        (
+            *(_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG),
+            *(_POINTER, _POINTER, _POINTER, _INT, _INT),
+        ),
+    ),
     "cq_measure_read": (ctypes.c_uint64, (_POINTER, _LONG, _INT)),
     "cq_measure_products": (_LONG, (_INT, _LONG, _INT)),
     "cq_bits_scores": (None, (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _INT)),
@@ -82,10 +117,46 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
+    if not _is_of_these_sources(loaded):
+        logger.warning(
+            "%s was built from other sources than those beside it, so plain torch runs instead, slower: "
+            "install the package again (pip install -e .)",
+            found[0],
+        )
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+    loaded.cq_use_openmp(_parallel_region())
     return loaded
+
+
+def _is_of_these_sources(loaded: ctypes.CDLL) -> bool:
+    """Whether the library says so: in a checkout that was updated and not installed again it is an older one."""
+    try:
+        says = loaded.cq_sources
+    except AttributeError:
+        return False
+    says.restype = ctypes.c_char_p
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    return says().decode() == hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _parallel_region() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP library that torch has loaded, None where there is none to be found.
+
+    Its threads wait awake for a while after each of torch's own ops: others would have to share the cores with them.
+    """
+    folder, maps = str(Path(torch.__file__).parent), Path("/proc/self/maps")
+    if not torch.backends.openmp.is_available() or not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    names = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    inside = [name for name in names if name.startswith(folder)] or (names if len(names) == 1 else [])
+    try:
+        return ctypes.cast(ctypes.CDLL(inside[0]).GOMP_parallel, ctypes.c_void_p).value
+    except (IndexError, OSError, AttributeError):
+        return None
 
 
 def available_paths() -> tuple[str, ...]:
@@ -117,3 +188,4 @@ def loaded() -> Any:
 PATH = chosen_path()
 path_number = PATHS.get(PATH, -1)
 dense_from = _DENSE_FROM[PATH]
+conv_from = _CONV_FROM.get(PATH, _NEVER)

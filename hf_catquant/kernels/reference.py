@@ -5,7 +5,7 @@ It dequantizes the whole weight to float32, rounds it to the dtype of x, and cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..op_checks import (
     check_cluster_affine,
     check_conv,
+    check_experts,
     check_indices,
     check_input,
     check_packed,
@@ -46,6 +47,64 @@ def linear(
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     weight = dequantize_packed(weight_packed, weight_scale, weight_offset, get_format(weights), group_size, columns)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def expert_linear(
+    x: Tensor,
+    ends: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+) -> Tensor:
+    """Rows x (S, K) from ``ends[e - 1]`` to ``ends[e]`` by run e of the E in w_hat (E * N, K), plus bias (E, N): (S, N).
+
+    Rows after the last end belong to nobody and give zeros. Each run is the device's own ``linear``, so that this is no
+    reference but the one kernel there is.
+    """
+    stored = (weight_packed, weight_scale, weight_offset)
+    rows = check_experts(x, ends, *stored, bias, weights, group_size, activations)
+    out = x.new_zeros(len(x), rows)
+    for expert, start, end in _runs(ends):
+        part = (None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored)
+        shift = None if bias is None else bias[expert]
+        out[start:end] = torch.ops.catquant.linear(
+            x[start:end], *part, None, None, shift, weights, group_size, activations
+        )
+    return out
+
+
+def expert_transposed(
+    x: Tensor,
+    ends: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_offset: Tensor | None,
+    weights: str,
+    group_size: int,
+    columns: int,
+) -> Tensor:
+    """Rows x (S, N) by w_hat of their expert, not transposed: (S, ``columns``). See :func:`expert_linear`."""
+    rows = x.shape[1]
+    stored = (weight_packed, weight_scale, weight_offset)
+    check_weight(*stored, weights, group_size, columns)
+    out = x.new_zeros(len(x), columns)
+    for expert, start, end in _runs(ends):
+        part = (None if t is None else t[expert * rows : (expert + 1) * rows] for t in stored)
+        out[start:end] = x[start:end] @ torch.ops.catquant.dequantize(*part, weights, group_size, columns, x.dtype)
+    return out
+
+
+def _runs(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, row after the last) of every expert that has rows."""
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            yield expert, start, end
+            start = end
 
 
 def conv(
@@ -146,5 +205,5 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
     return rotate_rows(x, inverse).contiguous()
 
 
-for _kernel in (linear, conv, embedding, dequantize, unpack, cluster_affine, rotate):
+for _kernel in (linear, expert_linear, expert_transposed, conv, embedding, dequantize, unpack, cluster_affine, rotate):
     torch.library.register_kernel(f"catquant::{_kernel.__name__}", None, _kernel)

@@ -63,6 +63,8 @@ class QuantizedModule(nn.Module):
     keeps: ClassVar[tuple[str, ...]] = ()  # attributes of the original that models read
     static_activations: ClassVar[bool] = False
     rotates: ClassVar[bool] = False  # whether the layer can rotate its input
+    takes_product: ClassVar[bool] = True  # whether a low-rank product can be added to the weight
+    runs: int = 1  # parts of the weight that are solved one by one: experts
     # What a file holds under the name of a float parameter, so that a load without this package fails.
     sentinel: str = "weight"
 
@@ -75,6 +77,7 @@ class QuantizedModule(nn.Module):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
+    is_shared: bool = False  # whether others share its packed weight
     owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -168,6 +171,8 @@ class QuantizedModule(nn.Module):
             return False
         if type(module).forward is cls.wraps.forward or weight.is_meta:
             return True
+        if "_catquant_plain" in module.__dict__:  # found before, when its weight was in memory
+            return module.__dict__["_catquant_plain"]
         x = cls.example(module)
         try:
             with torch.no_grad():
@@ -240,6 +245,7 @@ class QuantizedModule(nn.Module):
             setattr(self, buffer, getattr(owner, buffer))
             self._non_persistent_buffers_set.add(buffer)
         self.scheme = owner.scheme
+        owner.is_shared = True
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
 
     @torch.no_grad()
@@ -262,8 +268,10 @@ class QuantizedModule(nn.Module):
                 raise ValueError(f"{name} has values that are not finite")
         check_bytes(self.weight_packed, get_format(self.scheme.weights))
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """What this layer would return for ``x`` with the float ``matrix`` (N, K) and ``bias``, both in its dtype."""
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
+        """What this layer would return for ``x`` (and what else its forward takes) with the float ``matrix`` (N, K) and
+        ``bias``, both in its dtype.
+        """
         raise TypeError(f"{type(self).__name__} does not say how it applies a matrix")
 
     def to_float(self) -> nn.Module:
@@ -314,6 +322,14 @@ def layer_for(module: nn.Module) -> type[QuantizedModule] | None:
         base = next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
         layer = base if base is not None and base.stands_for(module) else None
     return layer
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where that is on: what torch's own layers of matrices do with their input."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def waves(weight: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from .base import QuantizedModule, Scheme, Window, waves
+from .base import QuantizedModule, Scheme, Window, autocast, waves
 
 
 class _QuantizedConv(QuantizedModule):
@@ -41,6 +41,7 @@ class _QuantizedConv(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *spatial), or without B, to (B, N, *spatial_out)."""
         unbatched = x.dim() == len(self.kernel_size) + 1
+        x = autocast(x)
         x, padding = _padded(self, x.unsqueeze(0) if unbatched else x)
         scheme = self.scheme
         out = torch.ops.catquant.conv(
@@ -75,7 +76,7 @@ class _QuantizedConv(QuantizedModule):
     def _conv(self) -> Any:
         return F.conv1d if len(self.kernel_size) == 1 else F.conv2d
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (B, C, *spatial) to (B, N, *spatial_out)."""
         x, padding = _padded(self, x)
         return self._conv(x, self.from_matrix(matrix), bias, self.stride, padding, self.dilation, self.groups)

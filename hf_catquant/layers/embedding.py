@@ -46,7 +46,7 @@ class QuantizedEmbedding(QuantizedModule):
             rows = rows + product[0][indices] @ product[1]
         return self._scaled(rows)
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """Indices x (...) to (..., K)."""
         return self._scaled(nn.functional.embedding(x, matrix))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from ..kernels import cuda
-from .base import QuantizedModule, Window, waves
+from .base import QuantizedModule, Window, autocast, waves
 
 
 class QuantizedLinear(QuantizedModule):
@@ -25,7 +26,7 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         scheme = self.scheme
-        x = self.rotated(x)
+        x = self.rotated(autocast(x))
         out = torch.ops.catquant.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
@@ -39,7 +40,29 @@ class QuantizedLinear(QuantizedModule):
         cuda.place(*self._packed(), self.scheme.weights, self.scheme.group_size, self.columns)
         return self
 
-    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def add_product(self, out: Tensor, into: Tensor) -> None:
+        """Add ``out`` (N, r) times ``into`` (r, K) to the weight: as columns and rows of its float16 product.
+
+        Raises:
+            ValueError: the weight is shared with another layer, which would not have the product.
+        """
+        if self.owner is not None or self.is_shared:
+            raise ValueError(
+                "the weight of this layer is tied to that of another one: nothing can be added to one of them"
+            )
+        into = self.rotated(into.detach().float())
+        out = out.detach().float()
+        # Float16 has its bits from 6e-5 to 65504: both factors get the same size.
+        size = (into.abs().amax(1) / out.abs().amax(0).clamp_min(1e-30)).clamp(1e-12, 1e12).sqrt()
+        factors = [out * size, into / size.unsqueeze(1)]
+        held = self.product(torch.float32)
+        if held is not None:
+            factors = [torch.cat((held[0], factors[0]), 1), torch.cat((held[1], factors[1]))]
+        self.scheme = replace(self.scheme, low_rank=factors[1].shape[0])
+        self.fill_low_rank(*factors)
+
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         return nn.functional.linear(x, matrix, bias)
 

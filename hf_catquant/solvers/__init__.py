@@ -18,10 +18,20 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ._common import Moments, output_error
+from ._common import AT_ONCE, Moments, output_energies, output_error, row_slices
 from ._low_rank import solve_with_product
 
-__all__ = ["Moments", "get", "names", "options", "output_error", "solve_with_product"]
+__all__ = [
+    "AT_ONCE",
+    "Moments",
+    "get",
+    "names",
+    "options",
+    "output_energies",
+    "output_error",
+    "row_slices",
+    "solve_with_product",
+]
 
 
 def names() -> list[str]:

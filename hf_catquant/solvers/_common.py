@@ -6,10 +6,15 @@ meets only the inputs of its own group, hence only ``gram[b]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+AT_ONCE = (
+    1 << 24
+)  # values of a matrix that are worked on at once: a head of many rows must not take many times its size
 
 
 class Moments(NamedTuple):
@@ -75,7 +80,7 @@ def check_finite(name: str, value: Tensor) -> None:
     Raises:
         ValueError: counting them.
     """
-    bad = value.numel() - int(torch.isfinite(value).sum())
+    bad = value.numel() - sum(int(torch.isfinite(value[rows]).sum()) for rows in row_slices(value))
     if bad:
         raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values that are NaN or infinite")
 
@@ -86,15 +91,37 @@ def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> floa
     Without moments, or where no calibration row excites the weight, every direction counts the same:
     ||W - W_hat||^2 / ||W||^2. An all-zero weight has error 0.
     """
-    difference = weight.float() - w_hat.float()
     if moments is not None:
-        signal = _energy(weight.float(), moments.gram)
+        noise, signal = output_energies(weight, w_hat, moments)
         if signal > 0:
-            return _energy(difference, moments.gram) / signal
-    signal = float(weight.double().square().sum())
-    return float(difference.double().square().sum()) / signal if signal > 0 else 0.0
+            return noise / signal
+    noise, signal = output_energies(weight, w_hat, None)
+    return noise / signal if signal > 0 else 0.0
 
 
-def _energy(matrix: Tensor, gram: Tensor) -> float:
-    runs = matrix.view(gram.shape[0], -1, matrix.shape[1])
-    return max(0.0, float(((runs @ gram.to(matrix.device)) * runs).sum(dtype=torch.float64)))
+def output_energies(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> tuple[float, float]:
+    """||(W - W_hat) x~||^2 and ||W x~||^2 of weights (N, K), summed over the calibration rows; over unit vectors without."""
+    if moments is None:
+        noise = sum(float((weight[r].float() - w_hat[r].float()).double().square().sum()) for r in row_slices(weight))
+        return noise, sum(float(weight[rows].double().square().sum()) for rows in row_slices(weight))
+    energies = (_energy(weight, other, moments.gram) for other in (w_hat, None))
+    noise, signal = (moments.count * energy for energy in energies)
+    return noise, signal
+
+
+def row_slices(matrix: Tensor, runs: int = 1) -> Iterator[slice]:
+    """Slices of the first dimension of at most ``AT_ONCE`` values (at least a row) that cross no border of ``runs``."""
+    rows = len(matrix) // runs
+    step = max(1, AT_ONCE // max(1, matrix.numel() // max(1, len(matrix))))
+    for first in range(0, len(matrix), max(1, rows)):
+        for start in range(first, first + rows, step):
+            yield slice(start, min(start + step, first + rows))
+
+
+def _energy(weight: Tensor, w_hat: Tensor | None, gram: Tensor) -> float:
+    """||(W - W_hat) x||^2 summed over the rows of W (N, K); without ``w_hat`` that of W."""
+    total, rows = 0.0, len(weight) // len(gram)
+    for part in row_slices(weight, len(gram)):
+        piece = weight[part].float() if w_hat is None else weight[part].float() - w_hat[part].float()
+        total += float(((piece @ gram[part.start // rows].to(piece.device)) * piece).sum(dtype=torch.float64))
+    return max(0.0, total)

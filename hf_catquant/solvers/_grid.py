@@ -125,7 +125,9 @@ def _starts(values: Tensor, shares: Tensor, fmt: Format) -> Iterator[Pair]:
     """Promising (scale, offset) pairs (R, 1) for values in [-1, 1]; the caller finishes the best one of each group."""
     mean = (shares * values).sum(-1, keepdim=True)
     scale, offset = _plain(fmt, mean)
-    if not fmt.affine:
+    if not fmt.affine and fmt.radix == 3:
+        yield symmetric_scale(values, shares), offset
+    elif not fmt.affine:
         for shrink in _SHRINK:
             yield scale * shrink, offset
     elif fmt.radix == 2:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..formats import Format, check_group_size, group_width
 from ..weight import QuantizedWeight, expand_groups
-from ._common import Moments, check_moments, check_weight
+from ._common import AT_ONCE, Moments, check_moments, check_weight
 from ._descent import ColumnGrid, descend, feed_back
 from ._grid import fit_grid, level_codes
 from ._refit import refit
@@ -51,10 +51,19 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     runs = weight.detach().float().view(len(moments.gram), -1, weight.shape[1])
     order = act_order(moments.gram)
     gram, lower = factorise(moments.gram, order)
-    target = aim(runs, moments, gram, *trust(moments.count, weight.shape[1]))
-    levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
-    codes = level_codes(levels, fmt).mT.reshape(weight.shape)
-    return QuantizedWeight(codes, scale.flatten(0, 1), None if offset is None else offset.flatten(0, 1))
+    codes, scales, offsets = [], [], []
+    share, ridge = trust(moments.count, weight.shape[1])
+    ridged = ridge_factor(gram, ridge)
+    for piece in runs.split(max(1, AT_ONCE // (len(runs) * weight.shape[1])), dim=1):  # rows do not know each other
+        target = aim(piece, moments, gram, share, ridge, ridged)
+        levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
+        codes.append(level_codes(levels, fmt).mT)
+        scales.append(scale)
+        offsets += [] if offset is None else [offset]
+    joined = torch.cat(offsets, dim=1).flatten(0, 1) if offsets else None
+    return QuantizedWeight(
+        torch.cat(codes, dim=1).reshape(weight.shape), torch.cat(scales, dim=1).flatten(0, 1), joined
+    )
 
 
 def normalised(moments: Moments) -> Moments:
@@ -94,7 +103,7 @@ def factorise(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1)
     damping = torch.where(mean > 0, _DAMPING * mean, torch.ones_like(mean))  # no input at all: every H will do
     for _ in range(_REPAIRS + 1 if bool((mean >= 0).all()) else 0):
-        damped = gram + torch.diag_embed(damping.unsqueeze(-1).expand(gram.shape[:2]))
+        damped = _with_diagonal(gram, damping.unsqueeze(-1))
         lower, failed = torch.linalg.cholesky_ex(_permuted(damped, order))
         if not bool(failed.any()):
             return damped, lower
@@ -105,19 +114,32 @@ def factorise(gram: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def aim(runs: Tensor, moments: Moments, gram: Tensor, share: float, ridge: float) -> Tensor:
+def ridge_factor(gram: Tensor, ridge: float) -> Tensor:
+    """Lower Cholesky factor of H + ridge * mean(diag H) I, (B, K, K)."""
+    return torch.linalg.cholesky(_with_diagonal(gram, ridge * gram.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)))
+
+
+def aim(
+    runs: Tensor, moments: Moments, gram: Tensor, share: float, ridge: float, ridged: Tensor | None = None
+) -> Tensor:
     """The target (B, n, K): W + share * W (G - H) (H + ridge * mean(diag H) I)^-1, for ``runs`` W (B, n, K).
 
     W (G - H) H^-1 is the regression of the output difference W (x - x~) on x~, estimated from the calibration rows.
     The ridge bounds it where H is nearly singular, and a row never moves by more, measured under H, than its own
-    length.
+    length. ``ridged`` is :func:`ridge_factor`, where it is known.
     """
-    added = ridge * gram.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(gram.shape[:2])
-    lower = torch.linalg.cholesky(gram + torch.diag_embed(added))
+    lower = ridge_factor(gram, ridge) if ridged is None else ridged
     move = torch.cholesky_solve((runs @ (moments.cross - moments.gram)).mT, lower).mT
     length, moved = (((t @ gram) * t).sum(-1, keepdim=True).clamp_min(0).sqrt() for t in (runs, move))
     limit = torch.where(moved > length, length / moved, torch.ones_like(moved))
     return runs + share * limit * move
+
+
+def _with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
+    """A copy of (B, K, K) with ``added`` (B, 1) on its diagonals."""
+    out = gram.clone()
+    out.diagonal(dim1=1, dim2=2).add_(added)
+    return out
 
 
 def _fit(

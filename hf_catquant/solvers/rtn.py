@@ -6,11 +6,12 @@ level.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..formats import Format, check_group_size
 from ..weight import QuantizedWeight
-from ._common import Moments, check_weight
+from ._common import Moments, check_weight, row_slices
 from ._grid import fit_grid, nearest_codes
 
 NEEDS_MOMENTS = False
@@ -31,4 +32,8 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     check_weight(weight)
     weight = weight.detach()
     scale, offset = fit_grid(weight, fmt, check_group_size(group_size))
-    return QuantizedWeight(nearest_codes(weight, scale, offset, fmt, group_size), scale, offset)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in row_slices(weight):
+        part = None if offset is None else offset[rows]
+        codes[rows] = nearest_codes(weight[rows], scale[rows], part, fmt, group_size)
+    return QuantizedWeight(codes, scale, offset)

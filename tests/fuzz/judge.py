@@ -46,7 +46,10 @@ class Base:
 
 @torch.no_grad()
 def bases(folder: Path) -> list[Base]:
-    """Three, made under ``folder``: a corrected classifier of texts, a language model with a tied head, convolutions."""
+    """Three, made under ``folder``: a corrected classifier of texts, a language model with a tied head, convolutions.
+
+    Together they store every kind of field: all formats, a low-rank product, a rotation, ranges of inputs, a correction.
+    """
     ids = torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(0))
     text = {**SIZES, "vocab_size": 20, "intermediate_size": 24, "max_position_embeddings": 8}
     llama = transformers.LlamaConfig(**text, num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0)
@@ -54,18 +57,35 @@ def bases(folder: Path) -> list[Base]:
         embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic", num_labels=3
     )
     cat = {"num_clusters": 2, "projection": 2, "alpha": 0.5, "shrinkage": 0.0}
-    rows = [{"input_ids": row} for row in torch.randint(3, 20, (16, 6))]
-    models = (
-        (transformers.BertForSequenceClassification, transformers.BertConfig(**text), {"input_ids": ids}, rows, cat),
-        (transformers.LlamaForCausalLM, llama, {"input_ids": ids}, None, None),
-        (transformers.ResNetForImageClassification, resnet, {"pixel_values": torch.randn(2, 3, 16, 16)}, None, None),
+    draw = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": row} for row in torch.randint(3, 20, (16, 6), generator=draw)]
+    images = torch.randn(6, 3, 16, 16, generator=draw)
+    several = {"query": {"weights": "binary"}, "key": {"weights": "int2"}, "intermediate": {"low_rank": 1}}
+    models: tuple[tuple[Any, Any, dict[str, torch.Tensor], dict[str, Any]], ...] = (
+        (
+            transformers.BertForSequenceClassification,
+            transformers.BertConfig(**text),
+            {"input_ids": ids},
+            {"correction": cat, "dataset": rows, "overrides": several},
+        ),
+        (
+            transformers.LlamaForCausalLM,
+            llama,
+            {"input_ids": ids},
+            {"weights": "int3", "rotation": "hadamard", "activations": "int8", "group_size": -1},
+        ),
+        (
+            transformers.ResNetForImageClassification,
+            resnet,
+            {"pixel_values": images[:2]},
+            {"weights": "int4", "activations": "int4", "dataset": [{"pixel_values": image} for image in images]},
+        ),
     )
     found = []
-    for kind, config, batch, dataset, correction in models:
+    for kind, config, batch, options in models:
         torch.manual_seed(0)
-        request = CatQuantConfig(
-            weights="ternary", group_size=8, solver="rtn", correction=correction, dataset=dataset, batch_size=4
-        )
+        usual = {"weights": "ternary", "group_size": 8, "solver": "rtn", "correction": None, "batch_size": 4}
+        request = CatQuantConfig(**(usual | options))
         model = hf_catquant.quantize(kind(config).eval(), request)
         place = folder / kind.__name__
         model.save_pretrained(place)
@@ -112,12 +132,14 @@ def judge_load(base: Base, case: Case, folder: Path, said: Said) -> tuple[str, s
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        ours = "hf_catquant" in (traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else "")
         bad = not isinstance(error, Exception) or isinstance(error, MemoryError)
-        return (
-            ("raised", _described(error)) if bad or (ours and not isinstance(error, REFUSALS)) else ("refused", None)
-        )
-    if case.is_signed:
+        bad = bad or (_is_ours(error) and not isinstance(error, REFUSALS))
+        return ("raised", _described(error)) if bad else ("refused", None)
+    if case.is_signed:  # any numbers may come out, but the package may not fall over what it let in
+        try:
+            model(**base.batch)
+        except Exception as error:
+            return ("wrong", f"loads, then {_described(error)}") if _is_ours(error) else ("loaded, signed", None)
         return "loaded, signed", None
     if any("not what was saved" in line for line in said.lines):
         return "loaded, with a warning", None
@@ -140,6 +162,11 @@ class Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one line."""
         self.lines.append(record.getMessage())
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the package itself raised it."""
+    return "hf_catquant" in (traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else "")
 
 
 def _described(error: BaseException) -> str:

@@ -70,6 +70,25 @@ VALUES: tuple[Any, ...] = (
     "BOOL",
     "F64",
 )
+# Of transformers' configs; what they do with a value is theirs, unless it takes the checker along.
+FIELDS = (
+    "attn_implementation",
+    "auto_map",
+    "base_model_tp_plan",
+    "chunk_size_feed_forward",
+    "dtype",
+    "head_dim",
+    "num_labels",
+    "problem_type",
+    "rope_parameters",
+    "rope_scaling",
+    "sub_configs",
+    "text_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_bfloat16",
+    "vision_config",
+)
 
 
 @dataclass
@@ -199,6 +218,17 @@ def config_value(made: Checkpoint, rng: random.Random) -> None:
     _edit_config(made, lambda config: _tree(config, rng))
 
 
+def config_field(made: Checkpoint, rng: random.Random) -> None:
+    """Add a field that transformers reads and a saved config need not have, at the top or in the quantization's part."""
+
+    def change(config: Any) -> Any:
+        holder = config["quantization_config"] if rng.random() < 0.2 else config
+        holder[rng.choice(FIELDS)] = copy.deepcopy(rng.choice(VALUES))
+        return config
+
+    _edit_config(made, change)
+
+
 def entry_value(made: Checkpoint, rng: random.Random) -> None:
     """Change a value of the quantization's part of config.json."""
 
@@ -320,6 +350,7 @@ MUTATIONS: dict[str, Callable[[Checkpoint, random.Random], None]] = {
     kind.__name__: kind
     for kind in (
         config_value,
+        config_field,
         entry_value,
         module_value,
         config_bytes,

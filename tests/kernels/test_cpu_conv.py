@@ -1,4 +1,4 @@
-"""Convolutions of few positions are products of patches, the others torch's own: both are the reference's."""
+"""Convolutions in integers, as products of patches and with float weights: all are the reference's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,38 @@ GEOMETRIES = [
     ((7, 6), 5, 18, (1, 1), (2, 1), (0, 0), (1, 1)),
     ((9, 8), 2, 4, (3, 2), (2, 1), (0, 1), (2, 3)),
     ((5, 5), 4, 6, (1, 1), (1, 1), (1, 1), (1, 1)),
+    ((6, 7), 12, 33, (3, 3), (1, 1), (2, 2), (2, 2)),
 ]
+NEVER = (1 << 62,) * 3
+
+
+@pytest.mark.parametrize("path", native.available_paths())
+@pytest.mark.parametrize("activations", [None, "int8", "int4", "int2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_integers_give_what_the_reference_gives(dtype, activations, path, monkeypatch, generator):
+    monkeypatch.setattr(native, "path_number", native.PATHS[path])
+    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
+    monkeypatch.setattr(cpu_conv, "dequantize_into", None)  # the float weight is not made
+    for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
+        case = random_case("int3", rows, channels * torch.Size(kernel_size).numel(), 8)
+        for x in (torch.randn(2, channels, *spatial, generator=generator), torch.zeros(3, channels, *spatial)):
+            moved = x.to(dtype).transpose(0, 1).contiguous().transpose(0, 1)  # not side by side
+            ranges = (None, None) if activations is None else fit_static_range(moved, FORMATS[activations])
+            bias = torch.randn(rows, generator=generator) if len(x) == 2 else None
+            arguments = (*case.stored, *ranges, bias, "int3", 8, activations, kernel_size, *steps, 1)
+            out = cpu_conv.conv(moved, *arguments)
+            assert (out.dtype, out.is_contiguous()) == (dtype, True)
+            expected = reference.conv(moved.float(), *arguments)
+            room = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+            torch.testing.assert_close(out.float(), expected, rtol=0, atol=max(room, 1e-5))
+
+
+def test_values_that_are_not_finite_take_the_float_weight(monkeypatch):
+    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
+    case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
+    x[0, 1, 2, 2] = float("inf")
+    arguments = (*case.stored, None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments), equal_nan=True)
 
 
 @pytest.mark.parametrize("patches", [True, False])
@@ -28,6 +59,7 @@ GEOMETRIES = [
 def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, monkeypatch, generator):
     monkeypatch.setattr(cpu_conv, "MOST_POSITIONS", 1 << 20 if patches else 0)
     monkeypatch.setattr(native, "dense_from", 1 << 62)
+    monkeypatch.setattr(native, "conv_from", NEVER)
     taken = []
     monkeypatch.setattr(cpu_conv, "linear", lambda *a, linear=cpu_conv.linear: taken.append(1) or linear(*a))
     for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
@@ -43,7 +75,8 @@ def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, mo
     assert len(taken) == (len(GEOMETRIES) if patches else 0)
 
 
-def test_a_range_of_every_row_is_not_one_of_every_patch():
+def test_a_range_of_every_row_is_not_one_of_every_patch(monkeypatch):
+    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
     case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
     arguments = (*case.stored, None, None, None, "int4", 8, "int8", (3, 3), (1, 1), (1, 1), (1, 1), 1)
     torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments))

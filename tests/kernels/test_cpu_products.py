@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_catquant.kernels import cpu, cpu_linear, native, reference
 from hf_catquant.weight import fit_static_range, quantize_activation
 
 PATHS = native.available_paths()
+TASKS = Path("/proc/self/task")  # a folder for every thread
 ROWS = (*range(1, 10), 13, 16, 17, 64, 65)
 # (N, K, group_size): odd sides, a narrower last group, more columns than a block, groups of 32, 64, 128 and whole rows
 WEIGHTS = [(37, 300, 32), (64, 256, 128), (17, 200, 64), (33, 1101, -1), (1, 7, 8), (50, 130, 24)]
@@ -170,6 +172,36 @@ def test_a_child_after_fork_has_threads_of_its_own():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(native._parallel_region() is None, reason="torch's OpenMP library was not found")
+def test_the_threads_are_those_that_torch_has():
+    case, x, before = Weight("ternary", 2000, 1100, 128), randn(4, 1100), torch.get_num_threads()
+    try:
+        torch.set_num_threads(11)  # more than any other test here
+        torch.ones(1 << 20).exp()  # starts torch's own
+        threads = len(list(TASKS.iterdir()))
+        cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+        assert len(list(TASKS.iterdir())) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+class Threads(torch.utils.data.Dataset):
+    """What a worker's product leaves behind: threads of the process, more than there were before."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        case, before = Weight("ternary", 2000, 1100, 128), len(list(TASKS.iterdir()))
+        cpu_linear._integer_linear(randn(4, 1100), *case.stored, None, None, None, "ternary", 128, None)
+        return len(list(TASKS.iterdir())) - before
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux")
+def test_workers_of_a_data_loader_start_no_threads():
+    assert torch.cat(list(torch.utils.data.DataLoader(Threads(), num_workers=2))).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])

@@ -38,10 +38,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def products() -> dict[str, Variant]:
     """The variants that large matrices on a device of 132 multiprocessors use, and the ones with most registers."""
     made = {}
-    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 64), (False, True)):
+    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True)):
         for rows in (2048, 8192, 28672):
             layout = shape_of(rows, bits, group_steps)
-            variant, *_ = cuda_table.product(layout, tokens, 0, integer, processors=132)
+            variant = cuda_table.product(layout, tokens, 0, integer, processors=132).variant
             made[" ".join((variant.source, *variant.options))] = variant
     return made
 
@@ -60,6 +60,14 @@ def others() -> dict[str, Variant]:
         "rows": Variant("rows", (("TYPE", 0), ("AFFINE", 1))),
         "cluster": Variant("cluster", (("TYPE", 0), ("PROJECT", 1))),
     }
+    for log, threads in ((8, 128), (12, 512), (13, 1024)):
+        names, values = ("LOG", "TYPE", "INVERSE", "THREADS"), (log, 0, 0, threads)
+        made[f"rotate {log}"] = Variant("rotate", tuple(zip(names, values, strict=True)))
+    made["partials"] = Variant("partials", (("TYPE", 0),))
+    for bits in (1, 2, 8):
+        shared = tuple(zip(cuda_table.NAMES, (bits, 4, 0, 0, 1, 1, cuda_table.UNTILE_WARPS), strict=True))
+        made[f"untile {bits}"] = Variant("untile", shared)
+        made[f"sums {bits}"] = Variant("sums", (*shared, ("INTEGER", bits % 2)))
     for radix, digits, nbytes in ((2, 8, 1), (3, 5, 1), (8, 8, 3), (256, 1, 1)):
         names = ("RADIX", "DIGITS", "NBYTES", "SCALE32", "TYPE", "INDEX")
         made[f"weight {radix}"] = Variant("weight", tuple(zip(names, (radix, digits, nbytes, 0, 1, 64), strict=True)))
@@ -71,17 +79,19 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
         pytest.skip(f"NVRTC {cuda_compile.version()} does not know sm_{arch}")
     for name, variant in variants.items():
         registers, spilled = cuda_compile.budget(cuda_compile.compile_variant(variant, arch).log)
-        threads = 32 * dict(variant.constants).get("WARPS", 8)
+        constants = dict(variant.constants)
+        threads = constants.get("THREADS", 32 * constants.get("WARPS", 8)) * constants.get("BLOCKS", 1)
         assert registers * threads <= 65536, (
             f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
         )
-        assert spilled == 0, f"{name} spills {spilled} bytes on sm_{arch}"
+        allowed = 64 if variant.source == "gemm" and arch < 90 else 0  # 16-bit sums of 8 column tiles: once a chunk
+        assert spilled <= allowed, f"{name} spills {spilled} bytes on sm_{arch}"
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch):
-    check_budget({**dict(list(products().items())[:: len(ARCHITECTURES) * 2 + 1]), **others()}, arch)
+    check_budget({**dict(list(products().items())[:: len(ARCHITECTURES) * 4 + 1]), **others()}, arch)
 
 
 @needs_nvrtc
@@ -94,6 +104,10 @@ def test_every_product_compiles_without_spills(arch):
 @needs_nvrtc
 def test_structs_are_as_long_as_the_kernels_take_them():
     sizes = {"Product": "product16", "Quantization": "rows", "Rows": "weight", "Correction": "cluster"}
+    sizes |= {"XSums": "sums", "Partials": "partials", "Rotation": "rotate"}
+    assert {cuda_calls.FORMS[name].format for name in ("product8", "gemm", "untile")} == {
+        cuda_calls.FORMS["product16"].format
+    }
     texts = {path.name: path.read_text(encoding="utf-8") for path in cuda_compile.CSRC.glob("*.cu*")}
     fields = {"const": "P", "u8*": "P", "float*": "P", "void*": "P", "int": "i", "float": "f"}
     for name, source in sizes.items():

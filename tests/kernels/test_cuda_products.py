@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,12 @@ import torch
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, Case, assert_product, random_case
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
-from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_layout
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_layout, cuda_table
 from hf_catquant.weight import quantize_activation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
 FORMAT = pytest.mark.parametrize("name", ALL_FORMATS)
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 64]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64, 70]
 
 
 def stored(name: str, rows: int, columns: int, group_size: int, dtype: torch.dtype = torch.float16) -> Case:
@@ -31,18 +33,34 @@ def inputs(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check(
-    case: Case, x: torch.Tensor, folder: Path, activations: str | None = None, sources: Path | None = None
+    case: Case,
+    x: torch.Tensor,
+    folder: Path,
+    activations: str | None = None,
+    sources: Path | None = None,
+    parts: int | None = None,
 ) -> None:
     weights, columns = case.fmt.name, x.shape[1]
     bias = torch.randn(case.codes.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
     layout = cuda_layout.build(*case.stored, weights, case.group_size, columns)
-    with emulated(folder, sources or cuda_compile.CSRC):
+    with emulated(folder, sources or cuda_compile.CSRC), cut_in(parts):
         out = cuda_calls.multiply(x, layout, bias, activations)
     x_hat = x if activations is None else quantize_activation(x.float(), FORMATS[activations])
     expected = x_hat.double() @ case.dense.T + bias.double()
     magnitude = x_hat.double().abs() @ case.dense.abs().T + bias.double().abs()
     assert out.dtype == x.dtype
     assert_product(out, expected, magnitude)
+
+
+@contextmanager
+def cut_in(parts: int | None) -> Iterator[None]:
+    """Products for many tokens are cut in this many parts along k."""
+    with pytest.MonkeyPatch.context() as patch:
+        if parts is not None:
+            patch.setattr(cuda_table, "cuts", lambda *_: parts)
+        cuda_table._shared.cache_clear()
+        yield
+    cuda_table._shared.cache_clear()
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -73,8 +91,26 @@ def test_groups_and_tails_of_every_format(name, outputs, columns, group_size, ro
     check(stored(name, outputs, columns, group_size), inputs(rows, columns, torch.bfloat16), folder, activations)
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "group_size", "activations"),
+    [
+        ("ternary", 9, 64, None),
+        ("ternary", 70, -1, "int8"),
+        ("binary", 33, 256, None),
+        ("binary", 40, -1, None),
+        ("int4", 65, 64, None),
+        ("int4", 9, 256, "int8"),
+        ("int4", 70, 64, "int8"),
+        ("int8", 40, -1, None),
+    ],
+)
+def test_many_rows_cut_along_k(name, rows, group_size, activations, folder):
+    case, x = stored(name, 280, 600, group_size), inputs(rows, 600, torch.bfloat16)  # 5 chunks, 3 of one bit
+    check(case, x, folder, activations, parts=3)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("rows", [2, 6, 40])
 @FORMAT
 def test_float16(name, rows, scale_dtype, folder):
     check(stored(name, 20, 160, 32, scale_dtype), inputs(rows, 160, torch.float16), folder)
@@ -120,7 +156,7 @@ def test_a_large_activation_costs_the_others_little(folder):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("rows", [2, 5, 40])
 def test_what_is_not_finite_stays_so(rows, bad, folder):
     case, x = stored("int4", 16, 128, 64), inputs(rows, 128, torch.bfloat16)
     x[1, 5] = bad
@@ -146,6 +182,15 @@ MISTAKES = {
     "token": ("product8.cu", "x_scale = t == q ?", "x_scale = t == row ?", 2),
     "missing barrier": ("product8.cu", "            sync_warp();\n        }", "        }", 2),
     "warps": ("product.cuh", "for (int warp = 0; warp < WARPS;", "for (int warp = 1; warp < WARPS;", 5),
+    "place in a stage": ("gemm.cu", "step % STAGE_STEPS * 4 + q)];", "step % STAGE_STEPS * 4 + (q ^ 1))];", 9),
+    "copies not waited for": ("gemm.cu", "wait_async<STAGES - 2>", "wait_async<STAGES - 1>", 9),
+    "stage not shared": ("gemm.cu", "            sync_block();", "            ", 9),
+    "stage overwritten": ("gemm.cu", "slot == 0 ? STAGES - 1 : slot - 1", "slot", 9),
+    "start of a part": ("gemm.cu", "begin * CHUNK + ahead", "ahead", 9),
+    "run of sums": ("gemm.cu", "chunk * GROUPS_IN_CHUNK + sub, m", "chunk * GROUPS_IN_CHUNK, m", 70),
+    "warp of tokens": ("gemm.cu", "token = warp % TOKEN_WARPS * 8 * NT", "token = warp / ROW_WARPS * 8 * NT", 70),
+    "parts": ("partials.cu", "p.partial + s * one", "p.partial", 9),
+    "sums of x": ("sums.cu", "FLUSH * run + i", "run + i", 70),
 }
 
 
@@ -157,8 +202,14 @@ def test_mistakes_are_found(mistake, folder, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong), encoding="utf-8")
-    with pytest.raises(AssertionError, match="times the bound"):
-        check(stored("ternary", 40, 512, 128), inputs(rows, 512, torch.bfloat16), folder, sources=tmp_path / "csrc")
+    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|out of bounds"):
+        check(
+            stored("ternary", 80, 1024, 64),
+            inputs(rows, 1024, torch.bfloat16),
+            folder,
+            sources=tmp_path / "csrc",
+            parts=3,
+        )
 
 
 def test_reading_past_the_end_is_found(folder):

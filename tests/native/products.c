@@ -19,6 +19,14 @@ int cq_dequantize(int format, const uint8_t *packed, int64_t row_bytes, const vo
                   int wide_scale, const int64_t *indices, int64_t rows, int64_t columns, int64_t group_width,
                   void *out, int dtype, int path, int threads);
 
+int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int64_t batch,
+            int dtype, const void *bias, int bias_dtype, void *out, int path, int threads);
+int cq_rotate(const void *x, int dtype, int64_t rows, int64_t columns, const float *signs, int inverse, void *out,
+              int path, int threads);
+int cq_cluster_affine(const void *y, int dtype, int64_t rows, int64_t width, const float *basis, int64_t rank,
+                      const float *centroids, int64_t clusters, const float *gamma, const float *beta, void *out,
+                      int path, int threads);
+
 static const char *path_names[CQ_PATHS] = {"scalar", "avx2", "avx512", "amx", "neon"};
 static uint64_t state = 1;
 static int failures;
@@ -195,6 +203,156 @@ static void check_rows(const weight *w, int path)
     free(out);
 }
 
+/* A 3 x 2 kernel over (2, channels, 5, 6), padded and dilated, against its definition. */
+static void check_conv(int path, int format, int dtype, int quantized)
+{
+    static const cq_window g = {4, 5, 6, 5, 3, 3, 2, 1, 2, 1, 1, 1, 2};
+    weight w = make(format, 1, 21, g.channels * g.kernel_height * g.kernel_width, 8);
+    int64_t positions = g.out_height * g.out_width, inputs = 2 * g.channels * g.height * g.width;
+    size_t size = dtype == CQ_FLOAT32 ? 4 : 2, count = (size_t)(2 * w.rows * positions);
+    char *x = exactly((size_t)inputs * size), *out = exactly(count * size), *again = exactly(count * size);
+    float *bias = exactly((size_t)w.rows * 4);
+    cq_activation how = {.parts = quantized             ? 1
+                                  : dtype == CQ_FLOAT32 ? 3
+                                                        : 2,
+                         .quantized = 2 * quantized,
+                         .low = -128,
+                         .high = 127,
+                         .scale = 0.03125f};
+    for (int64_t i = 0; i < inputs; ++i) {
+        float value = (float)((int)draw(256) - 128) / 32.0f;
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        if (dtype == CQ_FLOAT32)
+            memcpy(x + 4 * i, &value, 4);
+        else
+            ((uint16_t *)x)[i] = (uint16_t)(bits >> 16);
+    }
+    for (int64_t n = 0; n < w.rows; ++n)
+        bias[n] = draw_float();
+    cq_conv(w.layout, &how, &g, x, 2, dtype, bias, CQ_FLOAT32, out, path, 1);
+    cq_conv(w.layout, &how, &g, x, 2, dtype, bias, CQ_FLOAT32, again, path, 3);
+    if (memcmp(out, again, count * size) != 0)
+        fail("threads change the convolution", &w, path, 2, 0);
+    double eps = dtype == CQ_FLOAT32 ? 0x1p-23 : 0x1p-7, worst = 0;
+    for (int64_t i = 0; i < (int64_t)count; ++i) {
+        int64_t at = i % positions, n = i / positions % w.rows, image = i / positions / w.rows;
+        double sum = bias[n], total = fabs(sum);
+        for (int64_t k = 0; k < w.columns; ++k) {
+            int64_t kx = k % g.kernel_width, ky = k / g.kernel_width % g.kernel_height, c = k / 6;
+            int64_t row = at / g.out_width * g.stride_y - g.pad_y + ky * g.dilation_y;
+            int64_t column = at % g.out_width * g.stride_x - g.pad_x + kx * g.dilation_x;
+            if (row < 0 || row >= g.height || column < 0 || column >= g.width)
+                continue;
+            int64_t from = ((image * g.channels + c) * g.height + row) * g.width + column;
+            double product = (double)value_at(x, from, dtype) * w.dense[n * w.columns + k];
+            sum += product;
+            total += 4 * fabs(w.dense[n * w.columns + k]); /* digits are those of the largest value, which is 4 */
+        }
+        double error = fabs(value_at(out, i, dtype) - sum) / (2 * eps * total + 1e-7);
+        worst = error > worst ? error : worst;
+    }
+    if (!(worst <= 1))
+        fail("convolution", &w, path, 2, worst);
+    free(x);
+    free(out);
+    free(again);
+    free(bias);
+    drop(&w);
+}
+
+static void draw_floats(float *to, int64_t count)
+{
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = draw_float();
+}
+
+static void check_rotation(int path, int64_t rows, int64_t columns)
+{
+    weight none = {.rows = rows, .columns = columns};
+    size_t bytes = (size_t)(rows * columns) * 4;
+    float *x = exactly(bytes), *out = exactly(bytes), *back = exactly(bytes), *signs = exactly((size_t)columns * 4);
+    int64_t size = columns & -columns;
+    double worst = 0;
+    draw_floats(x, rows * columns);
+    for (int64_t k = 0; k < columns; ++k)
+        signs[k] = draw(2) ? 1.0f : -1.0f;
+    cq_rotate(x, CQ_FLOAT32, rows, columns, signs, 0, out, path, 1);
+    cq_rotate(x, CQ_FLOAT32, rows, columns, signs, 0, back, path, 3);
+    if (memcmp(out, back, bytes) != 0)
+        fail("threads change the rotation", &none, path, rows, 0);
+    cq_rotate(out, CQ_FLOAT32, rows, columns, signs, 1, back, path, 2);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        int64_t k = i % columns, block = i - k + k / size * size;
+        double sum = 0;
+        for (int64_t j = 0; j < size; ++j)
+            sum += (__builtin_popcountll((uint64_t)(j & (k % size))) & 1 ? -1.0 : 1.0) * (double)x[block + j] *
+                   (double)signs[block - (i - k) + j];
+        double error = fabs(out[i] - sum / sqrt((double)size)) / 1e-5;
+        error = fabs(back[i] - x[i]) / 1e-5 > error ? fabs(back[i] - x[i]) / 1e-5 : error;
+        worst = error > worst ? error : worst;
+    }
+    if (!(worst <= 1))
+        fail("rotation", &none, path, rows, worst);
+    free(x);
+    free(out);
+    free(back);
+    free(signs);
+}
+
+static void check_clusters(int path, int64_t rows, int64_t width, int64_t rank, int64_t clusters)
+{
+    weight none = {.rows = clusters, .columns = width, .width = rank};
+    int64_t projected = rank == 0 ? width : rank;
+    float *y = exactly((size_t)(rows * width) * 4), *out = exactly((size_t)(rows * width) * 4);
+    float *basis = exactly((size_t)(width * rank) * 4), *centroids = exactly((size_t)(clusters * projected) * 4);
+    float *gamma = exactly((size_t)(clusters * width) * 4), *beta = exactly((size_t)(clusters * width) * 4);
+    draw_floats(y, rows * width);
+    draw_floats(basis, width * rank);
+    draw_floats(centroids, clusters * projected);
+    draw_floats(gamma, clusters * width);
+    draw_floats(beta, clusters * width);
+    cq_cluster_affine(y, CQ_FLOAT32, rows, width, rank == 0 ? NULL : basis, projected, centroids, clusters, gamma,
+                      beta, out, path, 2);
+    for (int64_t m = 0; m < rows; ++m) {
+        double least = INFINITY, found = INFINITY;
+        for (int64_t c = 0; c < clusters; ++c) {
+            double distance = 0;
+            for (int64_t p = 0; p < projected; ++p) {
+                double z = rank == 0 ? (double)y[m * width + p] : 0;
+                for (int64_t k = 0; k < (rank == 0 ? 0 : width); ++k)
+                    z += (double)y[m * width + k] * (double)basis[k * rank + p];
+                distance += (z - centroids[c * projected + p]) * (z - centroids[c * projected + p]);
+            }
+            least = distance < least ? distance : least;
+            int same = 1;
+            for (int64_t k = 0; k < width; ++k) {
+                float product = gamma[c * width + k] * y[m * width + k];
+                same &= out[m * width + k] == product + beta[c * width + k];
+            }
+            found = same ? distance : found;
+        }
+        if (!(found <= least * (1 + 1e-4)))
+            fail("correction", &none, path, rows, found / least);
+    }
+    free(y);
+    free(out);
+    free(basis);
+    free(centroids);
+    free(gamma);
+    free(beta);
+}
+
+static void check_floats(int path)
+{
+    static const int64_t columns[] = {1, 3, 4, 8, 24, 48, 64, 160, 512, 1024};
+    static const int64_t sizes[][4] = {{1, 40, 20, 3}, {5, 33, 7, 4}, {6, 100, 0, 5}, {9, 70, 70, 1}, {2, 9000, 3, 4}};
+    for (size_t i = 0; i < sizeof columns / sizeof *columns; ++i)
+        check_rotation(path, 5, columns[i]);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; ++i)
+        check_clusters(path, sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3]);
+}
+
 int main(void)
 {
     static const int64_t shapes[][3] = {{37, 300, 32}, {16, 256, 128}, {33, 1101, 1101}, {1, 7, 7}, {20, 130, 24}};
@@ -205,7 +363,11 @@ int main(void)
             continue;
         ++paths;
         printf("%s\n", path_names[path]);
-        for (int format = 0; format < CQ_FORMATS; ++format)
+        check_floats(path);
+        for (int format = 0; format < CQ_FORMATS; ++format) {
+            check_conv(path, format, CQ_FLOAT32, 0);
+            check_conv(path, format, CQ_BFLOAT16, 0);
+            check_conv(path, format, CQ_FLOAT32, 1);
             for (size_t s = 0; s < sizeof shapes / sizeof *shapes; ++s) {
                 weight w = make(format, (int)s % 2, shapes[s][0], shapes[s][1], shapes[s][2]);
                 for (size_t c = 0; c < sizeof counts / sizeof *counts; ++c) {
@@ -216,6 +378,7 @@ int main(void)
                 check_rows(&w, path);
                 drop(&w);
             }
+        }
     }
     printf(failures ? "%d failures\n" : "all right on %d paths\n", failures ? failures : paths);
     return failures != 0;

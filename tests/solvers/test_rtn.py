@@ -30,7 +30,9 @@ def squared_error(weight: torch.Tensor, w_hat: torch.Tensor) -> torch.Tensor:
 def plain_rounding(rows: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Min-max rounding of every row, absmax rounding for a format without offset; float64."""
     rows, low, high = rows.double(), rows.double().amin(-1, True), rows.double().amax(-1, True)
-    scale = (high - low) / (fmt.levels[-1] - fmt.levels[0]) if fmt.affine else rows.abs().amax(-1, True) / 127
+    scale = (
+        (high - low) / (fmt.levels[-1] - fmt.levels[0]) if fmt.affine else rows.abs().amax(-1, True) / fmt.levels[-1]
+    )
     offset = low - scale * fmt.levels[0] if fmt.affine else torch.zeros_like(low)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     levels = torch.tensor(fmt.levels, dtype=torch.float64)
@@ -48,6 +50,15 @@ def best_by_force(row: torch.Tensor, share: torch.Tensor, fmt: Format, affine: b
     gain = (share * (levels - centers) * (row - center)).sum(-1).square() / spread.clamp_min(1e-30)
     total = float((share * (row - center).square()).sum())
     return total - float(torch.where(spread > 1e-12, gain, 0 * gain).max())
+
+
+def test_ternary_without_offsets_is_the_global_optimum(generator):
+    fmt = FORMATS["ternary_symmetric"]
+    rows = torch.randn(20, 7, generator=generator)
+    rows[:5] += 0.7  # offsets would help here
+    error = squared_error(rows, solve(rows, fmt.name))
+    wanted = [7 * best_by_force(row, torch.ones(7), fmt, affine=False) for row in rows]
+    torch.testing.assert_close(error, torch.tensor(wanted, dtype=torch.float64), atol=1e-5, rtol=1e-5)
 
 
 @EACH_FORMAT

@@ -33,6 +33,8 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
 #define CQ_MAX_ROWS 16   /* rows of x in a chunk */
 #define CQ_MAX_PARTS 3
+#define CQ_LARGE_PAGE (2 << 20)
+#define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
 
 /* How a format lies in memory: its packed words (digits codes of base radix in nbytes bytes) and its units in a
  * layout. */
@@ -71,6 +73,13 @@ typedef struct {
     float scale, offset;
 } cq_activation;
 
+/* Where the rows of a convolution lie in x (batch, channels, height, width): row r is position r of the outputs of all
+ * inputs, its columns are (channel, y, x) under the kernel; what is outside is zero. */
+typedef struct {
+    int64_t channels, height, width, out_height, out_width;
+    int64_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
+} cq_window;
+
 /* Rows of x as the products read them. Digit p of row m, tile t: x + (t * parts * rows + p * rows + m) * CQ_TILE. */
 typedef struct {
     int rows, parts, filled; /* rows: as padded with zeros; filled: those that are there */
@@ -83,9 +92,10 @@ typedef struct {
 typedef struct {
     /* Rows of the chunk in which `rows` rows of x, or the first of them, are best multiplied; at most CQ_MAX_ROWS. */
     int (*chunk_rows)(int parts, int64_t rows);
-    /* Turns rows of x (row_stride elements apart) into digits; returns CQ_NOT_FINITE where a value is not. */
+    /* Turns rows of x, `first` and on (row_stride elements apart, or where the window says if it is not NULL), into
+     * digits; returns CQ_NOT_FINITE where a value is not. `scratch` holds cq_pack_floats(). */
     int (*pack)(const cq_layout *w, const cq_activation *how, const void *x, int dtype, int64_t row_stride,
-                cq_chunk *out, float *scratch);
+                const cq_window *window, int64_t first, cq_chunk *out, float *scratch);
     /* result[m * 16 + lane] of one run of rows, without bias. */
     void (*run)(const cq_layout *w, int64_t run, const cq_chunk *chunk, float *result);
     void (*store)(const float *result, const void *bias, int bias_dtype, void *out, int dtype, int count);
@@ -93,6 +103,12 @@ typedef struct {
     void (*dequantize)(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,
                        int64_t group_width, const cq_format *format, void *out, int dtype);
     void (*widen)(const void *values, int dtype, int64_t count, float *out);
+    /* What float_rows.h says of them. */
+    void (*rotate)(const void *x, int dtype, int64_t columns, const float *signs, int inverse, void *out,
+                   float *scratch);
+    void (*project)(const float *const y[CQ_ROW_BLOCK], const float *basis, int64_t count, int64_t rank, float *out);
+    float (*dot)(const float *a, const float *b, int64_t count);
+    void (*affine)(const float *y, const float *gamma, const float *beta, int64_t count, void *out, int dtype);
 } cq_path;
 
 /* Codes of one packed row; */
@@ -100,6 +116,11 @@ void cq_decode_row(int format, const uint8_t *packed, int64_t columns, int64_t g
 
 size_t cq_chunk_bytes(const cq_layout *w, int rows, int parts);
 void cq_chunk_place(const cq_layout *w, int rows, int parts, void *memory, cq_chunk *out);
+
+static inline size_t cq_pack_floats(int64_t columns, int rows, const cq_window *window)
+{
+    return (size_t)columns * (size_t)(window == NULL ? 2 : 2 + rows);
+}
 
 extern const cq_path cq_scalar_path, cq_avx2_path, cq_avx512_path, cq_neon_path;
 

@@ -4,7 +4,7 @@
 //
 // Constants: TYPE of y and out (0 bfloat16, 1 float16, 2 float32); PROJECT 0: z is given, or is y itself; 1: basis is
 // given, and rank is at most 256.
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 struct Correction {
     const void* y;           // (M, width)
@@ -17,18 +17,12 @@ struct Correction {
     int width, rank, clusters;
 };
 
-DEVICE float number(const void* from, size_t at) {
-    if (TYPE == 2) return read((const float*)from + at);
-    u32 bits = read((const u16*)from + at);
-    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
-}
-
 // Thread t adds slice t / padded of the width for component t % padded; slices are added in order.
 DEVICE void project(const Correction& p, size_t row, float* parts) {
     const int padded = (p.rank + 31) / 32 * 32, slices = 256 / padded, slice = threadIdx.x / padded, c = threadIdx.x % padded;
     float sum = 0;
     if (slice < slices && c < p.rank)
-        for (int d = slice; d < p.width; d += slices) sum += number(p.y, row * p.width + d) * read(p.basis + (size_t)d * p.rank + c);
+        for (int d = slice; d < p.width; d += slices) sum += read_number(p.y, row * p.width + d) * read(p.basis + (size_t)d * p.rank + c);
     parts[threadIdx.x] = sum;
     sync_block();
     sum = 0;
@@ -51,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(256) cluster(const Correction p) {
     for (int c = warp; c < p.clusters; c += 8) {
         float sum = 0;
         for (int r = lane; r < p.rank; r += 32) {
-            float z = PROJECT ? projected[r] : p.z ? read(p.z + row * p.rank + r) : number(p.y, row * p.width + r);
+            float z = PROJECT ? projected[r] : p.z ? read(p.z + row * p.rank + r) : read_number(p.y, row * p.width + r);
             float at = read(p.centroids + (size_t)c * p.rank + r);
             sum += at * (at - 2 * z);
         }
@@ -68,9 +62,8 @@ extern "C" __global__ void __launch_bounds__(256) cluster(const Correction p) {
         if (other >= 0 && (distance < nearest || (distance == nearest && other < best))) nearest = distance, best = other;
     }
     for (int d = threadIdx.x; d < p.width; d += 256) {
-        float y = number(p.y, row * p.width + d);
+        float y = read_number(p.y, row * p.width + d);
         float value = add(multiply(read(p.gamma + (size_t)best * p.width + d), y), read(p.beta + (size_t)best * p.width + d));
-        if (TYPE == 2) write((float*)p.out + row * p.width + d, value);
-        else write((u16*)p.out + row * p.width + d, (u16)(TYPE == 1 ? float_to_f16(value) : float_to_bf16(value)));
+        write_number(p.out, row * p.width + d, value);
     }
 }

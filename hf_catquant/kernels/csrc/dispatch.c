@@ -73,6 +73,16 @@ int cq_has_path(int path)
     }
 }
 
+#if !defined(CQ_SOURCES)
+#define CQ_SOURCES ""
+#endif
+
+/* The sources that this library was built from, as setup.py names them: Python calls no other library. */
+const char *cq_sources(void)
+{
+    return CQ_SOURCES;
+}
+
 const cq_path *cq_path_of(int path)
 {
     switch (path) {

@@ -24,6 +24,7 @@ typedef struct {
     const char *x;
     const char *bias;
     char *out;
+    const cq_window *window; /* of a convolution, whose results go to (batch, rows of w, positions); NULL: none */
     int64_t rows, x_stride, out_stride;
     int dtype, bias_dtype, chunk_rows, amx;
     char *memory;
@@ -51,14 +52,39 @@ static void pack_task(void *context, int64_t index)
 {
     job *j = context;
     cq_chunk chunk = chunk_at(j, index);
-    float *scratch = cq_scratch(1, (size_t)j->w->columns * 8);
+    float *scratch = cq_scratch(1, cq_pack_floats(j->w->columns, j->chunk_rows, j->window) * 4);
     int state = CQ_NO_MEMORY;
     if (scratch != NULL)
-        state =
-            j->path->pack(j->w, j->how, j->x + (j->first + index) * j->chunk_rows * j->x_stride * size_of(j->dtype),
-                          j->dtype, j->x_stride, &chunk, scratch);
+        state = j->path->pack(j->w, j->how, j->x, j->dtype, j->x_stride, j->window,
+                              (j->first + index) * j->chunk_rows, &chunk, scratch);
     if (state != CQ_OK)
         atomic_store(&j->state, state);
+}
+
+/* Results (filled, 16) of rows `first` and on, plus bias, for the rows of w from `row`. */
+static void put(const job *j, const float *result, int64_t first, int filled, int64_t row)
+{
+    int64_t size = size_of(j->dtype);
+    int count = (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES);
+    const void *bias = j->bias == NULL ? NULL : j->bias + row * size_of(j->bias_dtype);
+    if (j->window == NULL) {
+        for (int m = 0; m < filled; ++m)
+            j->path->store(result + m * CQ_LANES, bias, j->bias_dtype,
+                           j->out + ((first + m) * j->out_stride + row) * size, j->dtype, count);
+        return;
+    }
+    char stored[CQ_MAX_ROWS * CQ_LANES * 4];
+    int64_t positions = j->window->out_height * j->window->out_width, from[CQ_MAX_ROWS];
+    for (int m = 0; m < filled; ++m) {
+        j->path->store(result + m * CQ_LANES, bias, j->bias_dtype, stored + m * CQ_LANES * size, j->dtype, count);
+        from[m] = ((first + m) / positions * j->w->rows + row) * positions + (first + m) % positions;
+    }
+    for (int lane = 0; lane < count; ++lane)
+        for (int m = 0; m < filled; ++m)
+            if (size == 4)
+                memcpy(j->out + (from[m] + lane * positions) * 4, stored + (m * CQ_LANES + lane) * 4, 4);
+            else
+                memcpy(j->out + (from[m] + lane * positions) * 2, stored + (m * CQ_LANES + lane) * 2, 2);
 }
 
 static void run_task(void *context, int64_t index)
@@ -67,20 +93,12 @@ static void run_task(void *context, int64_t index)
     const cq_layout *w = j->w;
     float result[CQ_MAX_ROWS * CQ_LANES];
     int64_t from = w->runs * index / j->spans, to = w->runs * (index + 1) / j->spans;
-    for (int64_t run = from; run < to; ++run) {
-        int64_t row = run * CQ_LANES;
-        int count = (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES);
-        const void *bias = j->bias == NULL ? NULL : j->bias + row * size_of(j->bias_dtype);
+    for (int64_t run = from; run < to; ++run)
         for (int64_t c = 0; c < j->chunks; ++c) {
             cq_chunk chunk = chunk_at(j, c);
             j->path->run(w, run, &chunk, result);
-            for (int m = 0; m < chunk.filled; ++m)
-                j->path->store(result + m * CQ_LANES, bias, j->bias_dtype,
-                               j->out +
-                                   (((j->first + c) * j->chunk_rows + m) * j->out_stride + row) * size_of(j->dtype),
-                               j->dtype, count);
+            put(j, result, (j->first + c) * j->chunk_rows, chunk.filled, run * CQ_LANES);
         }
-    }
 }
 
 static void amx_task(void *context, int64_t index)
@@ -126,6 +144,21 @@ static int multiply(job *j, int threads)
     return atomic_load(&j->state);
 }
 
+/* Chooses how to cut the job, and does it. */
+static int start(job *j, int path, int threads)
+{
+    const cq_layout *w = j->w;
+    int parts = j->how->parts;
+    int64_t products = w->rows * w->columns * j->rows * parts;
+    int64_t useful = 1 + products / PRODUCTS_A_THREAD;
+    j->path = cq_path_of(path);
+    j->amx = j->window == NULL && path == CQ_AMX && j->rows >= rows_for_tiles[parts - 1];
+    j->chunk_rows = j->amx ? 16 : j->path->chunk_rows(parts, j->rows);
+    j->chunk_bytes = cq_chunk_bytes(w, j->chunk_rows, parts);
+    atomic_init(&j->state, CQ_OK);
+    return multiply(j, useful < threads ? (int)useful : threads);
+}
+
 /* Rows of x (row_stride elements apart, columns side by side) times the layout, plus bias (or NULL), into out (rows,
  * w->rows). Returns CQ_OK, or says why out holds nothing: CQ_NOT_FINITE, CQ_NO_MEMORY. */
 int cq_linear(const cq_layout *w, const cq_activation *how, const void *x, int64_t rows, int64_t row_stride, int dtype,
@@ -141,12 +174,22 @@ int cq_linear(const cq_layout *w, const cq_activation *how, const void *x, int64
              .out_stride = w->rows,
              .dtype = dtype,
              .bias_dtype = bias_dtype};
-    int64_t products = w->rows * w->columns * rows * how->parts;
-    int64_t useful = 1 + products / PRODUCTS_A_THREAD;
-    j.path = cq_path_of(path);
-    j.amx = path == CQ_AMX && rows >= rows_for_tiles[how->parts - 1];
-    j.chunk_rows = j.amx ? 16 : j.path->chunk_rows(how->parts, rows);
-    j.chunk_bytes = cq_chunk_bytes(w, j.chunk_rows, how->parts);
-    atomic_init(&j.state, CQ_OK);
-    return multiply(&j, useful < threads ? (int)useful : threads);
+    return start(&j, path, threads);
+}
+
+/* Convolution of x (batch, channels, height, width) with the layout, whose columns are (channel, y, x), plus bias (or
+ * NULL), into out (batch, w->rows, out_height, out_width). Returns as cq_linear() does. */
+int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int64_t batch,
+            int dtype, const void *bias, int bias_dtype, void *out, int path, int threads)
+{
+    job j = {.w = w,
+             .how = how,
+             .x = x,
+             .bias = bias,
+             .out = out,
+             .window = window,
+             .rows = batch * window->out_height * window->out_width,
+             .dtype = dtype,
+             .bias_dtype = bias_dtype};
+    return start(&j, path, threads);
 }

@@ -1,5 +1,5 @@
 /* AVX-512 with VNNI: vpdpbusd adds four products of an unsigned value and a signed digit to each of 16 rows. */
-#include "rows.h"
+#include "float_rows.h"
 
 #include <immintrin.h>
 
@@ -27,6 +27,21 @@ ALWAYS __m512i quad_values(int format, const uint8_t *unit, int q)
     }
 }
 
+/* Quad q of a unit of one line where its bits lie: 2^(bits * q) times the values, or for CQ_BINARY half of them. */
+ALWAYS __m512i plane_values(int format, __m512i line, int q)
+{
+    int mask = format == CQ_BINARY ? 1 << q : format == CQ_INT4 ? 15 << 4 * q : 3 << 2 * q;
+    return _mm512_and_si512(line, _mm512_set1_epi8((char)mask));
+}
+
+/* The sum of products of values from the sum of those of plane_values(), which is a multiple of what it is divided by. */
+ALWAYS __m512i plane_sum(int format, __m512i sum, int q)
+{
+    if (format == CQ_BINARY)
+        return q == 0 ? _mm512_add_epi32(sum, sum) : _mm512_srai_epi32(sum, (unsigned)(q - 1));
+    return _mm512_srai_epi32(sum, (unsigned)(format == CQ_INT4 ? 4 * q : 2 * q));
+}
+
 ALWAYS __m512 lanes(const uint8_t *at, int wide, int second)
 {
     if (wide)
@@ -43,7 +58,11 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
     const int all = parts * rows;
     const int quads = format == CQ_BINARY || format == CQ_INT3 ? 8 : format == CQ_INT4 ? 2 : format == CQ_INT8 ? 1 : 4;
     const int lines = format == CQ_INT3 ? 3 : 1;
-    const int chains = all >= 4 ? 1 : quads >= 4 ? 4 : quads; /* a sum alone waits four cycles for itself */
+    /* With few rows there are registers for a sum of every quad, which is shifted once and not at every unit: at most
+     * 255 * 128 * 512 / 2, and exact. Otherwise a few sums, as one alone waits four cycles for itself. */
+    const int many = all <= 3 && all * quads > 16;
+    const int planes = all <= 3 && !many && (format == CQ_BINARY || format == CQ_INT2 || format == CQ_INT4);
+    const int chains = planes ? quads : all >= 4 ? 1 : quads >= 4 ? 4 : quads;
     const uint8_t *stream = (const uint8_t *)w + w->stream + index * w->run_bytes;
     __m512 total[CQ_MAX_ROWS];
 #pragma GCC unroll 16
@@ -57,7 +76,7 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
         _mm_prefetch((const char *)stream + block->byte + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 16
         for (int r = 0; r < all; ++r) {
-            sum[r] = _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + r]);
+            sum[r] = planes ? _mm512_setzero_si512() : _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + r]);
 #pragma GCC unroll 16
             for (int c = 1; c < chains; ++c)
                 sum[c * all + r] = _mm512_setzero_si512();
@@ -69,7 +88,10 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
                 _mm_prefetch((const char *)unit + AHEAD + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int q = 0; q < quads; ++q) {
-                __m512i values = quad_values(format, unit, q);
+                if (many) /* compilers load the digits of all quads first, and spill sums for them */
+                    __asm__ volatile("" ::: "memory");
+                __m512i values =
+                    planes ? plane_values(format, *(const __m512i *)unit, q) : quad_values(format, unit, q);
 #pragma GCC unroll 16
                 for (int r = 0; r < all; ++r) {
                     int32_t four;
@@ -85,10 +107,13 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
             __m512 value = _mm512_setzero_ps();
 #pragma GCC unroll 16
             for (int p = 0; p < parts; ++p) {
-                __m512i part = sum[p * rows + m];
+                __m512i part = planes ? _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + p * rows + m])
+                                      : sum[p * rows + m];
 #pragma GCC unroll 16
-                for (int c = 1; c < chains; ++c)
-                    part = _mm512_add_epi32(part, sum[c * all + p * rows + m]);
+                for (int c = planes ? 0 : 1; c < chains; ++c) {
+                    __m512i more = sum[c * all + p * rows + m];
+                    part = _mm512_add_epi32(part, planes ? plane_sum(format, more, c) : more);
+                }
                 value = p == 0 ? _mm512_cvtepi32_ps(part)
                                : _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(part));
             }
@@ -152,7 +177,7 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk;
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen};
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
 
 void cq_avx512_peak(int64_t rounds)
 {

@@ -1,4 +1,5 @@
-/* Threads that share the tasks of one call and sleep between calls.
+/* Threads that share the tasks of one call and sleep between calls: those of torch's OpenMP where Python has named it,
+ * since its threads wait awake for the next call and would hold up others, else threads of our own.
  *
  * Tasks are taken one by one from a counter, so a thread that the system holds up does not hold up the others; what a
  * task computes does not depend on who runs it. A thread that finds the pool in use, and a child after fork(), whose
@@ -26,6 +27,15 @@ static void (*current)(void *, int64_t);
 static void *argument;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
+/* GOMP_parallel(function, data, threads, flags), which every OpenMP library of gcc, clang and Intel has. */
+typedef void (*parallel_region)(void (*)(void *), void *, unsigned, unsigned);
+static parallel_region openmp;
+
+void cq_use_openmp(void *function)
+{
+    openmp = (parallel_region)function;
+}
+
 static inline void pause_briefly(void)
 {
 #if defined(__x86_64__)
@@ -39,6 +49,12 @@ static void work(void)
 {
     for (int64_t i; (i = atomic_fetch_add(&next, 1)) < count;)
         current(argument, i);
+}
+
+static void work_of_region(void *unused)
+{
+    (void)unused;
+    work();
 }
 
 static void *helper(void *number)
@@ -70,6 +86,7 @@ static void *helper(void *number)
 static void forget(void)
 {
     helpers = 0;
+    openmp = NULL; /* gcc's would wait for threads that are not there */
     pthread_mutex_init(&in_use, NULL);
     pthread_mutex_init(&lock, NULL);
     pthread_cond_init(&wake, NULL);
@@ -107,6 +124,15 @@ void cq_parallel(int threads, int64_t tasks, void (*task)(void *, int64_t), void
         return;
     }
     pthread_once(&fork_once, watch_forks);
+    if (openmp != NULL) {
+        current = task;
+        argument = context;
+        count = tasks;
+        atomic_store(&next, 0);
+        openmp(work_of_region, NULL, (unsigned)threads, 0);
+        pthread_mutex_unlock(&in_use);
+        return;
+    }
     pthread_mutex_lock(&lock);
     wanted = start(threads - 1);
     current = task;

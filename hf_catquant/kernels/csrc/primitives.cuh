@@ -28,6 +28,16 @@ DEVICE uint4 read_once(const uint4* at) {
 template <typename T>
 DEVICE void write(T* at, T value) { *at = value; }
 
+// 16 bytes from global to shared memory behind the thread's back, or 16 zeros; what is asked for between two commits
+// is one group, and wait_async<N> waits for all groups but the N newest of this thread.
+DEVICE void copy_async(uint4* to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 : : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void commit_async() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int N>
+DEVICE void wait_async() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
+
 // c += a * b on the tensor cores; a is 16 rows, b 8 columns. PTX ISA, "Warp Level Matrix Instructions".
 #define MMA(NAME, SHAPE, C, CONSTRAINT)                                                                      \
     DEVICE void NAME(C (&c)[4], uint4 a, u32 b0, u32 b1) {                                                   \

@@ -16,7 +16,7 @@
 // of the tile. So both the bytes of an 8-bit product and the 16-bit pairs of a 16-bit product come out with one mask, and
 // the lane's eight activations of a step are adjacent in memory.
 #pragma once
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 constexpr int TILE = 256 / BITS;
 constexpr int CHUNK = TILE > 128 ? TILE : 128;  // columns of one turn of a warp
@@ -34,9 +34,10 @@ struct Product {
     const void* scales;    // [row tiles][groups][8][2] pairs (scale, offset): rows r and r + 8 side by side
     const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8
     const float* x_scale;  // (M), of codes
+    const float* x_sums;   // (runs, M rounded up to 2), gemm.cu only
     const void* bias;      // (N) or null
     void* out;             // (M, N)
-    int tokens, rows, columns, row_tiles, chunks, groups;
+    int tokens, rows, columns, row_tiles, chunks, groups, splits;
     float level_step, level_zero;  // level = level_step * code + level_zero
 };
 
@@ -56,25 +57,26 @@ struct Cursor {
     u32 pairs[MT];  // index of (tile, group 0, row), in pairs of rows
 };
 
-DEVICE Cursor start(const Product& p, int first, int warp, int lane) {
+DEVICE Cursor start(const Product& p, int first, int chunk, int lane) {
     Cursor cursor;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
         u32 tile = first + mt < p.row_tiles ? first + mt : p.row_tiles - 1;
-        cursor.codes[mt] = p.tiles + ((size_t)tile * (u32)p.chunks + (u32)warp) * (LOADS * 32) + lane;
+        cursor.codes[mt] = p.tiles + ((size_t)tile * (u32)p.chunks + (u32)chunk) * (LOADS * 32) + lane;
         cursor.pairs[mt] = tile * (u32)p.groups * 8 + (lane >> 2);
     }
     return cursor;
 }
 
-// The codes of the next chunk, if there is one, and on to the one that this warp turns to after it.
+// The codes of the next chunk, if there is one, and on to the one that this warp turns to after it, TURN chunks on.
+template <int TURN>
 DEVICE void read_codes(Codes& codes, Cursor& cursor, bool there) {
     if (!there) return;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) codes.word[mt][i] = read_once(cursor.codes[mt] + 32 * i);
-        cursor.codes[mt] += WARPS * LOADS * 32;
+        cursor.codes[mt] += TURN * LOADS * 32;
     }
 }
 
@@ -96,17 +98,6 @@ DEVICE u32 kept(const Product& p, u32 value) { return value + ((u32)p.tokens >> 
 
 DEVICE int group_of(int chunk, int sub) {
     return BY_ROW ? 0 : GROUPS_IN_CHUNK > 1 ? chunk * GROUPS_IN_CHUNK + sub : chunk / CHUNKS_IN_GROUP;
-}
-
-DEVICE float read_number(const void* from, size_t at) {
-    if (TYPE == 2) return read((const float*)from + at);
-    u32 bits = read((const u16*)from + at);
-    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
-}
-
-DEVICE void write_number(void* to, size_t at, float value) {
-    if (TYPE == 2) write((float*)to + at, value);
-    else write((u16*)to + at, (u16)(TYPE == 1 ? float_to_f16(value) : float_to_bf16(value)));
 }
 
 // Adds what the warps found, first warp first, and writes it: parts[warp][value of a lane][lane].

@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
         for (int i = lane; i < 8 * STAGE_STRIDE; i += 32) stage[i] = 0;
     Cursor cursor = start(p, first, warp, lane);
     const u32 ones = kept(p, 0x01010101u);
-    read_codes(next, cursor, warp < p.chunks);
+    read_codes<WARPS>(next, cursor, warp < p.chunks);
     if (SPLIT) read_raw(raw, p, token0, warp, lane);
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
         codes = next;
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
             }
             sync_warp();
         }
-        read_codes(next, cursor, chunk + WARPS < p.chunks);
+        read_codes<WARPS>(next, cursor, chunk + WARPS < p.chunks);
         if (SPLIT) read_raw(raw, p, token0, chunk + WARPS, lane);
 #pragma unroll
         for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {

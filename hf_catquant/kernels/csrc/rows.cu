@@ -6,7 +6,7 @@
 // makes one row. Codes go where product8 reads them: 2 kp + i / 2 + 4 (i % 2) of each eight is byte i of word kp.
 //
 // Constants: TYPE of x (0 bfloat16, 1 float16, 2 float32); AFFINE: whether the format has an offset.
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 struct Quantization {
     const void* x;   // (M, columns)
@@ -15,12 +15,6 @@ struct Quantization {
     int columns, padded;
     float first_level, last_level;
 };
-
-DEVICE float number(const void* from, size_t at) {
-    if (TYPE == 2) return read((const float*)from + at);
-    u32 bits = read((const u16*)from + at);
-    return TYPE == 1 ? f16_to_float(bits) : bits_to_float(bits << 16);
-}
 
 DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }  // NaN wins
 
@@ -40,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256) rows(const Quantization p) {
     const size_t row = blockIdx.x;
     float high = 0, low = 0;  // of x and of -x; with AFFINE both count, without the larger one does
     for (int k = threadIdx.x; k < p.columns; k += 256) {
-        float x = number(p.x, row * p.columns + k);
+        float x = read_number(p.x, row * p.columns + k);
         high = larger(high, x);
         low = larger(low, -x);
     }
@@ -53,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256) rows(const Quantization p) {
     for (int k = threadIdx.x; k < p.padded; k += 256) {
         int code = 0;
         if (k < p.columns) {
-            float x = number(p.x, row * p.columns + k);
+            float x = read_number(p.x, row * p.columns + k);
             float level = round_even(divide(AFFINE ? add(x, -offset) : x, scale));
             level = level < p.first_level ? p.first_level : level > p.last_level ? p.last_level : level;
             code = round_to_int(level - zero);

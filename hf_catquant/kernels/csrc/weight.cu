@@ -5,7 +5,7 @@
 //
 // Constants: RADIX, DIGITS, NBYTES of the storage word; SCALE32; TYPE of out (0 bfloat16, 1 float16, 2 float32);
 // INDEX 0: row i is row i, 32 or 64: row i is row index[i], int32 or int64.
-#include "primitives.cuh"
+#include "numbers.cuh"
 
 struct Rows {
     const u8* packed;     // (table_rows, width)
@@ -27,26 +27,9 @@ DEVICE u32 read_word(const u8* at) {
     return word;
 }
 
-DEVICE u32 narrow(float value) { return TYPE == 1 ? float_to_f16(value) : float_to_bf16(value); }
-
-DEVICE void write_eight(const Rows& p, size_t at, const float (&value)[8], int count) {
-    if (TYPE == 2) {
-        for (int i = 0; i < count; i++) write((float*)p.out + at + i, value[i]);
-    } else if (p.columns % 8 == 0) {
-        u32 pair[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) pair[i] = narrow(value[2 * i]) | narrow(value[2 * i + 1]) << 16;
-        write((uint4*)((u16*)p.out + at), uint4{pair[0], pair[1], pair[2], pair[3]});
-    } else {
-        for (int i = 0; i < count; i++) write((u16*)p.out + at + i, (u16)narrow(value[i]));
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(256) weight(const Rows p) {
-    const int blocks = (p.columns + 7) / 8;
-    const size_t id = (size_t)blockIdx.x * 256 + threadIdx.x;
-    const size_t i = id / blocks;
-    if (i >= p.rows) return;
+    const u32 blocks = (p.columns + 7) / 8, id = blockIdx.x * 256u + threadIdx.x, i = id / blocks;  // less than 2^32 of them
+    if (i >= (u32)p.rows) return;
     const int k = (int)(id % blocks) * 8, group = k / p.group_width, inside = k - group * p.group_width;
     long long row = INDEX == 0 ? (long long)i : INDEX == 32 ? read((const int*)p.index + i) : read((const long long*)p.index + i);
     if (row < 0 || row >= p.table_rows) refuse();
@@ -71,5 +54,6 @@ extern "C" __global__ void __launch_bounds__(256) weight(const Rows p) {
         word /= RADIX;
         digit++;
     }
-    write_eight(p, i * p.columns + k, value, count);
+    if (p.columns % 8 == 0) return write_eight(p.out, (size_t)i * p.columns + k, value);
+    for (int c = 0; c < count; c++) write_number(p.out, (size_t)i * p.columns + k + c, value[c]);
 }

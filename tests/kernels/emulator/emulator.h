@@ -35,7 +35,9 @@ namespace emulator {
 struct Region { const char *begin, *end; int writable; };
 struct Slot { u32 a[4], b[2]; float f; int kind; };
 struct Warp { Slot slots[2][32]; int arrived; unsigned generation; };
-struct Fiber { ucontext_t start; jmp_buf at; char* stack; bool begun, done; Place thread; };
+struct Copy { uint4* to; const uint4* from; int group; };
+constexpr int MOST_COPIES = 256;
+struct Fiber { ucontext_t start; jmp_buf at; char* stack; bool begun, done; Place thread; Copy copies[MOST_COPIES]; int waiting, group; };
 
 constexpr int MOST_THREADS = 1024, STACK = 128 << 10;
 inline Fiber fibers[MOST_THREADS];
@@ -106,6 +108,7 @@ inline void run_block() {
         Fiber& fiber = fibers[t];
         fiber.thread = {t % block_size.x, t / block_size.x, 0};
         fiber.begun = fiber.done = false;
+        fiber.waiting = fiber.group = 0;
         if (!fiber.stack) fiber.stack = (char*)malloc(STACK);
         getcontext(&fiber.start);
         fiber.start.uc_stack = {fiber.stack, 0, (size_t)STACK};
@@ -150,6 +153,29 @@ template <typename T>
 DEVICE void write(T* at, T value) {
     emulator::check(at, sizeof(T), true);
     *at = value;
+}
+
+// A copy happens when its thread waits for it; until then the place holds garbage, as if others still wrote to it.
+DEVICE void copy_async(uint4* to, const void* from, bool there) {
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    if ((uintptr_t)to % 16) emulator::fail("misaligned copy", to);
+    if (there) emulator::check(from, 16, false);
+    if (fiber.waiting == emulator::MOST_COPIES) emulator::fail("more copies under way than the emulator holds");
+    memset(to, 0xff, 16);
+    fiber.copies[fiber.waiting++] = {to, there ? (const uint4*)from : nullptr, fiber.group};
+}
+DEVICE void commit_async() { emulator::fibers[emulator::current].group++; }
+template <int N>
+DEVICE void wait_async() {
+    emulator::Fiber& fiber = emulator::fibers[emulator::current];
+    int left = 0;
+    for (int i = 0; i < fiber.waiting; i++) {
+        emulator::Copy copy = fiber.copies[i];
+        if (copy.group >= fiber.group - N) fiber.copies[left++] = copy;
+        else if (copy.from) *copy.to = *copy.from;
+        else memset(copy.to, 0, 16);
+    }
+    fiber.waiting = left;
 }
 
 DEVICE float bits_to_float(u32 bits) {

@@ -1,0 +1,212 @@
+"""Draw up ``docs/how-to-choose.md`` from the results that are there: size, accuracy and time side by side.
+
+    python benchmarks/choose.py
+
+Reads ``benchmarks/results/realdata.json`` and, if it is there, ``cpu_models.json``; measures nothing. A test fails while
+the page is not what these files give, and a piece of advice that they do not bear out any more stops the script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import CASES, ROOT, read, sources, span, table, write
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "how-to-choose.md"
+Row = dict[str, Any]
+
+# What a recommendation is made of: a name, what it costs, and which results show it.
+SETTINGS: tuple[tuple[str, str, str, Callable[[Row], bool]], ...] = (
+    ("int4, gptq", "minutes", 'CatQuantConfig(weights="int4", group_size=64)', lambda r: _is(r, "int4", "gptq")),
+    ("int3, gptq", "minutes", 'CatQuantConfig(weights="int3")', lambda r: _is(r, "int3", "gptq")),
+    (
+        "ternary, gptq",
+        "minutes",
+        'CatQuantConfig(weights="ternary", group_size=64)',
+        lambda r: _is(r, "ternary", "gptq"),
+    ),
+    (
+        "ternary, reconstruct",
+        "up to an hour",
+        'CatQuantConfig(weights="ternary", solver="reconstruct")',
+        lambda r: _is(r, "ternary", "reconstruct"),
+    ),
+)
+START = """\
+# How to choose
+
+Drawn up by `python benchmarks/choose.py` from `benchmarks/results/`; what the columns are and how each number was made is
+said in [results.md](results.md).
+
+## In one minute
+"""
+AFTER = """
+Then measure your own model: `catquant eval OUT --float MODEL --dataset test.parquet` prints float, quantized, and quantized
+with correction side by side, with intervals.
+
+## What a setting costs in accuracy
+
+The change against float, of accuracy in points, and of perplexity as a factor for the language model. Of several results of
+one model and setting the best is taken; *not measured* means that there is none.
+"""
+MIDDLE = """
+## Size, accuracy and time of every result without quantized inputs
+
+Smallest first. MB are those of the whole file; a weight counts its scales and offsets; seconds are those of quantizing on a
+machine that did other work beside it. Accuracy in percent, perplexity for stories260K, with 95 % intervals.
+"""
+
+
+def advice(results: list[Row]) -> list[str]:
+    """The short answer, each line with what the results have to say for it.
+
+    Raises:
+        ValueError: they do not say it any more.
+    """
+    int4, int3 = worst(results, "int4", "gptq"), worst(results, "int3", "gptq")
+    learned = {case.model: best(results, case.model, "ternary", "reconstruct") for case in CASES}
+    rounded = {case.model: best(results, case.model, "ternary", "gptq") for case in CASES}
+    depthwise, transformers = "mobilenet_v2_1.0_224", ("deit-tiny-patch16-224", "stories260K")
+    found = (
+        (
+            int4 < 1,
+            "**Next to nothing may change**: `int4` in groups of 64 by `gptq`.",
+            f"The classifiers below lose at most {int4:.1f} points.",
+        ),
+        (int3 < 4, "**Smaller, in minutes**: `int3` by `gptq`.", f"They lose at most {int3:.1f} points."),
+        (
+            all(learned[name] < rounded[name] for name in transformers),
+            '**As small as it gets**: `ternary`, with `solver="reconstruct"` where `gptq` loses too much.',
+            "It learns codes and scales block by block, which is worth its time on transformers.",
+        ),
+        (
+            learned[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
+            "**Depthwise convolutions** (MobileNet): `int3` at least.",
+            f"Ternary loses {min(learned[depthwise], rounded[depthwise]):.0f} points there.",
+        ),
+        (
+            True,
+            '**No data at hand**: `CatQuantConfig(weights="int4", solver="rtn", correction=None)`,',
+            "or `catquant quantize --generate 340` for a language model.",
+        ),
+        (True, "**A size to meet**: `average_bits=2.5`", "gives wider formats to the layers that need them."),
+        (True, "**Other runtimes**: [exports.md](exports.md)", "says which settings have an exact form elsewhere."),
+    )
+    for holds, line, _ in found:
+        if not holds:
+            raise ValueError(f"the results do not say this any more, write it anew: {line}")
+    return [f"- {line} {why}" for _, line, why in found]
+
+
+def worst(results: list[Row], weights: str, solver: str) -> float:
+    """The largest loss in points among the classifiers."""
+    found = [r for r in results if _is(r, weights, solver) and r["evaluation"]["metric"] == "accuracy"]
+    return max(best(found, model, weights, solver) for model in {r["model"] for r in found})
+
+
+def best(results: list[Row], model: str, weights: str, solver: str) -> float:
+    """The least loss of one model among its results with a format and a solver."""
+    return min(_loss(r) for r in results if r["model"] == model and _is(r, weights, solver))
+
+
+def _is(result: Row, weights: str, solver: str) -> bool:
+    return (
+        result["weights"] == weights and result["solver"].split(",")[0] == solver and result["activations"] == "none"
+    )
+
+
+def page() -> list[str]:
+    """The lines of the page."""
+    results = read(RESULTS / "realdata.json")
+    lines = [*START.splitlines(), "", *advice(results), *AFTER.splitlines(), "", *costs(results), *MIDDLE.splitlines()]
+    for case in CASES:
+        lines += ["", f"### {case.model}", "", *one_model([r for r in results if r["model"] == case.model])]
+    timed = RESULTS / "cpu_models.json"
+    lines += ["", *(times(json.loads(timed.read_text(encoding="utf-8"))) if timed.exists() else [])]
+    return [*lines, *sources(results)]
+
+
+def costs(results: list[Row]) -> list[str]:
+    """A table of the loss of every setting on every model."""
+    head = ["setting", *(case.model for case in CASES), "work", "request"]
+    rows = []
+    for name, work, request, belongs in SETTINGS:
+        cells = [_cost([r for r in results if r["model"] == case.model and belongs(r)]) for case in CASES]
+        rows.append([name, *cells, work, f"`{request}`"])
+    return table(head, rows)
+
+
+def _cost(results: list[Row]) -> str:
+    if not results:
+        return "not measured"
+    best = min(results, key=_loss)
+    first, last = best["evaluation"]["rows"][0], best["evaluation"]["rows"][-1]
+    if best["evaluation"]["metric"] == "perplexity":
+        return f"x {last['metric'] / first['metric']:.2f}"
+    return f"{last['metric'] - first['metric']:+.2f}"
+
+
+def _loss(result: Row) -> float:
+    """What is lost, the smaller the better for both metrics."""
+    rows = result["evaluation"]["rows"]
+    change = rows[-1]["metric"] - rows[0]["metric"]
+    return float(change if result["evaluation"]["metric"] == "perplexity" else -change)
+
+
+def one_model(results: list[Row]) -> list[str]:
+    """Float and every result of one model, smallest first."""
+    plain = [r for r in results if r["activations"] == "none"]
+    if not plain:
+        return ["Not measured."]
+    first = plain[0]["evaluation"]["rows"][0]
+    rows = [["float", "32", f"{first['bytes'] / 1e6:.2f}", "1", span(first), "-", "0"]]
+    for result in sorted(plain, key=lambda r: (r["evaluation"]["rows"][-1]["bytes"], r["solver"])):
+        last = result["evaluation"]["rows"][-1]
+        rows.append(
+            [
+                f"{result['weights']}, group {result['group_size']}, {result['solver']}",
+                f"{result['weight_bits']:.2f}",
+                f"{last['bytes'] / 1e6:.2f}",
+                f"{first['bytes'] / last['bytes']:.1f}",
+                span(last),
+                "on" if last["name"].endswith("CAT") else "off",
+                f"{result['seconds']:.0f}",
+            ]
+        )
+    return table(["setting", "bits a weight", "MB", "times smaller", "result", "correction", "s"], rows)
+
+
+def times(models: dict[str, Row]) -> list[str]:
+    """How fast whole models run: of every contender the time beside float32 and bfloat16."""
+    lines = ["## How fast models run on a CPU", "", "Above 1: faster than the same model in torch."]
+    for name, found in models.items():
+        rows = [
+            [
+                r["task"],
+                r["contender"],
+                f"{1e3 * r['median']:.1f}",
+                f"{r['to_float32']:.2f}",
+                f"{r['to_bfloat16']:.2f}",
+            ]
+            for r in found["results"]
+        ]
+        head = ["task", "model", "ms", "times float32", "times bfloat16"]
+        lines += ["", f"### {name}", "", *table(head, rows), "", f"{found['date']}: {_machine(found['machine'])}."]
+    return lines
+
+
+def _machine(found: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items()) if isinstance(found, dict) else str(found)
+
+
+def main(place: Path = PAGE) -> None:
+    write(place, page())
+    print(place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""What ``gpu.py`` times. A stage takes the device and the names of the kernels that were found right, and yields rows."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu_peers import PEERS, Layer
+from gpu_tools import SHAPES, TOKENS, Launches, Stored, copies, normal, op, random_weight, timed
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_catquant.formats import get_format, group_count
+from hf_catquant.kernels import cuda_calls, cuda_layout, cuda_table
+
+Row = dict[str, Any]
+Right = set[str]
+
+
+def measured(calls: list[Callable[[], Any]], device: torch.device, right: Right) -> Row:
+    """{"us": microseconds a call}, or why it was not timed."""
+    launches = Launches()
+    with launches.watch():
+        for _ in range(2):  # a layout is built at the second use of a weight
+            calls[0]()
+    unsure = launches.sources - right
+    if unsure:
+        return {"skipped": f"not found right: {', '.join(sorted(unsure))}"}
+    return {"us": timed(calls, device)}
+
+
+def bandwidth(device: torch.device, right: Right) -> Iterator[Row]:
+    """Bytes a second of a copy (read and write), and cuBLAS's bfloat16 and int8 products."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    yield {"copy_tb_s": 2 * source.nbytes / timed([lambda: target.copy_(source)] * 4, device) / 1e6}
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    yield {"bf16_tflop_s": 2 * 8192**3 / timed([lambda: a @ a] * 4, device) / 1e6}
+    b = a.to(torch.int8)
+    yield {"int8_top_s": 2 * 8192**3 / timed([lambda: torch._int_mm(b, b.T)] * 4, device) / 1e6}
+
+
+def bf16_times(shape: tuple[int, int], counts: tuple[int, ...], device: torch.device) -> dict[int, float]:
+    """Microseconds of torch's bfloat16 linear by tokens."""
+    rows, columns = shape
+    weights = [
+        torch.randn(rows, columns, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * rows * columns))
+    ]
+    found = {}
+    for tokens in counts:
+        x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
+        found[tokens] = timed([lambda w=w, x=x: F.linear(x, w) for w in weights], device)
+    return found
+
+
+def rotated(name: str, shape: tuple[int, int], group_size: int, device: torch.device) -> list[Stored]:
+    """Copies of a weight that together no cache holds, counted by their tiles."""
+    nbytes = shape[0] * shape[1] * cuda_layout.code_bits(get_format(name)) // 8
+    return [random_weight(name, *shape, group_size, device, seed) for seed in range(copies(nbytes))]
+
+
+def products(device: torch.device, right: Right) -> Iterator[Row]:
+    """Every format, shape and number of tokens beside bfloat16, the most wanted first."""
+    cases = [("ternary", 128, None), ("binary", 128, None), ("ternary", 128, "int8"), ("int4", 128, None)]
+    cases += [
+        ("ternary", -1, None),
+        ("binary", 128, "int8"),
+        ("int4", 128, "int8"),
+        ("int3", 128, None),
+        ("int8", 128, None),
+    ]
+    dense = {shape: bf16_times(shape, TOKENS, device) for shape in SHAPES}
+    linear = op("linear", device)
+    for name, group_size, activations in cases:
+        fmt = get_format(name)
+        for shape in SHAPES:
+            weights = rotated(name, shape, group_size, device)
+            scales = (2 if fmt.affine else 1) * 2 * shape[0] * group_count(shape[1], group_size)
+            for tokens in TOKENS:
+                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+                settings = (None, None, None, name, group_size, activations)
+                row = measured([lambda w=w, x=x, s=settings: linear(x, *w, *s) for w in weights], device, right)
+                if "us" in row:
+                    moved = shape[0] * shape[1] * cuda_layout.code_bits(fmt) / 8 + scales + 2 * tokens * sum(shape)
+                    row |= {"bf16_us": dense[shape][tokens], "speedup": dense[shape][tokens] / row["us"]}
+                    row["tb_s"] = moved / row["us"] / 1e6
+                case = {"weights": name, "group_size": group_size, "activations": activations, "shape": shape}
+                yield {**case, "tokens": tokens, **row}
+
+
+def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
+    """Each way to make a product over the number of tokens, and pieces of the dequantized weight."""
+    shape, name = (8192, 8192), "ternary"
+    weights = rotated(name, shape, 128, device)[:16]
+    layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in weights]
+    dense = bf16_times(shape, (2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048), device)
+    for tokens, bf16 in dense.items():
+        x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+        row: Row = {"tokens": tokens, "bf16": bf16}
+
+        def tiles(x: Tensor = x, activations: str | None = None) -> Row:
+            calls = [lambda at=at: cuda_calls.multiply(x, at, None, activations) for at in layouts]
+            return measured(calls, device, right)
+
+        for split in (0, 4) if tokens <= 4 else ():
+            with mock.patch.object(cuda_table, "SPLIT_TOKENS", split):
+                row["8-bit pairs" if split else "16-bit"] = tiles()
+        for limit in (8, 64) if 8 < tokens <= 64 else (8,):
+            with mock.patch.object(cuda_table, "FEW_TOKENS", limit):
+                row["shared" if tokens > limit else "each warp"] = tiles()
+        row["int8"] = tiles(activations="int8")
+        for size in (24, 64, 256) if tokens >= 64 else ():
+            with mock.patch.object(cuda_table, "DENSE_BYTES", size << 20):
+                pairs = zip(weights, layouts, strict=True)
+                calls = [lambda w=w, at=at, x=x: cuda_calls.dense(x, *w, name, 128, None, at) for w, at in pairs]
+                row[f"dense {size} MB"] = measured(calls, device, right)
+        yield row
+
+
+def launches(device: torch.device, right: Right) -> Iterator[Row]:
+    """The launch table swept: row tiles and warps of a block for few tokens, parts along k for more."""
+    for name in ("ternary", "binary", "int4"):
+        for shape in SHAPES:
+            layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
+            for tokens in (1, 8, 16, 64):
+                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+                calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
+                shapes = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8)) if tokens <= 8 else (1, 2, 4, 8, 16)
+                for chosen in shapes:
+                    with mock.patch.object(cuda_table, "blocks" if tokens <= 8 else "cuts", lambda *_, c=chosen: c):
+                        cuda_table._few.cache_clear()
+                        cuda_table._shared.cache_clear()
+                        row = measured(calls, device, right)
+                    yield {"weights": name, "shape": shape, "tokens": tokens, "chosen": chosen, **row}
+    cuda_table._few.cache_clear()
+    cuda_table._shared.cache_clear()
+
+
+def decode(
+    device: torch.device, right: Right, layers: int = 16, width: int = 4096, inner: int = 14336
+) -> Iterator[Row]:
+    """Microseconds a token of ``layers`` Llama-shaped blocks (8B: 32 heads, 8 of keys), batch 1, 1024 tokens of context."""
+    heads, keys, size = 32, 8, width // 32
+    shapes = {
+        "qkv": (width + 2 * keys * size, width),
+        "o": (width, width),
+        "up": (2 * inner, width),
+        "down": (width, inner),
+    }
+    cache = torch.randn(2, layers, 1, keys, 1024, size, device=device, dtype=torch.bfloat16)
+    gain = torch.ones(width, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, 1, width, device=device, dtype=torch.bfloat16)
+
+    def step(linear: Callable[[Any, Tensor], Tensor], weights: dict[tuple[int, str], Any]) -> Tensor:
+        h = x
+        for layer in range(layers):
+            q = linear(weights[layer, "qkv"], F.rms_norm(h, (width,), gain))[..., :width].view(1, heads, 1, size)
+            mixed = F.scaled_dot_product_attention(q, cache[0, layer], cache[1, layer], enable_gqa=True)
+            h = h + linear(weights[layer, "o"], mixed.reshape(1, 1, width))
+            gate, up = linear(weights[layer, "up"], F.rms_norm(h, (width,), gain)).chunk(2, -1)
+            h = h + linear(weights[layer, "down"], F.silu(gate) * up)
+        return h
+
+    def row_of(linear: Callable[[Any, Tensor], Tensor], make: Callable[[tuple[int, int]], Any]) -> Row:
+        weights = {(i, n): make(shape) for i in range(layers) for n, shape in shapes.items()}
+        return measured([lambda: step(linear, weights)], device, right)
+
+    def dense(shape: tuple[int, int]) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16) / 64
+
+    yield {"weights": "bfloat16", **row_of(lambda weight, h: F.linear(h, weight), dense)}
+    product, rotate = op("linear", device), op("rotate", device)
+    for name, turned in (("ternary", False), ("ternary", True), ("binary", False), ("int4", False)):
+        rest = (None, None, None, name, 128, None)
+        row = row_of(
+            lambda weight, h, rest=rest, turned=turned: product(rotate(h, False) if turned else h, *weight, *rest),
+            lambda shape, name=name: random_weight(name, *shape, 128, device),
+        )
+        yield {"weights": name, "rotated": turned, **row}
+
+
+def other_ops(device: torch.device, right: Right) -> Iterator[Row]:
+    """Rotation, look-up, correction and convolution."""
+    stored = random_weight("ternary", 32000, 4096, 128, device)
+    small = random_weight("ternary", 512, 512 * 9, 128, device)
+    basis, centroids, gamma, beta = (
+        normal(*shape, device=device, dtype=torch.float32) for shape in ((4096, 50), (16, 50), (16, 4096), (16, 4096))
+    )
+    for tokens in (1, 16, 2048):
+        x = torch.randn(tokens, 4096, device=device, dtype=torch.bfloat16)
+        index = torch.zeros(tokens, dtype=torch.int64, device=device)
+        image = torch.randn(1, 512, 7 if tokens < 2048 else 56, 7, device=device, dtype=torch.bfloat16)
+        calls: dict[str, Callable[[], Any]] = {
+            "copy": lambda x=x: x.clone(),
+            "rotate": lambda x=x: op("rotate", device)(x, False),
+            "embedding": lambda i=index: op("embedding", device)(i, *stored, "ternary", 128, 4096, torch.bfloat16),
+            "cluster_affine": lambda x=x: op("cluster_affine", device)(x, basis, centroids, gamma, beta),
+            "conv": lambda x=image: op("conv", device)(
+                x, *small, None, None, None, "ternary", 128, None, [3, 3], [1, 1], [1, 1], [1, 1], 1
+            ),
+        }
+        for name, call in calls.items():
+            yield {"op": name, "tokens": tokens, **measured([call] * 10, device, right)}
+
+
+def peers(device: torch.device, right: Right) -> Iterator[Row]:
+    """Other libraries, where they are installed, in the same rotation."""
+    for make in PEERS:
+        for shape in SHAPES:
+            try:
+                layers: list[Layer] = [make(*shape, device) for _ in range(copies(shape[0] * shape[1] // 2))]
+            except Exception as error:
+                yield {"peer": make.__name__, "error": f"{type(error).__name__}: {error}"[:300]}
+                break
+            for tokens in TOKENS:
+                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+                try:
+                    taken = timed([lambda layer=layer, x=x: layer(x) for layer in layers], device)
+                    yield {"peer": make.__name__, "shape": shape, "tokens": tokens, "us": taken}
+                except Exception as error:
+                    yield {"peer": make.__name__, "tokens": tokens, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+STAGES: dict[str, Callable[[torch.device, Right], Iterator[Row]]] = {
+    "bandwidth": bandwidth,
+    "products": products,
+    "thresholds": thresholds,
+    "decode": decode,
+    "peers": peers,
+    "other ops": other_ops,
+    "launches": launches,
+}
+
+
+def sanitize(script: Path) -> dict[str, str]:
+    """What compute-sanitizer says about the smallest cases, where it is installed."""
+    tool = shutil.which("compute-sanitizer") or next(
+        map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
+    found = {}
+    for check in ("memcheck", "racecheck") if tool else ():
+        command = [str(tool), "--tool", check, "--error-exitcode", "9", sys.executable, str(script), "--quick"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=55)
+            found[check] = f"exit {done.returncode}: {' '.join(done.stdout.strip().splitlines()[-2:])}"
+        except subprocess.TimeoutExpired:
+            found[check] = "took more than 55 seconds"
+    return found or {"compute-sanitizer": "not installed"}
+
+
+def targets(held: dict[str, Any]) -> list[Row]:
+    """What was asked for beside what was measured, in the same run."""
+    times = {
+        (r["weights"], r["group_size"], r["activations"], *r["shape"], r["tokens"]): r
+        for r in held.get("products", [])
+        if "us" in r
+    }
+    copied = next((r["copy_tb_s"] for r in held.get("bandwidth", []) if "copy_tb_s" in r), float("nan"))
+    rows: list[Row] = []
+
+    def ask(what: str, wanted: float, found: float | None) -> None:
+        rows.append({"target": what, "wanted": wanted, "found": found, "met": found is not None and found >= wanted})
+
+    for name, activations, shape, tokens, wanted in (
+        ("ternary", None, SHAPES[0], 1, 2.5),
+        ("ternary", None, SHAPES[1], 1, 4.3),
+        ("ternary", None, SHAPES[2], 1, 5.3),
+        ("binary", None, SHAPES[2], 1, 8.0),
+        ("ternary", None, SHAPES[1], 16, 3.5),
+        ("ternary", None, SHAPES[1], 64, 1.6),
+        ("ternary", None, SHAPES[1], 2048, 0.9),
+        ("ternary", "int8", SHAPES[1], 512, 1.2),
+        ("ternary", "int8", SHAPES[1], 2048, 1.2),
+    ):
+        row = times.get((name, 128, activations, *shape, tokens))
+        label = (
+            f"{name} {shape[0]} x {shape[1]}, {tokens} tokens, {activations or '16-bit'} activations: times bfloat16"
+        )
+        ask(label, wanted, row and row["speedup"])
+    row = times.get(("ternary", 128, None, *SHAPES[2], 1))
+    ask("ternary 28672 x 8192, 1 token: share of the copy bandwidth", 0.75, row and row["tb_s"] / copied)
+    for peer in held.get("peers", []):
+        if "us" not in peer or peer["peer"] not in ("bitsandbytes_nf4", "gemlite_two"):
+            continue
+        row = times.get(("ternary", 128, None, *peer["shape"], peer["tokens"]))
+        if peer["peer"] == "bitsandbytes_nf4" or peer["tokens"] == 1:
+            label = f"{peer['peer']} {peer['shape']}, {peer['tokens']} tokens: times as fast"
+            ask(label, 1.0 if peer["peer"] == "bitsandbytes_nf4" else 2.0, row and peer["us"] / row["us"])
+    return rows

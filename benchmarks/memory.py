@@ -1,0 +1,145 @@
+"""Peak memory of quantizing a Llama from bf16 shards on disk, and what ``catquant plan`` said before.
+
+    python benchmarks/memory.py FOLDER --mode rtn            data-free, unit by unit
+    python benchmarks/memory.py FOLDER --mode gptq           calibrated on a few short samples
+    python benchmarks/memory.py FOLDER --mode rtn --layers 4 --hidden 512 ...    another size
+
+The model has the shape of TinyLlama 1.1B and random weights (seed 0). Every command runs in a process of its own; its peak
+is the high-water mark of its resident pages (``ru_maxrss``), libraries and mapped files included. Results are added to
+``benchmarks/results/memory.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+RESULTS = Path(__file__).with_name("results") / "memory.json"
+SHARD = 400_000_000  # bytes
+
+
+def build(folder: Path, config: LlamaConfig) -> int:
+    """Write the model in shards, a tensor at a time; returns its parameters."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    weight_map, shard, size, number = {}, {}, 0, 0
+    named = list(model.named_parameters())
+    for index, (name, parameter) in enumerate(named):
+        values = (
+            torch.randn(parameter.shape, generator=generator).mul_(0.02)
+            if parameter.dim() > 1
+            else torch.ones_like(parameter, device="cpu")
+        )
+        shard[name] = values.to(torch.bfloat16)
+        size += shard[name].nbytes
+        if size > SHARD or index == len(named) - 1:
+            number += 1
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard, size = {}, 0
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    return sum(math.prod(p.shape) for _, p in named)
+
+
+def measured(command: list[str]) -> tuple[int, float, str]:
+    """Peak resident bytes and seconds of a command, and what it printed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024, time.perf_counter() - start, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the model is written, or lies")
+    parser.add_argument("--mode", choices=("rtn", "gptq"), default="rtn")
+    parser.add_argument("--weights", default="ternary")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--in-memory", action="store_true", help="measure the way without a shelf, too")
+    for name, value in (("layers", 22), ("hidden", 2048), ("inner", 5632), ("heads", 32), ("vocab", 32000)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    config = LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.inner,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=max(1, args.heads // 8),
+        max_position_embeddings=2048,
+        pad_token_id=0,
+    )
+    model = args.folder / f"llama-{args.layers}x{args.hidden}"
+    if not model.exists():
+        build(model, config)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    request = ["--weights", args.weights, "--dtype", args.dtype, "--solver", args.mode, "--correction", "none"]
+    if args.mode == "gptq":
+        rows = args.folder / "rows.jsonl"
+        draws = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, args.vocab, (args.samples, args.length), generator=draws).tolist()
+        rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+        request += ["--dataset", str(rows), "--num-samples", str(args.samples), "--batch-size", "4"]
+    catquant = [sys.executable, "-m", "hf_catquant.cli"]
+    _, plan_seconds, text = measured([*catquant, "plan", str(model), *request, "--json"])
+    plan = json.loads(text[text.index("{") :])
+    out = args.folder / "out"
+    result = {
+        "mode": args.mode,
+        "weights": args.weights,
+        "dtype": args.dtype,
+        "layers": args.layers,
+        "hidden": args.hidden,
+        "samples": f"{args.samples} x {args.length}" if args.mode == "gptq" else None,
+        "float_bytes": size,
+        "limit": int(0.4 * size + 1e9),
+        "planned_peak": plan["peak_ram"],
+        "planned_seconds": round(plan["seconds"], 1),
+        "plan_seconds": round(plan_seconds, 1),
+        "plan": plan,
+    }
+    for key, more in (("", []), ("in_memory_", ["--in-memory"])):
+        if more and not args.in_memory:
+            continue
+        shutil.rmtree(out, ignore_errors=True)
+        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), *request, *more])
+        result |= {f"{key}peak": most, f"{key}seconds": round(seconds, 1)}
+    result["output_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    result |= {
+        "plan_off_by": round(plan["peak_ram"] / result["peak"] - 1, 4),
+        "within_limit": result["peak"] < result["limit"],
+    }
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    key = ("mode", "weights", "dtype", "layers", "hidden", "samples")
+    known = [row for row in known if any(row[k] != result[k] for k in key)]
+    RESULTS.write_text(json.dumps([*known, result], indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What every export does: open the model, fold what folds exactly, refuse or say what is lost, write beside and rename."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..correction import ClusterAffine, corrections, detach
+from ..layers import QuantizedModule
+from ..model import quantized_modules, replace_module
+from ..tasks import auto_class, load_config, load_processor
+
+# Files of tokenizers and processors, which go along as they are.
+_PROCESSOR_FILES = ("*token*", "vocab*", "merges.txt", "*processor_config.json", "chat_template*", "*.model")
+
+
+@dataclass
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: folder, or file.
+        target: which export.
+        size: bytes of the weights.
+        lost: what the quantized model has and the export does not; empty unless it was allowed to lose something.
+        notes: what a user wants to know of it and changes no output.
+    """
+
+    path: Path
+    target: str
+    size: int = 0
+    lost: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.target}, {self.size / 1e6:,.2f} MB"]
+        lines += [f"note: {text}" for text in self.notes]
+        lines += [f"LOST: {text}" for text in self.lost]
+        return "\n".join(lines)
+
+
+@dataclass
+class Source:
+    """A quantized model that an export may take apart.
+
+    Attributes:
+        model: with its packed layers.
+        name: folder or Hub id that it came from, None for one that was in memory.
+    """
+
+    model: PreTrainedModel
+    name: str | None
+
+
+def open_model(model: str | Path | PreTrainedModel) -> Source:
+    """The model, loaded, or a copy of the one in memory.
+
+    Raises:
+        ValueError: it is not a quantized transformers model.
+    """
+    if isinstance(model, str | Path):
+        loaded = auto_class(load_config(str(model))).from_pretrained(model)
+        source = Source(loaded, str(model))
+    elif isinstance(model, PreTrainedModel):
+        source = Source(copy.deepcopy(model).cpu(), None)
+    else:
+        raise ValueError(f"model must be a folder, a Hub id or a transformers model, got a {type(model).__name__}")
+    if not quantized_modules(source.model):
+        raise ValueError(
+            f"{model if source.name else type(model).__name__} is not quantized: there is nothing to export"
+        )
+    return source
+
+
+def free_place(out: str | Path) -> Path:
+    """``out`` as a path where nothing is.
+
+    Raises:
+        ValueError: something is there.
+    """
+    place = Path(out)
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"{place} exists and is not an empty folder: name another place")
+    return place
+
+
+def settle_losses(source: Source, lost: list[str], lossy: bool, target: str) -> list[str]:
+    """What is left out; corrections that did not fold are taken off.
+
+    Raises:
+        ValueError: something is, and ``lossy`` is not set.
+    """
+    lost = [*_inputs_lost(source.model), *lost]
+    if lost and not lossy:
+        raise ValueError(
+            f"an export to {target} would lose: {'; '.join(lost)}. Pass lossy=True (--lossy) to leave that out, or "
+            "quantize again without it"
+        )
+    for name in corrections(source.model):
+        detach(source.model, name)
+    return lost
+
+
+def fold_corrections(model: nn.Module) -> list[str]:
+    """Fold every correction that folds exactly into the linear it sits on, in place; why the others do not.
+
+    A correction of one cluster is y <- gamma * y + beta: it folds into rows of a weight and a bias. Where there is no bias
+    in the architecture it has nowhere to go: a file with one more would load without it.
+    """
+    left = []
+    for name, correction in corrections(model).items():
+        site = model.get_submodule(name)
+        reason = _why_not(model, site, correction)
+        if reason is not None:
+            left.append(f"the correction at {name}: {reason}")
+            continue
+        detach(model, name)
+        linear: Any = site.to_float() if isinstance(site, QuantizedModule) else site
+        weight, bias = correction.fold_into(linear.weight.detach(), linear.bias)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        if linear is not site:
+            linear._forward_hooks.update(site._forward_hooks)
+            replace_module(model, name, linear)
+    return left
+
+
+def _why_not(model: nn.Module, site: nn.Module, correction: ClusterAffine) -> str | None:
+    linear: Any = site
+    kind = site.wraps if isinstance(site, QuantizedModule) else type(site)
+    if len(correction.gamma) != 1:
+        return f"it has {len(correction.gamma)} clusters, and only one folds into a weight"
+    if kind is not nn.Linear or correction.dim != -1:
+        return f"it sits on a {kind.__name__}, not on a linear that it could fold into"
+    if linear.bias is None and bool(correction.beta.any()):
+        return f"{type(model).__name__} has no bias there to take its shift"
+    shared = isinstance(site, QuantizedModule) and (
+        site.owner is not None or any(other.owner is site for other in quantized_modules(model).values())
+    )
+    held = linear._parameters.get("weight")
+    if shared or (held is not None and sum(m._parameters.get("weight") is held for m in model.modules()) > 1):
+        return "its weight is tied to another layer's"
+    return None
+
+
+def _inputs_lost(model: nn.Module) -> list[str]:
+    rounded = {m.scheme.activations for m in quantized_modules(model).values()} - {None}
+    return [f"inputs rounded to {', '.join(sorted(map(str, rounded)))}: they stay in float"] if rounded else []
+
+
+@contextmanager
+def written_beside(place: Path) -> Iterator[Path]:
+    """A path beside ``place`` to write to, that becomes it at the end; nothing is left of it after an error."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        yield beside
+        if place.is_dir():  # an empty one
+            place.rmdir()
+        beside.replace(place)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        beside.unlink(missing_ok=True)
+
+
+def copy_processor(source: Source, folder: Path) -> None:
+    """Put the tokenizer or processor that came with the model into ``folder``."""
+    if source.name is None:
+        return
+    if not Path(source.name).is_dir():
+        processor = load_processor(source.name)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        return
+    for pattern in _PROCESSOR_FILES:
+        for file in Path(source.name).glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all safetensors files in ``folder``."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,265 @@
+"""From a folder or repository with a float model to a folder with the quantized one: journaled, and in bounded memory.
+
+The float weights stay on disk until their unit's turn comes (``streaming.py``), every finished unit is written to a journal
+beside the output (``journal.py``), and the output appears whole: it is written in the journal's folder and renamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from .config import CatQuantConfig
+from .disk import sync, sync_folder, writing
+from .integrity import sha256
+from .journal import Journal, open_journal
+from .kernels import native
+from .log import logger
+from .model import select
+from .quantizer import quantize
+from .report import library_versions, report
+from .sizes import output_bytes
+from .streaming import open_on_shelf, weight_files
+from .tasks import auto_class, load_config
+
+REPORT = "report.json"
+_WRITTEN = "written"  # in the manifest: the files of a finished output
+# What names a set of weights of the same model: shards of an older save must not stay beside new ones.
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def quantize_folder(
+    source: str | Path,
+    out: str | Path,
+    config: CatQuantConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    stream: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    made: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Quantize the float model in ``source`` and write it, its processor and its report to ``out``.
+
+    A run that was killed is gone on with by ``resume``: finished units are taken from ``OUT.journal``, and the files are
+    bit for bit those of a run that was not interrupted.
+
+    Args:
+        source: folder or Hub id of the float model.
+        out: folder to write. It appears whole, at the end.
+        config: what to do. It is not changed.
+        dtype: of the float parts.
+        stream: keep float weights on disk until their turn comes. The result is the same.
+        resume: go on with an interrupted run if there is one.
+        overwrite: write into a folder that is not empty; without ``resume``, drop an interrupted run.
+        trust_remote_code: run modelling code that comes with the model.
+        made: JSON-clean, added to the report's file.
+
+    Returns:
+        The quantized model.
+
+    Raises:
+        ValueError: ``out`` is not empty, the interrupted run was begun with something else, or ``config`` cannot be done.
+        RuntimeError: another process works on the same output.
+        OSError: something cannot be written; says what and why.
+    """
+    out = Path(out)
+    place = out.with_name(f"{out.name}.journal")
+    _check_places(source, out, place, resume, overwrite)
+    journal = open_journal(place, resume=resume, overwrite=overwrite)
+    try:
+        model = None
+        if journal.settled(_WRITTEN, None) is None:
+            model = _quantized(source, config, journal, dtype, stream, trust_remote_code)
+            _write(model, config.processor, journal, made or {})
+        _install(journal, out)
+        journal.drop()
+        return model or auto_class(load_config(str(out), trust_remote_code)).from_pretrained(out)
+    except BaseException:
+        if not journal.begun():
+            journal.drop()  # nothing is lost, and nothing shall have to be cleared away
+        raise
+    finally:
+        journal.close()
+
+
+def _quantized(
+    source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
+) -> PreTrainedModel:
+    found = load_config(str(source), trust)
+    if getattr(found, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is quantized already: start from the float model")
+    folder = local_folder(str(source))
+    files = weight_files(folder)
+    request = {k: v for k, v in config.to_dict().items() if k not in ("modules", "checksums", "provenance")}
+    journal.agree(
+        weights=_digests(folder, files),
+        config={**request, "dtype": str(dtype)},
+        versions={**library_versions(), "source": source_digest()},
+        machine=f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, kernels {native.PATH}",
+    )
+    with threads(journal.settled("threads", torch.get_num_threads())):
+        return _backing_off(source, config, journal, dtype, stream, trust)
+
+
+def _backing_off(
+    source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
+) -> PreTrainedModel:
+    """Quantize at the batch size that fits: where memory runs out it is halved, and finished units stay."""
+    config = copy.deepcopy(config)
+    config.batch_size = journal.settled("batch_size", config.batch_size)
+    while True:
+        try:
+            model = open_source(source, dtype, stream, trust)
+            _check_room(model, config, journal)
+            return quantize(model, config, journal)  # type: ignore[return-value]
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or not _can_shrink(config):
+                raise
+            logger.warning("out of memory with %d samples a batch: going on with half of them", config.batch_size)
+        del model  # before it is loaded again
+        config.batch_size //= 2
+        journal.change("batch_size", config.batch_size)
+
+
+def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remote_code: bool) -> PreTrainedModel:
+    """The float model: on a shelf, or whole in memory if ``stream`` is not set or it has no safetensors files."""
+    auto = auto_class(load_config(str(source), trust_remote_code))
+    files = weight_files(local_folder(str(source))) if stream else []
+    if files:
+        return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)
+    return auto.from_pretrained(str(source), dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _can_shrink(config: CatQuantConfig) -> bool:
+    """Whether smaller batches can be made: of data that can be read twice, and comes one by one."""
+    data = config.dataset
+    return config.batch_size > 1 and data is not None and not isinstance(data, (DataLoader, Iterator))
+
+
+def _check_room(model: PreTrainedModel, config: CatQuantConfig, journal: Journal) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        OSError: naming what is needed and what is free.
+    """
+    written = sum(path.stat().st_size for path in journal.folder.rglob("*") if path.is_file())
+    needed = 2 * output_bytes(model, select(model, config)) - written
+    free = shutil.disk_usage(journal.folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{journal.folder}: the journal and the output need {needed:,} bytes, but {free:,} are free: free some space",
+        )
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a model on this machine; one of the Hub is downloaded, its safetensors files if it has any."""
+    if Path(source).is_dir():
+        return Path(source)
+    texts = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"]
+    folder = Path(snapshot_download(source, allow_patterns=[*texts, "*.safetensors"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(source, allow_patterns=[*texts, "*.bin"]))
+    return folder
+
+
+def source_digest() -> str:
+    """A digest of this package's own code: a step of other code may be another step."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c", ".h", ".cu")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """``count`` threads for torch for the time of a ``with``: sums are split by their number, and so are last bits."""
+    before = torch.get_num_threads()
+    if count != before:
+        logger.info("using %d threads, as the run was begun with", count)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_places(source: str | Path, out: Path, place: Path, resume: bool, overwrite: bool) -> None:
+    if Path(source).exists() and Path(source).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the float model: choose another folder to write")
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if occupied and not overwrite and not (resume and place.exists()):
+        raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another folder to write")
+
+
+def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
+    held = [*files, folder / "config.json"] if files else [*sorted(folder.glob("*.bin")), folder / "config.json"]
+    return {path.name: sha256(path) for path in held}
+
+
+def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[str, Any]) -> None:
+    """Write the output beside its place."""
+    staging = journal.output
+    with writing(staging):
+        if staging.exists():
+            shutil.rmtree(staging)
+        model.save_pretrained(staging)
+        if hasattr(processor, "save_pretrained"):
+            processor.save_pretrained(staging)
+        text = json.dumps({**report(model).to_dict(), **made}, indent=2)
+        (staging / REPORT).write_text(text, encoding="utf-8")
+        sync_folder(staging)
+    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    journal.change(_WRITTEN, {path.relative_to(staging).as_posix(): sha256(path) for path in files})
+
+
+def _install(journal: Journal, out: Path) -> None:
+    """Put the finished output in its place: at once where there is none, else file by file, the config last.
+
+    A model of old and new files does not load: the checksums in its config are of one save.
+
+    Raises:
+        ValueError: a file is not what was written, here or by the run that was interrupted after it wrote it.
+    """
+    staging, wanted = journal.output, journal.settled(_WRITTEN, {})
+    for name, digest in wanted.items():
+        path = staging / name if (staging / name).exists() else out / name
+        if not path.is_file() or sha256(path) != digest:
+            raise ValueError(f"{path} is not what the interrupted run wrote: begin anew with --overwrite")
+    with writing(out):
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if not out.exists():
+            staging.rename(out)
+            sync(out.parent)
+            return
+        for name in sorted(wanted, key=lambda name: (name == "config.json", name)):
+            if (staging / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).replace(out / name)
+        for path in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
+            if path.name not in wanted:
+                path.unlink()
+        sync_folder(out)

@@ -1,0 +1,141 @@
+"""LoRA adapters of PEFT on quantized linear layers: to train, to save and load, and to merge.
+
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained("adapter")
+    model = load_peft_model(quantized, "adapter")
+    merged = model.merge_and_unload()
+
+PEFT knows the layers of no library but those in its own list, and takes others by a configuration that it does not store:
+hence the two functions. A merged adapter becomes the float16 product that a packed layer can add to its weight
+(``low_rank_out`` times ``low_rank_in``): the layer stays packed, and its checkpoint holds the adapter. Nothing is rounded to
+codes again.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .layers.linear import QuantizedLinear
+from .log import logger
+
+try:
+    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import get_peft_model as _get_peft_model
+    from peft.tuners.lora.layer import Linear, LoraLayer
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+except ImportError as error:
+    raise ImportError("adapters need PEFT: pip install 'hf-catquant[peft]'") from error
+
+INITS = (True, False, "gaussian", "orthogonal")  # those that leave the weight of the layer alone
+HEADS = ("score", "classifier")
+
+
+class LoraOnQuantized(Linear):
+    """A LoRA adapter beside a packed linear layer, as PEFT's own beside a float one.
+
+    Raises:
+        ValueError: the adapter is of a kind that reads or changes the float weight (DoRA, PiSSA, LoftQ and others).
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if config.init_lora_weights not in INITS:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of the layer, which is packed: use "
+                f"one of {', '.join(map(repr, INITS))}"
+            )
+        config.fan_in_fan_out = False  # the matrix of a packed layer is (N, K), that of a Conv1D too
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self._before_merge: Any = None
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        layer: Any = module
+        return layer.columns, layer.rows_
+
+    def resolve_lora_variant(self, **kwargs: Any) -> None:
+        """None: only plain LoRA does without the float weight."""
+        variant = super().resolve_lora_variant(**kwargs)
+        if variant is not None:
+            raise ValueError(
+                f"{type(variant).__name__} reads the float weight of the layer, which is packed: use plain LoRA"
+            )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the float16 product of the packed layer.
+
+        Raises:
+            ValueError: ``safe_merge`` is set and an adapter is not finite, or an adapter has a bias, or the layer shares
+                its weight with another.
+        """
+        layer: Any = self.get_base_layer()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if self.lora_bias[name]:
+                raise ValueError(
+                    f"adapter {name!r} has a bias (lora_bias=True), which cannot be merged: keep it apart"
+                )
+            first: Any = self.lora_A[name]
+            out, into = self.lora_B[name].weight * self.scaling[name], first.weight
+            if safe_merge and not bool(torch.isfinite(out).all() & torch.isfinite(into).all()):
+                raise ValueError(f"adapter {name!r} has values that are not finite: it cannot be merged")
+            if self._before_merge is None:
+                self._before_merge = (layer.scheme, layer.low_rank_out, layer.low_rank_in)
+            layer.add_product(out, into)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the product of the layer back as it was."""
+        layer: Any = self.get_base_layer()
+        if self._before_merge is not None:
+            layer.scheme, layer.low_rank_out, layer.low_rank_in = self._before_merge
+        self._before_merge = None
+        self.merged_adapters.clear()
+
+
+def lora_config(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy of ``config`` that PEFT can apply to the quantized ``model``; "all-linear" is spelled out.
+
+    Raises:
+        TypeError: it is no ``LoraConfig``.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"only LoRA works on quantized layers, got a {type(config).__name__}: pass a LoraConfig")
+    config = copy.deepcopy(config)
+    config._register_custom_module({QuantizedLinear: LoraOnQuantized})
+    if config.target_modules == "all-linear":
+        config.target_modules = sorted(_linear_names(model, config))
+    return config
+
+
+def get_peft_model(model: nn.Module, config: LoraConfig, **kwargs: Any) -> PeftModel:
+    """``peft.get_peft_model`` for a quantized model; ``model.add_adapter(lora_config(config, model))`` works as well."""
+    return _get_peft_model(model, lora_config(config, model), **kwargs)
+
+
+def load_peft_model(model: nn.Module, folder: str | Path, **kwargs: Any) -> PeftModel:
+    """``peft.PeftModel.from_pretrained`` for a quantized model: the adapter in ``folder``, or in a repository of the Hub."""
+    config = lora_config(PeftConfig.from_pretrained(str(folder)), model)
+    return PeftModel.from_pretrained(model, str(folder), config=config, **kwargs)
+
+
+def _linear_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of all linear layers but the output layer and, of a classifier, its head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    heads = HEADS if config.task_type == "SEQ_CLS" else ()
+    linear = (QuantizedLinear, nn.Linear, Conv1D)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and module is not output and name not in heads and not name.startswith(inside)
+    ]
+    if not names:
+        logger.warning("all-linear: %s has no linear layer", type(model).__name__)
+    return names

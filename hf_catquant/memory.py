@@ -1,0 +1,58 @@
+"""What this process holds in memory, as the system counts it: resident pages, those of libraries and mapped files included.
+
+The peak of a run is the high-water mark of the same count. Linux can set the mark back; elsewhere it only grows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import gc
+import os
+import sys
+from pathlib import Path
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident() -> int:
+    """Bytes in memory now."""
+    return _field("VmRSS") or peak()
+
+
+def peak() -> int:
+    """Most bytes in memory since the process began, or since :func:`reset_peak`."""
+    found = _field("VmHWM")
+    if found:
+        return found
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def reset_peak() -> bool:
+    """Let the peak begin at what is in memory now; False where the system has no such thing."""
+    release()
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def release() -> None:
+    """Give memory that was freed back to the system, where the C library can."""
+    gc.collect()
+    name = ctypes.util.find_library("c") if os.name == "posix" else None
+    trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
+    if trim is not None:
+        trim(0)
+
+
+def _field(name: str) -> int:
+    try:
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)

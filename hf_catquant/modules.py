@@ -1,0 +1,55 @@
+"""Putting one module in the place of another; opening modules of fused experts, and closing them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from .layers.experts import Experts, Fused, does_the_same
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` at every place that holds the module called ``name``: some models use one module at several."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
+
+
+def open_experts(model: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """Open the fused experts of ``model`` whose names are ``wanted``, in place, where that changes no output."""
+    for name, module in list(model.named_modules()):
+        fused = Fused.of(module) if name and not isinstance(module, Experts) else None
+        if fused is not None and wanted(name):
+            opened = Experts(module, fused)
+            if does_the_same(opened, module):
+                replace_module(model, name, opened)
+
+
+def close_experts(model: nn.Module) -> None:
+    """Close the experts of which nothing is quantized, in place: the model has the parameters again that it had."""
+    for name, module in opened_experts(model).items():
+        if module.is_float:
+            closed = module.close()
+            move_correction(module, closed)
+            replace_module(model, name, closed)
+
+
+def opened_experts(model: nn.Module) -> dict[str, Experts]:
+    """Opened experts by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def holds(name: str, stored: Iterable[str]) -> bool:
+    """Whether a stored name is that of a child of the module ``name``, which may have a prefix more or less."""
+    holders = {child.rpartition(".")[0] for child in stored}
+    return any(f".{name}".endswith(f".{holder}") or f".{holder}".endswith(f".{name}") for holder in holders if holder)
+
+
+def move_correction(old: nn.Module, new: nn.Module) -> None:
+    """Let the correction that sits on ``old`` sit on ``new``."""
+    correction = old._modules.get("correction")
+    if correction is not None:
+        new.correction = correction
+        new._forward_hooks.update(old._forward_hooks)

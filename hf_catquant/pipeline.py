@@ -1,0 +1,126 @@
+"""Quantizing the layers of a model in place: what is selected, then the calibrated walk or, without data, plain rounding.
+
+Both go unit by unit. Each finished unit is a step of the journal, if there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from . import mixed, samples
+from .calibrate import Calibration, check_ranges
+from .config import CatQuantConfig
+from .journal import Journal
+from .log import logger
+from .model import Selection, quantized_modules, select, stacks
+from .modules import close_experts
+from .shelf import shelf_of
+from .steps import Steps, tensors_of
+from .swap import Outcome, Swap
+
+
+@torch.no_grad()
+def quantize_modules(
+    model: nn.Module, config: CatQuantConfig, journal: Journal | None = None
+) -> tuple[Selection, Outcome, samples.Batches | None]:
+    """Quantize ``model`` in place.
+
+    Args:
+        model: whole in memory, or on a shelf.
+        config: what to do.
+        journal: takes the finished units, and gives back those that were finished before.
+
+    Raises:
+        ValueError: data is needed and missing or unusable, a pattern matches nothing, nothing can be quantized, or the
+            journal is of other data.
+        OSError: the journal cannot be written.
+    """
+    config.check_data()
+    selection = select(model, config)
+    training = model.training
+    model.eval()
+    try:
+        batches = None if config.dataset is None else collect(model, config)
+        if journal is not None:
+            # Batches of another size are padded otherwise.
+            found = None if batches is None else batches.fingerprint
+            journal.agree(**{f"data, {config.batch_size} a batch": found})
+        if batches is None:
+            outcome = _without_data(model, selection, journal)
+        else:
+            notes = _mixed_formats(model, selection, config, batches, journal)
+            outcome = Calibration(model, config, selection, batches, notes, journal).run()
+        for name, module in quantized_modules(model).items():  # learning may have settled for another one
+            outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
+        return selection, outcome, batches
+    except BaseException:
+        close_experts(model)
+        raise
+    finally:
+        model.train(training)
+
+
+def collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
+    """The calibration data that ``config`` asks for, in batches for ``model``."""
+    return samples.collect(
+        config.dataset,
+        model,
+        processor=config.processor,
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _mixed_formats(
+    model: nn.Module, selection: Selection, config: CatQuantConfig, batches: samples.Batches, journal: Journal | None
+) -> list[str]:
+    """Set the formats that ``average_bits`` leaves free; in words what was chosen."""
+    step = "formats"
+    if config.average_bits is None:
+        return []
+    if journal is not None and journal.has(step):
+        _, record = journal.read(step)
+        chosen = record["weights"]
+        selection.sites = [replace(s, scheme=replace(s.scheme, weights=chosen[s.name])) for s in selection.sites]
+        return [record["note"]]
+    note = mixed.choose(model, selection, config, batches)
+    if journal is not None:
+        journal.write(step, {}, {"weights": {s.name: s.scheme.weights for s in selection.sites}, "note": note})
+    return [note]
+
+
+def _without_data(model: nn.Module, selection: Selection, journal: Journal | None) -> Outcome:
+    check_ranges(selection.sites, "dataset is None")
+    swap, shelf = Swap(model, "rtn", selection), shelf_of(model)
+    steps = Steps(journal, swap)
+    units = sites_by_unit(model, selection)
+    for index, (unit, names) in enumerate(units.items()):
+        start = time.perf_counter()
+        step = f"unit-{index:04d}"
+        shelf.take(unit)
+        if steps.restore(step, unit) is None:
+            steps.begin()
+            before = tensors_of(model.get_submodule(unit))
+            for name in names:
+                swap.site(name, None)
+            steps.keep(step, unit, before)
+            seconds = time.perf_counter() - start
+            logger.info("[%d/%d] %s: %d layers, %.1f s", index + 1, len(units), unit, len(names), seconds)
+        shelf.done(unit)
+    shelf.finish()
+    return swap.outcome
+
+
+def sites_by_unit(model: nn.Module, selection: Selection) -> dict[str, list[str]]:
+    """Names of the layers to quantize by the repeated block that holds them, or by their own name outside blocks."""
+    blocks = [block for names in stacks(model).values() for block in names]
+    found: dict[str, list[str]] = {}
+    for site in selection.sites:
+        unit = next((block for block in blocks if site.name.startswith(f"{block}.")), site.name)
+        found.setdefault(unit, []).append(site.name)
+    return found

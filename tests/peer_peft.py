@@ -1,0 +1,176 @@
+"""What PEFT's users do with a quantized model: LoRA to train, to save and load, and to merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
+
+import tiny_models
+from hf_catquant import CatQuantConfig, quantize
+from hf_catquant.layers import QuantizedModule
+from hf_catquant.layers.linear import QuantizedLinear
+from hf_catquant.model import quantized_modules
+
+peft = pytest.importorskip("peft")
+from hf_catquant.lora import LoraOnQuantized, get_peft_model, load_peft_model, lora_config  # noqa: E402
+
+IDS = torch.arange(3, 19).view(2, 8)
+RTN = {"weights": "int4", "group_size": 16, "solver": "rtn", "correction": None}
+
+
+def quantized(name: str = "llama", **fields: object) -> nn.Module:
+    model = tiny_models.build(name)
+    quantize(model, CatQuantConfig(**{**RTN, **fields}))
+    return model
+
+
+def lora(**fields: object) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **fields})
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def shake(model: nn.Module, size: float = 0.3) -> None:
+    """Adapters that do something: B starts as zeros."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
+
+
+def test_adapters_learn_and_nothing_else_does(tmp_path: Path):
+    base = quantized()
+    packed = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    model = get_peft_model(base, lora())
+    assert sum(isinstance(module, LoraOnQuantized) for module in model.modules()) == 4
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=8, report_to=[], use_cpu=True, learning_rate=0.02)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+    for name, buffer in packed.items():
+        layer, _, last = name.rpartition(".")
+        wrapped = f"{layer}.base_layer" if isinstance(base.get_submodule(layer), LoraOnQuantized) else layer
+        assert torch.equal(getattr(base.get_submodule(wrapped), last), buffer)
+
+
+def test_an_adapter_is_saved_and_loaded(tmp_path: Path):
+    model = get_peft_model(quantized(), lora(target_modules="all-linear"))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    again = load_peft_model(quantized(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    plain = peft.PeftModel.from_pretrained(tiny_models.build("llama"), str(tmp_path))  # and it fits the float model
+    assert len(plain.state_dict()) > len(again.base_model.model.lm_head.state_dict())
+
+
+def test_all_linear_is_all_but_the_output_layer():
+    model = quantized()
+    names = lora_config(lora(target_modules="all-linear"), model).target_modules
+    assert names == {n for n, m in quantized_modules(model).items() if isinstance(m, QuantizedLinear)} - {"lm_head"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"weights": "ternary"}, {"low_rank": 2}], ids=["plain", "rotated", "product"])
+def test_a_merged_adapter_is_part_of_the_checkpoint(fields: dict, tmp_path: Path):
+    model = get_peft_model(quantized(**fields), lora())
+    shake(model)
+    wanted = logits(model)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.model.layers[0].self_attn.q_proj, QuantizedModule)
+    torch.testing.assert_close(logits(merged), wanted, rtol=2e-3, atol=2e-3)
+    merged.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(merged))
+    again.dequantize()
+    torch.testing.assert_close(logits(again), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_merging_can_be_undone():
+    model = get_peft_model(quantized(low_rank=2), lora())
+    shake(model)
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=2e-3, atol=2e-3)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
+def test_small_and_large_factors_survive_float16():
+    layer = quantized().model.layers[0].mlp.up_proj
+    before = layer.matrix(torch.float32)
+    out, into = torch.full((48, 1), 3e-8), torch.full((1, 32), 2e6)
+    layer.add_product(out, into)
+    torch.testing.assert_close(layer.matrix(torch.float32) - before, out @ into, rtol=2e-3, atol=1e-6)
+
+
+def test_what_would_go_wrong_silently_is_refused():
+    base = quantized("llama_tied")
+    for fields, message in (
+        ({"init_lora_weights": "pissa"}, "changes the weight of the layer"),
+        ({"use_dora": True}, "reads the float weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(quantized(), lora(**fields))
+    with pytest.raises(TypeError, match="pass a LoraConfig"):
+        get_peft_model(base, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(quantized(), lora())  # PEFT alone
+    tied = get_peft_model(base, lora(target_modules=["lm_head"]))
+    shake(tied)
+    with pytest.raises(ValueError, match="tied to that of another one"):
+        tied.merge_and_unload()
+    biased = get_peft_model(quantized(), lora(lora_bias=True))
+    with pytest.raises(ValueError, match="has a bias"):
+        biased.merge_and_unload()
+
+
+def test_gpt2_and_its_transposed_linears():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    quantize(model, CatQuantConfig(**RTN))
+    adapted = get_peft_model(model, lora(target_modules=["c_attn"]))
+    shake(adapted)
+    wanted = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_the_hook_of_transformers_takes_the_same_config():
+    least = tf.integrations.peft.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(least):
+        pytest.skip(f"this transformers wants peft {least} for add_adapter")
+    model = quantized()
+    before = logits(model)
+    model.add_adapter(lora_config(lora(), model))
+    shake(model)
+    assert not torch.equal(logits(model), before)
+    model.disable_adapters()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_kbit_preparation_and_gradient_checkpointing(reentrant: bool):
+    grads = {}
+    for checkpointing in (False, True):
+        model = quantized().to(torch.bfloat16)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        assert model.model.norm.weight.dtype == torch.float32
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, lora()).train()
+        shake(adapted)
+        if checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            adapted.enable_input_require_grads()
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        grads[checkpointing] = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert all(float(grad.norm()) > 0 for grad in grads[True])
+    torch.testing.assert_close(grads[True], grads[False])

@@ -1,0 +1,234 @@
+"""From folder to folder: killed and gone on with, refused, streamed: always the same bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from hf_catquant import CatQuantConfig, folder, quantize_folder
+from hf_catquant.integrity import sha256
+from hf_catquant.journal import open_journal
+from hf_catquant.walk import Walk
+
+RECONSTRUCT = {
+    "solver": "reconstruct",
+    "correction": ["blocks", "logits"],
+    "solver_options": {"block_steps": 3, "model_steps": 3},
+}
+ROUND = {"solver": "rtn", "correction": None}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Path(tiny_models.folder_of("llama_tied", str(tmp_path / "float")))
+
+
+@pytest.fixture(autouse=True)
+def everything_streams(monkeypatch):
+    monkeypatch.setitem(folder.open_on_shelf.__kwdefaults__, "least", 1)
+
+
+def request(name="llama_tied", **fields):
+    fields = {"group_size": 16, "batch_size": 4, **fields}
+    if fields.get("solver") != "rtn":
+        fields.setdefault("dataset", tiny_models.samples(name, 12))
+    return CatQuantConfig(**fields)
+
+
+def digests(out):
+    return {path.name: sha256(path) for path in sorted(out.iterdir())}
+
+
+def run_killer(tmp_path, **request):
+    command = [sys.executable, str(Path(__file__).with_name("kill_runner.py")), str(tmp_path), json.dumps(request)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_killed_after_each_block_it_gives_the_same_bytes(tmp_path):
+    found = run_killer(tmp_path, model="llama_tied", config={}, points="steps")
+    assert found == {"points": 4, "steps": 4, "different": [], "left": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("llama_tied", RECONSTRUCT),
+        ("llama", ROUND),
+        ("bert", {"average_bits": 3.0, "low_rank": 2}),
+        ("resnet", {"activations": "int4"}),
+        ("whisper", {}),
+    ],
+)
+def test_killed_at_any_flush_it_gives_the_same_bytes(tmp_path, model, config, threads):
+    found = run_killer(tmp_path, model=model, config=config, points="all", threads=threads)
+    assert found["points"] > 10
+    assert (found["different"], found["left"]) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "resnet"])
+def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name):
+    source = tiny_models.folder_of(name, str(tmp_path / "float"))
+    for stream in (True, False):
+        quantize_folder(source, tmp_path / str(stream), request(name), stream=stream, dtype=torch.float32)
+        assert not (tmp_path / f"{stream}.journal").exists()
+    assert digests(tmp_path / "True") == digests(tmp_path / "False")
+
+
+def interrupted(source, out, config, monkeypatch, after=2, **more):
+    """A run that fails in the middle; its journal stays."""
+    write, count = folder.Journal.write, [0]
+
+    def failing(self, *args):
+        write(self, *args)
+        count[0] += 1
+        if count[0] == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.Journal, "write", failing)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_folder(source, out, config, **more)
+
+
+def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(source, out, request(), monkeypatch)
+    with pytest.raises(ValueError, match="--resume goes on with it"):
+        quantize_folder(source, out, request())
+    with pytest.raises(ValueError, match=r"config.seed = 0, this one has 1"):
+        quantize_folder(source, out, request(seed=1), resume=True)
+    with pytest.raises(ValueError, match=r'config.dtype = "torch.float32", this one has "torch.bfloat16"'):
+        quantize_folder(source, out, request(), resume=True, dtype=torch.bfloat16)
+    other = tiny_models.samples("llama_tied", 12, seed=5)
+    with pytest.raises(ValueError, match=r"data, 4 a batch = "):
+        quantize_folder(source, out, request(dataset=other), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "source_digest", lambda: "another")
+        with pytest.raises(ValueError, match=r"versions.source = "):
+            quantize_folder(source, out, request(), resume=True)
+    weights = source / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"weights.model.safetensors = "):
+        quantize_folder(source, out, request(), resume=True)
+    weights.write_bytes(kept)
+    assert not out.exists()
+    quantize_folder(source, out, request(), resume=True)
+    quantize_folder(source, tmp_path / "whole", request())
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_an_error_of_the_user_leaves_no_journal(tmp_path, source):
+    with pytest.raises(ValueError, match="matches no module"):
+        quantize_folder(source, tmp_path / "out", request(modules_to_not_convert=["nothing"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
+
+
+def test_the_output_is_not_lost_to_the_next_run(tmp_path, source):
+    out = tmp_path / "out"
+    quantize_folder(source, out, request(**ROUND))
+    before = digests(out)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="exists and is not an empty folder"):
+            quantize_folder(source, out, request(**ROUND), resume=resume)
+    with pytest.raises(ValueError, match="holds the float model"):
+        quantize_folder(source, source, request(**ROUND), overwrite=True)
+    (out / "model-00009-of-00009.safetensors").write_text("of an older save")
+    (out / "notes.txt").write_text("mine")
+    quantize_folder(source, out, request(weights="int4", **ROUND), overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "model-00009-of-00009.safetensors").exists()
+    assert digests(out) != before
+    tiny = folder.auto_class(folder.load_config(str(out))).from_pretrained(out)
+    assert tiny.config.quantization_config.weights == "int4"
+
+
+def test_a_second_run_into_one_folder_is_told(tmp_path, source):
+    held = open_journal(tmp_path / "out.journal", resume=False)
+    with pytest.raises(RuntimeError, match=rf"pid {os.getpid()}\) quantizes into this folder"):
+        quantize_folder(source, tmp_path / "out", request(**ROUND))
+    held.close()
+
+
+def test_no_room_on_the_disk_is_said_before_it_begins(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 1000))
+    with pytest.raises(OSError, match=r"need [\d,]+ bytes, but 1,000 are free"):
+        quantize_folder(source, tmp_path / "out", request(**ROUND))
+    assert not (tmp_path / "out.journal").exists()
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path, source):
+    """The largest file that a process may write stands for the disk: steps fit, the checkpoint does not."""
+    out = tmp_path / "out"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    quantize_folder(source, tmp_path / "whole", request(**ROUND))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, ((tmp_path / "whole" / "model.safetensors").stat().st_size - 100, limit[1])
+    )
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*: the file would be larger.*--resume goes on"):
+            quantize_folder(source, out, request(**ROUND))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not out.exists()
+    assert len(list((tmp_path / "out.journal").glob("unit-*.safetensors"))) == 4
+    quantize_folder(source, out, request(**ROUND), resume=True)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_disk_that_is_really_full(tmp_path, source, monkeypatch):
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        monkeypatch.setattr(folder, "_check_room", lambda *args: None)
+        with pytest.raises(OSError, match=r"cannot write .*: the disk is full: free some space"):
+            quantize_folder(source, small / "out", request(**ROUND))
+        assert not (small / "out").exists()
+        assert [path.name for path in (small / "out.journal").iterdir() if path.name.startswith(".")] == []
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
+        quantize_folder(source, small / "out", request(**ROUND), resume=True)
+        quantize_folder(source, tmp_path / "whole", request(**ROUND))
+        assert digests(small / "out") == digests(tmp_path / "whole")
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        with pytest.raises(OSError, match=r"cannot write .*: the file system is read-only: choose another folder"):
+            quantize_folder(source, small / "again", request(**ROUND))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_batches_shrink_where_memory_runs_out(tmp_path, source, monkeypatch, caplog):
+    quantize_folder(source, tmp_path / "small", request(batch_size=2))
+    catch = Walk._catch
+
+    def limited(self, index, stream, batch, until):
+        if index == 2 and len(self.batches[batch]["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return catch(self, index, stream, batch, until)
+
+    monkeypatch.setattr(Walk, "_catch", limited)
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    quantize_folder(source, tmp_path / "out", request(batch_size=8))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert saved["batch_size"] == 2
+    assert "out of memory with 8 samples a batch" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):  # data that can be read once
+        quantize_folder(
+            source, tmp_path / "once", request(batch_size=8, dataset=iter(tiny_models.samples("llama_tied", 12)))
+        )

@@ -1,0 +1,84 @@
+"""Models that are no transformers models: saved and loaded, and refused where something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_catquant import CatConfig, CatQuantConfig, quantize
+from hf_catquant.correction import corrections
+from hf_catquant.plain import load_quantized, save_quantized
+from toys import Cnn, Shared
+
+RTN = {"weights": "ternary", "group_size": 8, "solver": "rtn", "correction": None}
+
+
+def build(kind: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind().eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = build(Cnn)
+    quantize(model, CatQuantConfig(**RTN))
+    save_quantized(model, tmp_path / "cnn")
+    return tmp_path / "cnn"
+
+
+@torch.no_grad()
+def test_round_trip_with_data_and_corrections(tmp_path: Path):
+    images = list(torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    model = build(Cnn)
+    correction = CatConfig(num_clusters=2, alpha=0.5)
+    quantize(model, CatQuantConfig(weights="ternary", group_size=8, dataset=images, correction=correction))
+    assert corrections(model)
+    save_quantized(model, tmp_path)
+    x = torch.stack(images[:3])
+    assert torch.equal(load_quantized(build(Cnn), tmp_path)(x), model(x))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["catquant.json", "model.safetensors"]
+
+
+@torch.no_grad()
+def test_a_layer_at_two_names_is_stored_once(tmp_path: Path):
+    model = build(Shared)
+    quantize(model, CatQuantConfig(**RTN))
+    save_quantized(model, tmp_path)
+    again = load_quantized(build(Shared), tmp_path)
+    assert again.first is again.second
+    assert torch.equal(again(torch.ones(1, 6)), model(torch.ones(1, 6)))
+
+
+def test_what_is_not_whole_is_refused(folder: Path):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="are not those that were saved"):
+        load_quantized(build(Cnn), folder)
+
+
+def test_another_model_is_refused(folder: Path):
+    with pytest.raises(ValueError, match="the model has no module there"):
+        load_quantized(build(Shared), folder)
+    model = build(Cnn)
+    model.extra = nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match=r"it lacks \['extra.weight'"):
+        load_quantized(model, folder)
+
+
+def test_changed_entries_and_other_folders_are_refused(folder: Path, tmp_path: Path):
+    stored = json.loads((folder / "catquant.json").read_text())
+    stored["modules"]["stem"]["group_size"] = 16
+    (folder / "catquant.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="modules and corrections are not those that were saved"):
+        load_quantized(build(Cnn), folder)
+    with pytest.raises(ValueError, match=r"has no catquant\.json"):
+        load_quantized(build(Cnn), tmp_path)
+    with pytest.raises(ValueError, match="is not quantized by hf_catquant"):
+        save_quantized(build(Cnn), tmp_path)

@@ -1,0 +1,90 @@
+"""What a plan says before, against what quantizing then writes and takes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import tiny_models
+from hf_catquant import CatQuantConfig, memory
+from hf_catquant.cli import main
+from hf_catquant.folder import open_source
+from hf_catquant.model import select
+from hf_catquant.pipeline import quantize_modules
+from hf_catquant.planning import plan_model
+from hf_catquant.report import stored_bytes
+from hf_catquant.sizes import output_bytes, packed_bytes
+from hf_catquant.solvers import AT_ONCE, row_slices
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "resnet", "wav2vec2", "gpt2"])
+@pytest.mark.parametrize("weights", ["ternary", "int8", "binary"])
+def test_the_size_of_the_output_is_known_before(name, weights):
+    config = CatQuantConfig(weights, group_size=16, solver="rtn", correction=None, low_rank=2)
+    model = tiny_models.build(name)
+    selection = select(model, config)
+    wanted, packed = output_bytes(model, selection), sum(map(packed_bytes, selection.sites))
+    _, outcome, _ = quantize_modules(model, config)
+    wide = sum(entry["scale_dtype"] == "float32" for entry in outcome.modules.values())
+    assert stored_bytes(model) == wanted or wide  # scales that float16 cannot hold take more
+    assert 0 < packed < wanted
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_plan_of_a_model(tmp_path, solver):
+    folder = tiny_models.folder_of("llama", str(tmp_path))
+    data = {"dataset": tiny_models.samples("llama", 8), "batch_size": 4} if solver == "gptq" else {}
+    config = CatQuantConfig(group_size=16, solver=solver, correction=None, **data)
+    model = open_source(folder, torch.float32, True, False)
+    wanted = output_bytes(model, select(model, config))
+    plan = plan_model(model, config)
+    assert plan.disk == 2 * wanted
+    assert plan.units == 4
+    assert plan.peak_ram >= plan.base + plan.packed > plan.packed > 0
+    assert plan.peak_vram == 0
+    assert plan.seconds > 0
+    assert (plan.streams > 0) == (solver == "gptq")
+    assert json.loads(json.dumps(plan.to_dict()))["largest"] == plan.largest
+    assert plan.largest in ("model.layers.0", "model.layers.1", "model.embed_tokens", "lm_head")
+    assert re.search(r"peak RAM +\d+\.\d+ .iB  while ", str(plan))
+
+
+def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    folder = tiny_models.folder_of("llama", str(tmp_path / "float"))
+    monkeypatch.chdir(tmp_path)
+    request = ["--solver", "rtn", "--correction", "none", "--group-size", "16"]
+    assert main(["plan", folder, *request]) == 0
+    assert "of the peak:" in capsys.readouterr().out
+    assert main(["plan", folder, *request, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["units"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+    assert main(["plan", folder]) == 1
+    assert "calibration data" in capsys.readouterr().err
+
+
+def test_the_peak_is_that_of_what_was_held():
+    if not memory.reset_peak():
+        pytest.skip("this system cannot set the mark back")
+    before = memory.peak()
+    block = torch.ones(64 << 18)  # 64 MiB
+    assert memory.peak() - before > 60 << 20
+    del block
+    assert memory.resident() < before + (20 << 20)
+    memory.reset_peak()
+    assert memory.peak() < before + (20 << 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "runs"), [((7, AT_ONCE // 3), 1), ((12, AT_ONCE // 2), 2), ((5, 3), 1), ((4, 2 * AT_ONCE), 4)]
+)
+def test_slices_of_rows_are_small_and_cross_no_border(shape, runs):
+    matrix = torch.zeros(1).expand(shape)
+    slices = list(row_slices(matrix, runs))
+    assert [row for s in slices for row in range(s.start, s.stop)] == list(range(shape[0]))
+    each = shape[0] // runs
+    for s in slices:
+        assert (s.stop - s.start) * shape[1] <= max(AT_ONCE, shape[1])
+        assert s.start // each == (s.stop - 1) // each
