@@ -26,6 +26,9 @@ def samples(name: str, device: torch.device | str) -> dict[str, list[tuple]]:
     image, bias = randn(2, 4, 6, 5, device=device), randn(4, device=device)
     scale, offset = torch.tensor(0.1, device=device), torch.tensor(-0.2, device=device)
     centroids, gamma = randn(5, 5, device=device), randn(5, 5, device=device)
+    # Three experts of two rows: the second is sent nothing, the last row of x is nobody's; and no rows at all.
+    experts, sent = random_case(name, 6, 21, 8, device), randn(5, 21, device=device)
+    ends, nowhere = torch.tensor([2, 2, 4], device=device), torch.zeros(3, dtype=torch.int64, device=device)
     indices = torch.tensor([[0, 3], [1, 1]], device=device)
     geometry, flat = ((3, 3), (2, 1), (1, 0), (1, 2), 2), ((3,), (1,), (1,), (1,), 2)
     return {
@@ -34,6 +37,18 @@ def samples(name: str, device: torch.device | str) -> dict[str, list[tuple]]:
             (rows, *linear.stored, scale, offset, bias.clone().requires_grad_(), name, 8, "int4"),
             (strided, *linear.stored, None, None, bias, name, 8, "int8"),
             (strided.bfloat16(), *linear.stored, None, None, bias, name, 8, None),
+        ],
+        "expert_linear": [
+            (sent.clone().requires_grad_(), ends, *experts.stored, None, name, 8, None),
+            (sent, ends, *experts.stored, randn(3, 2, device=device).requires_grad_(), name, 8, "int8"),
+            (randn(21, 5, device=device).T.bfloat16(), ends, *experts.stored, None, name, 8, None),
+            (sent[:0], nowhere, *experts.stored, randn(3, 2, device=device), name, 8, "int4"),
+        ],
+        # Without requires_grad_: it is a gradient itself, and there is none of second order.
+        "expert_transposed": [
+            (randn(5, 2, device=device), ends, *experts.stored, name, 8, 21),
+            (randn(2, 5, device=device).T.bfloat16(), ends, *experts.stored, name, 8, 21),
+            (randn(0, 2, device=device), nowhere, *experts.stored, name, 8, 21),
         ],
         "conv": [
             (image.requires_grad_(), *conv.stored, None, None, bias, name, 8, None, *geometry),
