@@ -164,7 +164,12 @@ def test_derived_layers_do_what_they_did(name: str, dtype: torch.dtype, tmp_path
     again, info = type(model).from_pretrained(tmp_path / "plain", dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert torch.equal(main_output(again(**inputs)), main_output(plain(**inputs)))
+    states = plain.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    # Equal weights, but what is read from a file is aligned in memory as it happens to be, and torch's float convolutions
+    # of some processors add up in another order then.
+    torch.testing.assert_close(main_output(again(**inputs)), main_output(plain(**inputs)), rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_that_run_past_their_hooks(tmp_path: Path):

@@ -12,7 +12,21 @@ import pytest
 from fuzz.judge import Base, Said, bases, judge_load, judge_verify, write
 from fuzz.mutate import MUTATIONS, mutated
 
+LINUX = Path("/proc/self/statm").exists()
+MEMORY = 3 << 30
 CASES = range(10_000_000, 10_000_360)  # none of the campaign's
+
+
+@pytest.fixture(autouse=True)
+def memory() -> Iterator[None]:
+    """No more of it than a little: what wants all of the machine's shall be a find, and not end other work on it."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if LINUX else 0
+    if LINUX:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 @pytest.fixture(scope="module")
