@@ -63,11 +63,10 @@ class Swap:
         if owner is None:
             matrix = self._target(name, module, new)
             try:
-                if new.runs == 1:
-                    assert moments is None or isinstance(moments, Moments)
+                if isinstance(moments, Moments) or (moments is None and new.runs == 1):
                     self._solve(name, new, matrix, moments)
-                else:
-                    self._solve_runs(name, new, matrix, repeat(None) if moments is None else moments)  # type: ignore[arg-type]
+                else:  # one expert is given its moments in turn, too
+                    self._solve_runs(name, new, matrix, repeat(None) if moments is None else moments)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             self._owner[group] = name

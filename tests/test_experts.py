@@ -233,6 +233,15 @@ def test_calibration_lowers_the_error_and_few_rows_are_in_the_report():
     assert errors["gptq"] > errors["rtn"] + 1
 
 
+def test_one_expert_alone_is_calibrated(monkeypatch):
+    one = {"num_local_experts": 1, "num_experts_per_tok": 1}
+    monkeypatch.setitem(MODELS, "one", lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**LLAMA, **one)))
+    model = build("one")
+    wanted = logits(model)
+    quantize(model, CatQuantConfig(**{**RTN, "solver": "gptq"}, dataset=texts(), batch_size=4))
+    assert sqnr(wanted, logits(model)) > 15
+
+
 def test_lists_and_overrides_reach_the_experts():
     model = build()
     listed = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts.up"]
