@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -100,22 +99,6 @@ class Bench:
 
     def _samples(self, rows: Any) -> list[Any]:
         return list(as_samples(rows, self.processor, self.case.column))
-
-
-class PeakMemory:
-    """The peak of the process's resident memory within ``with``, in ``peak``; None where the system does not tell."""
-
-    peak: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def weight_bits(layers: list[dict]) -> float:

@@ -20,10 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import CASES, ROOT, Bench, PeakMemory, chosen, made, put, read, span, table, write
+from common import CASES, ROOT, Bench, chosen, made, put, read, span, table, write
 from realdata import RESULTS as OURS
 from torch import Tensor, nn
 
+from hf_catquant import memory
 from hf_catquant.model import block_members
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
@@ -101,15 +102,16 @@ def run(bench: Bench, name: str) -> dict:
     package, make, bits = PEERS[name]
     model = copy.deepcopy(bench.teacher)
     requantize = make()
+    memory.reset_peak()
     start = time.perf_counter()
-    with PeakMemory() as memory:
-        count = replace_weights(model, requantize)
+    count = replace_weights(model, requantize)
+    peak = memory.peak()
     seconds = round(time.perf_counter() - start, 1)
     row = asdict(bench.evaluate(model).rows[1])
     print(f"{bench.case.model}: {name}: {row['metric']:.2f}, KL {row['kl']:.3f}", flush=True)
     kept = {key: row[key] for key in ("metric", "low", "high", "agreement", "kl")}
     what = {"model": bench.case.model, "peer": name, "bits": bits, "layers": count, "seconds": seconds}
-    return {**what, "peak_bytes": memory.peak, **kept, **made(), "version": f"{package} {version(package)}"}
+    return {**what, "peak_bytes": peak, **kept, **made(), "version": f"{package} {version(package)}"}
 
 
 @torch.no_grad()
@@ -155,8 +157,8 @@ def write_page() -> None:
 
 def cells(row: dict, seconds: float, peak: int | None) -> list[str]:
     """One row of the page, from the metric on."""
-    memory = "-" if peak is None else f"{peak / 1e9:.1f}"
-    return [span(row), f"{row['agreement']:.1f}", f"{row['kl']:.3f}", f"{seconds:.0f}", memory]
+    held = "-" if peak is None else f"{peak / 1e9:.1f}"
+    return [span(row), f"{row['agreement']:.1f}", f"{row['kl']:.3f}", f"{seconds:.0f}", held]
 
 
 def last(result: dict) -> dict:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 from common import CASES, ROOT, Case, chosen, made, put, read, sources, span, table, weight_bits, write
 
+from hf_catquant import memory
 from hf_catquant.cli import main as catquant
 
 RESULTS = ROOT / "benchmarks" / "results" / "realdata.json"
@@ -100,7 +100,7 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         quantize += ["--batch-size", str(case.batch_size if learns else 16)]
         check(catquant([*quantize, *case.options]), quantize)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = memory.peak()
         table = Path(folder) / "table.json"
         evaluate = [
             "eval",

@@ -12,9 +12,9 @@ import argparse
 import time
 from pathlib import Path
 
-from common import ROOT, Bench, PeakMemory, chosen, made, put, read, sources, table, write
+from common import ROOT, Bench, chosen, made, put, read, sources, table, write
 
-from hf_catquant import CatQuantConfig, quantize
+from hf_catquant import CatQuantConfig, memory, quantize
 
 RESULTS = ROOT / "benchmarks" / "results" / "solver_time.json"
 PAGE = ROOT / "docs" / "solver-time.md"
@@ -38,13 +38,13 @@ def run(bench: Bench, samples: int) -> dict:
     config = CatQuantConfig(
         "ternary", 64, dataset=bench.calibration, processor=bench.processor, num_samples=samples, batch_size=16
     )
+    memory.reset_peak()
     start, used = time.perf_counter(), time.process_time()
-    with PeakMemory() as memory:
-        quantize(model, config)
+    quantize(model, config)
     seconds, used = time.perf_counter() - start, time.process_time() - used
     parameters = sum(p.numel() for p in bench.teacher.parameters())
     print(f"{case.model}: {seconds:.0f} s, {used:.0f} processor seconds", flush=True)
-    times = {"seconds": round(seconds, 1), "processor_seconds": round(used, 1), "peak_bytes": memory.peak}
+    times = {"seconds": round(seconds, 1), "processor_seconds": round(used, 1), "peak_bytes": memory.peak()}
     return {"model": case.model, "parameters": parameters, "samples": samples, **times, "seed": 0, **made()}
 
 
