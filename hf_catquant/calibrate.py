@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +33,7 @@ from .modules import opened_experts
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .steps import Steps, tensors_of
-from .swap import Outcome, Swap
+from .swap import Outcome, Range, Solved, Swap
 from .training import Progress
 from .walk import Call, Leaf, Outputs, Unit, Walk, leaf_outputs
 
@@ -265,7 +265,7 @@ class Calibration:
         last: Any = None
         for leaf in unit.leaves:
             site = self.swap.sites.get(_join(unit.name, leaf.name))
-            key = None if site is None else (leaf.source, site.scheme.activations, _geometry(site.module))
+            key = None if site is None else (leaf.source, *_reading(site), _geometry(site.module))
             if stages and key is not None and key == last:
                 stages[-1].append(leaf)
             else:
@@ -281,20 +281,30 @@ class Calibration:
             if isinstance(streams.float_unit.get_submodule(lead.name), BATCH_NORMS) and self.diverged:
                 self.gather.match_norm(lead, streams)
             return []
-        scheme = self.swap.sites[name].scheme
-        input_range = self.gather.input_range(lead, scheme, streams)
-        moments: Any = None
+        schemes = self.swap.sites[name].schemes
+        input_range = self.gather.input_range(lead, schemes[0], streams)
+        each: Iterable[Any]
         if isinstance(streams.live.get_submodule(lead.name), ExpertLinear):
             rows = ExpertRows(self.gather, name, lead, streams)
-            moments = rows.moments(scheme)
+            each = map(rows.moments, schemes)
             self.swap.outcome.notes += [rows.note] if rows.note else []
         else:
-            moments = self.gather.moments(name, lead, scheme, streams, input_range)
+            each = self.gather.moments(name, lead, schemes, streams, input_range)
         names = [_join(unit.name, leaf.name) for leaf in stage]
-        for site in names:
-            self.swap.site(site, moments, input_range)
+        self._solve_and_put(names, each, input_range)
         self.diverged = True
         return names
+
+    def _solve_and_put(self, names: list[str], each: Iterable[Any], input_range: Range | None) -> None:
+        """Solve layers that read one tensor in each of their schemes, with the moments of that scheme; the best stays."""
+        best: dict[str, Solved] = {}
+        for number, moments in enumerate(each):
+            for name in names:
+                solved = self.swap.solve(name, self.swap.sites[name].schemes[number], moments)
+                if name not in best or solved.distance < best[name].distance:
+                    best[name] = solved
+        for name, solved in best.items():
+            self.swap.put(name, solved, input_range)
 
     def _fit_inside(self, unit: Unit, name: str, streams: Streams) -> None:
         inner = name.removeprefix(unit.name).removeprefix(".")
@@ -327,6 +337,10 @@ class Calibration:
 
 def _join(unit: str, leaf: str) -> str:
     return f"{unit}.{leaf}" if leaf else unit
+
+
+def _reading(site: Site) -> tuple[Any, ...]:
+    return site.scheme.activations, *(scheme.rotation for scheme in site.schemes)
 
 
 def _geometry(module: nn.Module) -> tuple[Any, ...]:
