@@ -79,9 +79,9 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
 
 
 def _sum_runs(x: Tensor, plan: cuda_table.Launch, integer: bool) -> Tensor:
-    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 2) float32."""
+    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 128) float32."""
     tokens, columns = x.shape
-    made = torch.empty(plan.runs, tokens + tokens % 2, dtype=torch.float32, device=x.device)
+    made = torch.empty(plan.runs, tokens + -tokens % 128, dtype=torch.float32, device=x.device)
     shared = dict(plan.variant.constants)
     constants = tuple((name, shared[name]) for name in (*cuda_table.NAMES, "INTEGER"))
     grid = (tokens, -(-plan.runs * 32 // cuda_table.SUM_THREADS))

@@ -115,16 +115,21 @@ def _shared(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """gemm: 256 weight rows by up to 64 rows of x a block, or 128 by 128; by half as many where codes take more room."""
-    tiles = 2
-    wide = bits == 2 or (bits < 8 and integer)  # sums of 8 column tiles fit the registers beside the codes
-    column_tiles = 2 if tokens <= 16 else 8 if wide and tokens > 32 else 4
-    token_warps = 1 if tokens <= (64 if wide else 32) else 2
+    """gemm: 256 weight rows by 32 or 64 rows of x a block, 512 by 16, or 128 by 128.
+
+    Sums of 64 by 32, 32 by 64 or 16 by 128 fit the registers of a warp: the more rows of x, the more often each number
+    that is made of a code is used. 8-bit codes take so much room that 128 rows of x have to share them.
+    """
+    column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    token_warps = 1 if tokens <= 64 else 2
+    tiles = 4 if column_tiles == 2 and 16 * -(-row_tiles // 32) >= 0.9 * processors else 2
+    if bits == 8 and tokens > 64 and not integer:
+        tiles, column_tiles, token_warps = 1, 16, 1
     row_warps = 8 // token_warps
     while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
         row_warps //= 2
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
-    at_once = 2 if column_tiles == 2 and bits <= 2 else 1  # blocks of a multiprocessor: what their registers allow
+    at_once = 2 if tiles * column_tiles == 4 else 1  # blocks of a multiprocessor: what their registers allow
     splits = cuts(made, chunks, processors * at_once)
     sums = int(bits < 8 and tokens > 32)
     steps = chunk_width(bits) // STEP
@@ -135,6 +140,7 @@ def _shared(
         ("INTEGER", int(integer)),
         ("TOKEN_WARPS", token_warps),
         ("SUMS", sums),
+        ("AHEAD", int(bits <= 2)),  # wider codes come in several loads, each asked for as soon as the last is used
         ("BLOCKS", at_once),
     )
     return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
