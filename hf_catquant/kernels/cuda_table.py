@@ -126,8 +126,8 @@ def _shared(
     if bits == 8 and tokens > 64 and not integer:
         tiles, column_tiles, token_warps = 1, 16, 1
     row_warps = 8 // token_warps
-    while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
-        row_warps //= 2
+    while row_warps * token_warps > 4 and row_warps // 2 * tiles >= row_tiles:
+        row_warps //= 2  # not below four warps: a thread would copy more of x than it has registers for
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
     at_once = 2 if tiles * column_tiles == 4 else 1  # blocks of a multiprocessor: what their registers allow
     splits = cuts(made, chunks, processors * at_once)
@@ -155,5 +155,6 @@ def cuts(made: int, chunks: int, at_once: int) -> int:
     def turns(parts: int) -> float:
         return -(-made * parts // at_once) * (-(-chunks // parts) + 3) + (4 + parts if parts > 1 else 0)
 
-    possible = [parts for parts in range(1, min(16, chunks) + 1) if -(-chunks // -(-chunks // parts)) == parts]
+    most = min(16, chunks) if made < 2 * at_once else 1  # parts of many blocks fill much memory and gain little
+    possible = [parts for parts in range(1, most + 1) if -(-chunks // -(-chunks // parts)) == parts]
     return min(possible, key=turns)

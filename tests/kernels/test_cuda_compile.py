@@ -153,6 +153,19 @@ def test_a_cache_that_cannot_be_written_to_costs_only_time(tmp_path, monkeypatch
     assert cuda_compile.machine_code(others()["rows"], 90)
 
 
+@needs_nvrtc
+def test_a_user_without_a_home_compiles_every_time(monkeypatch):
+    monkeypatch.delenv("CATQUANT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cuda_compile.cache_folder() is None
+    assert cuda_compile.machine_code(others()["rows"], 90)
+
+
 def compile_rows(_: int) -> bytes:
     return cuda_compile.machine_code(others()["rows"], 90)
 

@@ -13,15 +13,9 @@
 // TOKEN_WARPS of the WARPS stand side by side along tokens, the others along rows; SUMS: whether x_sums is given;
 // AHEAD: chunks whose codes are asked for before they are needed; BLOCKS of a multiprocessor.
 #include "codes.cuh"
+#include "stage.cuh"
 
 constexpr int ROW_WARPS = WARPS / TOKEN_WARPS;
-constexpr int THREADS = 32 * WARPS;
-constexpr int TOKENS = 8 * NT * TOKEN_WARPS;
-constexpr int STAGE_STEPS = INTEGER ? 4 : 2;  // 128 bytes a token
-constexpr int STAGE = 8 * TOKENS;             // pieces of 16 bytes
-constexpr int STAGES = TOKENS > 64 ? 3 : 4;   // at most 48 KB
-constexpr int STEP_PIECES = 8 / STAGE_STEPS;
-constexpr int PIECES = (STAGE + THREADS - 1) / THREADS;  // of a stage, that a thread copies
 constexpr bool ZEROS = BITS < 8;                         // the level of code 0 is not 0, or there are offsets
 // Steps that are unrolled: a chunk, or, to keep few registers, a part of one that holds several groups.
 constexpr int LEAST = FLUSH > STAGE_STEPS ? FLUSH : STAGE_STEPS;
@@ -40,51 +34,12 @@ struct Sums {
 };
 
 struct Group {  // of columns with one scale a row, as it is in memory
-    Raw pairs[MT];
+    RawPairs pairs[MT];
     float2 x[NT];
 };
 
 DEVICE float number(float sum) { return sum; }
 DEVICE float number(int sum) { return MAGIC ? bits_to_float((u32)sum) - 12582912.0f : (float)sum; }
-
-// Where piece `piece` of a token lies in a stage, so that lanes that read at once use different banks. A step's pieces
-// are those of step 0 with STEP_PIECES * step xor-ed in.
-DEVICE int place(int token, int piece) {
-    return 8 * token + (piece ^ (INTEGER ? (token & 3) << 1 : (token & 1) << 2));
-}
-
-// What a thread copies of each stage: a piece of each of PIECES tokens. Tokens that are not there are the last one again.
-struct Copier {
-    const uint4* x;
-    u32 row[PIECES], column, end;  // in pieces
-    int to, left;
-};
-
-DEVICE Copier copier(const Product& p, int token0, int begin, int end) {
-    const int width = (INTEGER ? p.chunks * CHUNK : p.columns) / (INTEGER ? 16 : 8), each = CHUNK / (INTEGER ? 16 : 8);
-    const int thread = threadIdx.y * 32 + threadIdx.x, token = thread / 8, piece = thread % 8;
-    Copier c;
-    c.x = (const uint4*)p.x;
-    c.column = begin * each + piece;
-    c.end = end * each < width ? end * each : width;
-    c.to = place(token, piece);
-    c.left = STAGE - thread;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int m = token0 + token + i * (THREADS / 8);
-        c.row[i] = (u32)(m < p.tokens ? m : p.tokens - 1) * (u32)width;
-    }
-    return c;
-}
-
-// The next stage; zeros where the columns, or this block's part of them, have ended.
-DEVICE void fetch(Copier& c, uint4* stage) {
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-        if (STAGE % THREADS == 0 || i * THREADS < c.left)
-            copy_async(stage + c.to + i * THREADS, c.x + (c.row[i] + c.column), c.column < c.end);
-    c.column += 8;
-}
 
 // One tensor-core product: into d, from `begin` at the first step of a run, so that nothing has to be cleared.
 DEVICE void turn(float (&d)[4], uint4 a, u32 b0, u32 b1, const float (&begin)[4], bool first) {
@@ -148,7 +103,7 @@ DEVICE void read_sums(float2 (&x)[NT], const Product& p, int run, int m) {
 
 DEVICE void read_group(Group& group, const Product& p, const Cursor& cursor, int chunk, int sub, int m) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw(p, cursor, mt, group_of(chunk, sub));
+    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, group_of(chunk, sub));
     if (SUMS) read_sums(group.x, p, chunk * GROUPS_IN_CHUNK + sub, m);
 }
 
@@ -270,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
     }
     if (BY_ROW) {
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw(p, cursor, mt, 0);
+        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, 0);
         add_group(y, sums, p, group);
     }
     write_sums(y, p, first, m, split);

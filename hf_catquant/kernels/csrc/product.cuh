@@ -102,10 +102,10 @@ template <bool>
 struct Pair { typedef uint2 Raw; };
 template <>
 struct Pair<true> { typedef float4 Raw; };
-typedef Pair<SCALE32>::Raw Raw;  // scale and offset of row r, then of row r + 8
+typedef Pair<SCALE32>::Raw RawPairs;  // scale and offset of row r, then of row r + 8
 
-DEVICE Raw read_raw(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    return read((const Raw*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
+DEVICE RawPairs read_raw_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
+    return read((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
 }
 
 DEVICE Pairs pairs_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }
@@ -114,7 +114,7 @@ DEVICE Pairs pairs_of(uint2 v) {
 }
 
 DEVICE Pairs read_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    return pairs_of(read_raw(p, cursor, mt, group));
+    return pairs_of(read_raw_pairs(p, cursor, mt, group));
 }
 
 // Tokens that x_sums has room for: whole blocks of gemm.cu, so that it need not ask where they end.
