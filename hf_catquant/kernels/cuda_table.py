@@ -17,6 +17,7 @@ FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a b
 EXACT_TOKENS = (
     256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
 )
+TALL_TOKENS = 16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
 # Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
 # the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
 DENSE_BYTES = 64 << 20
@@ -122,7 +123,7 @@ def _shared(
     """
     column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     token_warps = 1 if tokens <= 64 else 2
-    tiles = 4 if column_tiles == 2 and 16 * -(-row_tiles // 32) >= 0.9 * processors else 2
+    tiles = 4 if tokens <= TALL_TOKENS and 16 * -(-row_tiles // 32) >= 0.9 * processors else 2
     if bits == 8 and tokens > 64 and not integer:
         tiles, column_tiles, token_warps = 1, 16, 1
     row_warps = 8 // token_warps

@@ -38,7 +38,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def products() -> dict[str, Variant]:
     """The variants that large matrices on a device of 132 multiprocessors use, and the ones with most registers."""
     made = {}
-    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True)):
+    cases = [*product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True))]
+    cases += product((1, 2, 4, 8), (1, 2), (16, 64, 256), (False, True))
+    for bits, group_steps, tokens, integer in cases:
         for rows in (2048, 8192, 28672):
             layout = shape_of(rows, bits, group_steps)
             variant = cuda_table.product(layout, tokens, 0, integer, processors=132).variant
@@ -84,8 +86,7 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
         assert registers * threads <= 65536, (
             f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
         )
-        allowed = 64 if variant.source == "gemm" and arch < 90 else 0  # 16-bit sums of 8 column tiles: once a chunk
-        assert spilled <= allowed, f"{name} spills {spilled} bytes on sm_{arch}"
+        assert spilled == 0, f"{name} spills {spilled} bytes on sm_{arch}"
 
 
 @needs_nvrtc

@@ -109,6 +109,11 @@ def test_many_rows_cut_along_k(name, rows, group_size, activations, folder):
     check(case, x, folder, activations, parts=3)
 
 
+def test_few_rows_of_x_and_of_the_weight(folder, monkeypatch):
+    monkeypatch.setattr(cuda_table, "TALL_TOKENS", 0)  # as on a device that tall blocks would leave idle
+    check(stored("ternary", 280, 600, 64), inputs(9, 600, torch.bfloat16), folder, parts=3)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [2, 6, 40])
 @FORMAT
