@@ -59,15 +59,16 @@ def served(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(kernel)
     def op(*args: Any, **kwargs: Any) -> Tensor:
         asked = mode()
-        if asked == "reference":
+        with reference.types_as_they_are(args[0]):
+            if asked == "reference":
+                return plain(*args, **kwargs)
+            try:
+                return kernel(*args, **kwargs)
+            except Unserved as why:
+                if asked == "cuda":
+                    raise RuntimeError(f"{SWITCH}=cuda, but {kernel.__name__} has no kernel here: {why}") from why
+                _say(f"{kernel.__name__} runs on the reference: {why}")
             return plain(*args, **kwargs)
-        try:
-            return kernel(*args, **kwargs)
-        except Unserved as why:
-            if asked == "cuda":
-                raise RuntimeError(f"{SWITCH}=cuda, but {kernel.__name__} has no kernel here: {why}") from why
-            _say(f"{kernel.__name__} runs on the reference: {why}")
-        return plain(*args, **kwargs)
 
     return op
 

@@ -17,7 +17,9 @@ FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a b
 EXACT_TOKENS = (
     256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
 )
-TALL_TOKENS = 16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
+TALL_TOKENS = (
+    16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
+)
 # Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
 # the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
 DENSE_BYTES = 64 << 20

@@ -88,6 +88,27 @@ def test_cluster_affine(dtype, projected, fused, device, generator, monkeypatch)
 
 
 @emulator
+def test_autocast_changes_no_type_inside_an_op(device, generator):
+    y, basis, centroids = (torch.randn(*shape, generator=generator) for shape in ((100, 70), (70, 40), (11, 40)))
+    gamma, beta = torch.randn(2, 11, 70, generator=generator)
+    case, x = half(random_case("int4", 6, 18, 8)), torch.randn(40, 2, 5, 4, generator=generator)  # many positions
+    rest = (x, *case.stored, None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            cuda.cluster_affine(y, basis, centroids, gamma, beta),
+            reference.cluster_affine(y, basis, centroids, gamma, beta),
+            reference.rotate(y[:, :64], False),
+            cuda.conv(*rest),
+        ]
+
+    before = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        after = results()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True))
+
+
+@emulator
 def test_cluster_affine_takes_the_first_of_equal_centroids(device):
     centroids = torch.tensor([[1.0], [-1.0]] * 9)  # more than a block has warps
     beta = torch.arange(18.0)[:, None]

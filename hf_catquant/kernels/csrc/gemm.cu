@@ -223,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
             for (int nt = 0; nt < NT; nt++) group.x[nt].x += some[nt].x, group.x[nt].y += some[nt].y;
         }
     }
+    wait_async<0>();  // nothing is on its way to a block that has ended
     if (BY_ROW) {
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, 0);
