@@ -11,7 +11,8 @@
 //
 // Constants besides those of product.cuh: INTEGER: x is int8 codes with a scale a token (rows.cu), else 16-bit;
 // TOKEN_WARPS of the WARPS stand side by side along tokens, the others along rows; SUMS: whether x_sums is given;
-// AHEAD: chunks whose codes are asked for before they are needed; BLOCKS of a multiprocessor.
+// AHEAD: chunks whose codes are under way while one is multiplied; 0: a tile of the next one is asked for, into the same
+// registers, when this one's is used up; BLOCKS of a multiprocessor.
 #include "codes.cuh"
 #include "stage.cuh"
 
