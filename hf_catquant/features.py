@@ -37,7 +37,7 @@ class _Quantizer(TransformerMixin, BaseEstimator):
         """Learn means, deviations and thresholds.
 
         Args:
-            X: (n, d) training features.
+            X: (n, d) training features: array, table or tensor (bfloat16 too, on any device).
             y: (n,) classes; only the threshold "discrimination" looks at them.
 
         Returns:

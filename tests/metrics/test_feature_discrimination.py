@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import evaluate
@@ -168,11 +168,19 @@ def test_labels_of_another_length_and_form_leave_nothing_behind(data, tmp_path, 
 
 def test_one_of_several_processes_goes_on_after_a_batch_that_is_refused(data, tmp_path):
     x, y = data
-    several = {"num_process": 2, "process_id": 0, "experiment_id": "refused", "timeout": 1}
-    metric = evaluate.load(FEATURE_DISCRIMINATION, cache_dir=str(tmp_path), **several)
-    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
-        metric.add_batch(predictions=x, references=y[:10])
-    metric.add_batch(predictions=x, references=y)  # the files that the others look for are still there
+    several = {"num_process": 2, "experiment_id": "refused", "timeout": 20, "cache_dir": str(tmp_path)}
+    metrics = [evaluate.load(FEATURE_DISCRIMINATION, process_id=process, **several) for process in (0, 1)]
+
+    def one(process):
+        if process == 0:
+            with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+                metrics[0].add_batch(predictions=x, references=y[:10])
+        metrics[process].add_batch(predictions=x[process::2], references=y[process::2])
+        return metrics[process].compute()
+
+    with ThreadPoolExecutor(2) as pool:  # what the others wait for is still there
+        found = list(pool.map(one, (0, 1)))
+    assert found[0] == pytest.approx(feature_discrimination(x, y), rel=1e-9)
 
 
 def test_copied_elsewhere_it_needs_nothing_of_the_package(data, tmp_path, monkeypatch):

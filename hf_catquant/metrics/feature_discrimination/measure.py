@@ -142,7 +142,7 @@ def stream_discrimination(
         The same.
 
     Raises:
-        ValueError: as there, or the batches are not the same at every look.
+        ValueError: as there, or the batches are no pairs, or not the same at every look.
     """
     thresholds = Thresholds.checked(eta, binary_threshold, ternary_threshold, ())
     read = batches if callable(batches) else lambda: batches
