@@ -35,6 +35,7 @@ from hf_catquant.tasks import load_processor, read_rows
 RESULTS = ROOT / "benchmarks" / "results" / "discrimination_formats.json"
 PAGE = ROOT / "docs" / "discrimination-formats.md"
 LOW, HIGH, GROUP = "binary", "int4", 64
+FIXED = ("first half", "last half", f"none: all {LOW}", f"all {HIGH}")  # to compare with
 SAMPLES = 200
 
 
@@ -116,7 +117,7 @@ def run(case: Case, solvers: list[str], data: Path, resume: bool) -> None:
         return
     half = len(blocks) // 2
     choices = {key: sorted(blocks, key=lambda b, key=key: -costs[b][key])[:half] for key in next(iter(costs.values()))}
-    choices |= {"first half": blocks[:half], "last half": blocks[half:], f"none: all {LOW}": [], f"all {HIGH}": blocks}
+    choices |= dict(zip(FIXED, (blocks[:half], blocks[half:], [], blocks), strict=True))
     tests, answers = rows(data, case, case.test, case.tests, processor)
     wanted = outputs(teacher, tests, processor)
     sizes = {"n": len(answers), "float": judge(wanted, wanted, answers)}
@@ -260,7 +261,8 @@ def table(model: str, solver: str, result: dict[str, Any]) -> list[str]:
         kept = ", ".join(block.rsplit(".", 1)[-1] for block in row["kept"]) or "-"
         rates = f"{row['accuracy']:.2f} | {row['agreement']:.2f}"
         lines.append(f"| {choice} | {kept} | {rates} | {row['divergence']:.4f} | {row['discrimination']:.4f} |")
-    return lines
+    missing = [name for name in FIXED if name not in result["choices"]]
+    return [*lines, "", f"Not measured: {', '.join(missing)}."] if missing else lines
 
 
 def costs_table(model: str, costs: dict[str, Any]) -> list[str]:
