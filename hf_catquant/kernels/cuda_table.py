@@ -121,13 +121,13 @@ def _shared(
     """gemm: 256 weight rows by 32 or 64 rows of x a block, 512 by 16, or 128 by 128.
 
     Sums of 64 by 32, 32 by 64 or 16 by 128 fit the registers of a warp: the more rows of x, the more often each number
-    that is made of a code is used. 8-bit codes take so much room that 128 rows of x have to share them.
+    that is made of a code is used. 8-bit codes beside 16-bit activations take so much room that they get one row tile.
     """
     column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     token_warps = 1 if tokens <= 64 else 2
     tiles = 4 if tokens <= TALL_TOKENS and 16 * -(-row_tiles // 32) >= 0.9 * processors else 2
-    if bits == 8 and tokens > 64 and not integer:
-        tiles, column_tiles, token_warps = 1, 16, 1
+    if bits == 8 and tokens > 32 and not integer:
+        tiles, column_tiles, token_warps = 1, 8 * token_warps, 1
     row_warps = 8 // token_warps
     while row_warps * token_warps > 4 and row_warps // 2 * tiles >= row_tiles:
         row_warps //= 2  # not below four warps: a thread would copy more of x than it has registers for
