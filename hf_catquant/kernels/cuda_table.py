@@ -132,7 +132,8 @@ def _shared(
     while row_warps * token_warps > 4 and row_warps // 2 * tiles >= row_tiles:
         row_warps //= 2  # not below four warps: a thread would copy more of x than it has registers for
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
-    at_once = 2 if tiles * column_tiles == 4 else 1  # blocks of a multiprocessor: what their registers allow
+    small = group_steps in (1, 2)
+    at_once = 2 if tiles * column_tiles == 4 and not small else 1  # blocks of a multiprocessor that its registers hold
     splits = cuts(made, chunks, processors * at_once)
     sums = int(bits < 8 and tokens > 32)
     steps = chunk_width(bits) // STEP

