@@ -129,13 +129,12 @@ def _integer_conv(
     x = x.contiguous()
     sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
     steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))
-    window = native.Window(x.shape[1], *(side for pair in (*sizes, *steps) for side in pair))
+    window = native.Window(*x.shape[:2], *(side for pair in (*sizes, *steps) for side in pair))
     state = native.loaded().cq_conv(
         address,
         how.address,
         ctypes.addressof(window),
         x.data_ptr(),
-        x.shape[0],
         dtype,
         *((None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])),
         out.data_ptr(),

@@ -50,7 +50,7 @@ class Window(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
+            *("batch", "channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
             *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
         )
     )
@@ -88,7 +88,7 @@ _SIGNATURES = {
     ),
     "cq_conv": (
         _INT,
-        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+        (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
     ),
     "cq_use_openmp": (None, (_POINTER,)),
     "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
