@@ -75,7 +75,7 @@ def conv(
         )
         if found is not None:
             return found
-    if groups == 1 and native.conv_costs is None and _few(x, math.prod(spatial), activations, input_scale, input_offset):
+    if groups == 1 and _few(x, math.prod(spatial), activations, input_scale, input_offset):
         rows = patches(x, kernel_size, stride, padding, dilation)
         out = linear(rows, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
         maps = out.new_empty((x.shape[0], packed.shape[0], *spatial))  # no view: the caller may write into it
@@ -152,7 +152,8 @@ def _integers_pay(x: Tensor, digits: int, columns: int, out: torch.Size) -> bool
         return False
     rows, positions = out[1], out.numel() // out[1]
     integers = costs.pack[digits - 1] * columns + costs.store * rows + costs.product * digits * rows * columns
-    floats = positions * costs.floats[x.dtype == torch.bfloat16] + costs.dequantize
+    kind = 2 if x.dtype == torch.bfloat16 else int(columns > x.shape[1])
+    floats = positions * costs.floats[kind] + costs.dequantize
     quantize = costs.quantize * x.numel() if digits == 1 else 0
     return positions * integers < rows * columns * floats + quantize
 
@@ -176,7 +177,7 @@ def _buffer(size: int, dtype: torch.dtype) -> Tensor:
 def _few(x: Tensor, positions: int, activations: str | None, scale: Tensor | None, offset: Tensor | None) -> bool:
     """Whether patches are worth laying out, and mean the same: a range has to be one for all, with zero on a level."""
     count = x.shape[0] * positions
-    if not 0 < count <= MOST_POSITIONS:
+    if native.conv_costs is not None or not 0 < count <= MOST_POSITIONS:
         return False
     if activations is None:
         return count * activation.DIGITS[x.dtype] < native.dense_from

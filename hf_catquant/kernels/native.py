@@ -39,19 +39,20 @@ class ConvCosts(NamedTuple):
     """What a convolution takes on one thread, in nanoseconds: measured with the layers of ResNet-50.
 
     In integers a position costs ``pack[digits - 1]`` a column, ``store`` an out channel and ``product`` a digit and a
-    value of the weight. With float weights it costs ``floats`` (of 32 bits, of 16) a value of the weight; every value is
-    dequantized once for ``dequantize``, and every value of the input quantized for ``quantize``, where that is asked.
+    value of the weight. With float weights it costs ``floats`` a value of the weight (kernels of one place, larger ones,
+    and bfloat16); every value of the weight is dequantized for ``dequantize``, and every value of the input quantized
+    for ``quantize``, where that is asked.
     """
 
     pack: tuple[float, float, float]
     store: float
     product: float
-    floats: tuple[float, float]
+    floats: tuple[float, float, float]
     dequantize: float
     quantize: float
 
 
-_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 0.6, 0.0045, (0.019, 0.011), 0.4, 2.0)}
+_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0052, (0.024, 0.0175, 0.013), 0.4, 2.0)}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"
