@@ -52,7 +52,7 @@ class ConvCosts(NamedTuple):
     quantize: float
 
 
-_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0052, (0.024, 0.0175, 0.013), 0.4, 2.0)}
+_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0052, (0.024, 0.0175, 0.013), 0.4, 0.4)}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"
