@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import kernels  # noqa: F401  registers what the ops compute
 from ..formats import get_format, group_count
+from ..kernels import direct  # registers what the ops compute, too
 from ..packing import check_bytes, pack, packed_width
 from ..weight import QuantizedWeight, storage_dtype
 
@@ -199,7 +199,7 @@ class QuantizedModule(nn.Module):
 
     def rotated(self, x: Tensor) -> Tensor:
         """The input x (..., K), or rows of a weight (N, K), in the basis of the stored matrix."""
-        return x if self.scheme.rotation is None else torch.ops.catquant.rotate(x, False)
+        return x if self.scheme.rotation is None else direct.rotate(x, False)
 
     def target(self, weight: Tensor) -> Tensor:
         """What the stored matrix stands for: the float weight, in the module's own shape, as (N, K) float32."""
