@@ -34,6 +34,16 @@ class Outcome:
     learned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+class _StoredRows:
+    """The matrix (N, K) float32 of a filled layer, of which only the rows that are asked for take memory."""
+
+    def __init__(self, layer: QuantizedModule) -> None:
+        self.layer = layer
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.layer.stored_matrix(torch.float32, rows)
+
+
 class Swap:
     """Puts quantized layers in the place of float ones and keeps the books."""
 
@@ -118,9 +128,11 @@ class Swap:
             new.fill_low_rank(*product)
         else:
             quantized = solve(matrix)
-        w_hat = stored(quantized)
-        self.outcome.errors[name] = solvers.output_error(matrix, w_hat, moments)
+        new.fill(quantized)
+        del quantized
+        self.outcome.errors[name] = solvers.output_error(matrix, _StoredRows(new), moments)
         if moments is not None and new.bias is not None:
+            w_hat = new.stored_matrix(torch.float32)
             shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
             new.bias.data = new.bias + shift.to(new.bias.dtype)  # the same parameter: others may be tied to it
 

@@ -17,7 +17,7 @@ from hf_catquant.pipeline import quantize_modules
 from hf_catquant.planning import plan_model
 from hf_catquant.report import stored_bytes
 from hf_catquant.sizes import output_bytes, packed_bytes
-from hf_catquant.solvers import AT_ONCE, row_slices
+from hf_catquant.solvers import SLICE, row_slices
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "resnet", "wav2vec2", "gpt2"])
@@ -78,7 +78,7 @@ def test_the_peak_is_that_of_what_was_held():
 
 
 @pytest.mark.parametrize(
-    ("shape", "runs"), [((7, AT_ONCE // 3), 1), ((12, AT_ONCE // 2), 2), ((5, 3), 1), ((4, 2 * AT_ONCE), 4)]
+    ("shape", "runs"), [((7, SLICE // 3), 1), ((12, SLICE // 2), 2), ((5, 3), 1), ((4, 2 * SLICE), 4)]
 )
 def test_slices_of_rows_are_small_and_cross_no_border(shape, runs):
     matrix = torch.zeros(1).expand(shape)
@@ -86,5 +86,5 @@ def test_slices_of_rows_are_small_and_cross_no_border(shape, runs):
     assert [row for s in slices for row in range(s.start, s.stop)] == list(range(shape[0]))
     each = shape[0] // runs
     for s in slices:
-        assert (s.stop - s.start) * shape[1] <= max(AT_ONCE, shape[1])
+        assert (s.stop - s.start) * shape[1] <= max(SLICE, shape[1])
         assert s.start // each == (s.stop - 1) // each
