@@ -61,12 +61,12 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     # Rows do not know each other.
     pieces = runs.split(max(1, AT_ONCE // (len(runs) * weight.shape[1])), dim=1)
     scarce = weight.shape[1] >= _LARGE and runs.shape[1] <= weight.shape[1]
-    if (
-        scarce
-    ):  # the targets take less memory than what they are made from, and a factor is sooner made again than kept
+    if scarce:  # targets take less memory than what they are made from, and a factor is sooner made again than kept
         del lower
     ridged = ridge_factor(gram, ridge)
-    targets = (aim(w, drifted(w, moments, factor), gram, share, ridge, ridged).mT.contiguous() for w in pieces)
+    targets: Iterator[Tensor] = (
+        aim(w, drifted(w, moments, factor), gram, share, ridge, ridged).mT.contiguous() for w in pieces
+    )
     if scarce:
         targets = iter(list(targets))
         del ridged

@@ -362,7 +362,7 @@ def test_few_matrices_of_all_columns_are_held_at_once(scarce, monkeypatch):
     memory.reset_peak()
     before = memory.resident()
     gptq.solve(weight, FORMATS["int8"], -1, moments)
-    assert (memory.peak() - before) / moments.gram.nbytes < (3 if scarce else 4)
+    assert (memory.peak() - before) / moments.gram.nbytes < (4.8 if scarce else 5.8)
 
 
 def test_damping_repairs_a_gram_that_is_not_quite_positive():
