@@ -127,7 +127,7 @@ def main() -> None:
         if more and not args.in_memory:
             continue
         shutil.rmtree(out, ignore_errors=True)
-        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), *request, *more])
+        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), "--overwrite", *request, *more])
         result |= {f"{key}peak": most, f"{key}seconds": round(seconds, 1)}
     result["output_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)

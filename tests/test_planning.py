@@ -80,18 +80,19 @@ def test_the_peak_is_that_of_what_was_held():
 
 
 def test_large_blocks_go_back_when_they_are_freed():
-    code = """
-import torch
-from hf_catquant import memory
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("memory", {memory.__file__!r})
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
 if not memory.map_large_blocks() or not memory.reset_peak():
     raise SystemExit("none")
-torch.ones(30 << 18)  # a block of 30 MiB that is freed: from here on the C library would keep smaller ones
-before, kept = memory.resident(), []
+b"x" * (30 << 20)  # a block that is freed: from here on the C library would keep smaller ones
+before, blocks, kept = memory.resident(), [], []
 for _ in range(8):
-    block, small = torch.ones(16 << 18), torch.ones(16 << 8)
-    kept.append(small)
-    blocks = (*(blocks if kept[1:] else ()), block)
-del block, blocks
+    blocks.append(b"x" * (16 << 20))
+    kept += [b"x" * 4000 for _ in range(100)]
+del blocks
 print(memory.resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
