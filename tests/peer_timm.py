@@ -119,6 +119,9 @@ def test_round_trip(name: str, tmp_path: Path):
 @pytest.fixture
 def without_torchvision() -> Iterator[None]:
     """transformers' wrapper of timm looks for a torchvision, of which these models use nothing."""
+    importlib.import_module(
+        "transformers.models.auto.image_processing_auto"
+    )  # it asks for the version, if there is one
     from transformers.utils import import_utils
 
     with pytest.MonkeyPatch.context() as patch:
