@@ -56,7 +56,7 @@ def plain_grid(fit_grid: Callable) -> Callable:
 
 
 # What a step is called: what takes its place in the solver, or in the configuration (ROTATION), where it is off.
-ROTATION = "rotation of the inputs"
+ROTATION = "rotation of the inputs where it helps"
 STEPS: dict[str, dict[str, Any]] = {
     "grid weighted by the inputs": {"fit_grid": plain_grid(gptq.fit_grid)},
     "error feedback": {"feed_back": no_feedback},
@@ -109,7 +109,7 @@ def run(
     """One row of the table."""
     samples = bench.calibration[:SAMPLES]
     how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
-    how["rotation"] = None if ROTATION in off else "hadamard"
+    how["rotation"] = None if ROTATION in off else "auto"
     config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
     start = time.perf_counter()
     with ExitStack() as stack:

@@ -55,7 +55,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
             it costs 16 r (N + K) bits.
         rotation: "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over many weights
-            and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16.
+            and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16, and
+            the calibration data does not say that the layer's output is nearer to float without it.
         average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
             included: layers that matter most get wider formats than ``weights``.
 
@@ -133,6 +134,16 @@ class CatQuantConfig(QuantizationConfigMixin):
 
     def scheme_for(self, name: str, edge: bool) -> Scheme:
         """Format, group size and activations of the layer called ``name``; ``edge``: it is outside the blocks."""
+        fields = self._fields(name, edge)
+        if fields["rotation"] == "auto":
+            fields["rotation"] = "hadamard" if _is_coarse(fields["weights"], fields["activations"]) else None
+        return Scheme(**fields)
+
+    def tries_rotation(self, name: str, edge: bool) -> bool:
+        """Whether data may decide that the layer called ``name`` does without the rotation that its scheme has."""
+        return self._fields(name, edge)["rotation"] == "auto"
+
+    def _fields(self, name: str, edge: bool) -> dict[str, Any]:
         fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}
         if edge:
             fields.update(low_rank=0, rotation=None)
@@ -143,9 +154,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         for pattern, values in self.overrides.items():
             if re.search(pattern, name):
                 fields.update(values)
-        if fields["rotation"] == "auto":
-            fields["rotation"] = "hadamard" if _is_coarse(fields["weights"], fields["activations"]) else None
-        return Scheme(**fields)
+        return fields
 
     def leaves_free(self, name: str, edge: bool) -> bool:
         """Whether ``average_bits`` may choose the format of the layer called ``name``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import samples
 from .formats import get_format
 from .layers import Scheme, layer_for
-from .moments import ChannelSums, MomentSums, match_batch_norm
+from .moments import ChannelSums, MomentSums, match_batch_norm, rotated
 from .solvers import Moments
 from .swap import Range
 from .walk import Call, Leaf, leaf_inputs
@@ -60,9 +60,24 @@ class Gather:
         self.seed = seed
 
     def moments(
+        self, name: str, leaf: Leaf, schemes: list[Scheme], streams: Streams, input_range: Range | None
+    ) -> Iterator[Moments | None]:
+        """Moments of the rows that meet the matrix of the layer called ``name``, as each of ``schemes`` stores it.
+
+        None where there are no such rows. The schemes differ in nothing but their rotation.
+        """
+        plain = None
+        for scheme in schemes:
+            if scheme.activations is not None:  # what is rounded after it was rotated is rotated row by row
+                yield self._moments(name, leaf, scheme, streams, input_range)
+                continue
+            if plain is None:
+                plain = self._moments(name, leaf, replace(scheme, rotation=None), streams, input_range)
+            yield plain if scheme.rotation is None else rotated(plain)
+
+    def _moments(
         self, name: str, leaf: Leaf, scheme: Scheme, streams: Streams, input_range: Range | None
     ) -> Moments | None:
-        """Moments of the rows that meet the matrix of the layer called ``name``; None where there are no such rows."""
         sums, generator = MomentSums(), torch.Generator().manual_seed(self.seed)
         module = streams.float_unit.get_submodule(leaf.name)
         layer = layer_for(module)

@@ -32,6 +32,7 @@ class Site:
         scheme: how it will be stored.
         tied_to: name of the site whose packed weight it shares, or None.
         is_free: whether ``average_bits`` may choose its format.
+        tries_rotation: whether it does without its scheme's rotation where calibration data says so.
     """
 
     name: str
@@ -39,6 +40,13 @@ class Site:
     scheme: Scheme
     tied_to: str | None = None
     is_free: bool = False
+    tries_rotation: bool = False
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """What calibration data chooses from, the plainest first."""
+        plain = replace(self.scheme, rotation=None)
+        return [plain, self.scheme] if self.tries_rotation and self.scheme != plain else [self.scheme]
 
 
 @dataclass
@@ -84,7 +92,8 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
                 scheme = replace(scheme, rotation=None)
             if not candidates[name].takes_product:
                 scheme = replace(scheme, low_rank=0)
-            selection.sites.append(Site(name, module, scheme, is_free=config.leaves_free(name, edge)))
+            is_free, tries = config.leaves_free(name, edge), config.tries_rotation(name, edge)
+            selection.sites.append(Site(name, module, scheme, is_free=is_free, tries_rotation=tries))
     _resolve_ties(model, selection)
     _skip_loose_parameters(model, selection, config)
     if not selection.sites:

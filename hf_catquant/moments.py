@@ -38,6 +38,19 @@ class MomentSums:
         return Moments(gram, cross, mean, float_mean, self.count)
 
 
+def rotated(moments: Moments | None) -> Moments | None:
+    """The moments of R x and R x~ from those of x and x~ (``rotation.py``): R G R^T, R m."""
+    if moments is None:
+        return None
+    gram, cross = (_rotate(_rotate(square).mT).mT for square in (moments.gram, moments.cross))
+    return Moments(gram, cross, _rotate(moments.mean), _rotate(moments.float_mean), moments.count)
+
+
+def _rotate(rows: Tensor) -> Tensor:
+    turned: Tensor = torch.ops.catquant.rotate(rows, False)
+    return turned
+
+
 class ChannelSums:
     """Running mean and variance of every channel of (B, C, ...) tensors."""
 

@@ -1,4 +1,4 @@
-"""Swapping one layer: solve its weight, put the quantized layer in its place, set its bias, keep the books."""
+"""Swapping one layer: solve its weight, in one way or several, put the best in its place, set its bias, keep the books."""
 
 from __future__ import annotations
 
@@ -44,6 +44,23 @@ class _StoredRows:
         return self.layer.stored_matrix(torch.float32, rows)
 
 
+@dataclass(frozen=True)
+class Solved:
+    """A layer in its quantized form, not yet in the model.
+
+    Attributes:
+        layer: what will take its place; its bias is still that of the float layer.
+        error: relative squared error of its output, or of its weight; None if it shares another layer's weight.
+        distance: squared distance of its outputs from the float model's, less a constant; lower is better; 0 without data.
+        shift: what its bias gains (N,), or None.
+    """
+
+    layer: QuantizedModule
+    error: float | None = None
+    distance: float = 0.0
+    shift: Tensor | None = None
+
+
 class Swap:
     """Puts quantized layers in the place of float ones and keeps the books."""
 
@@ -55,33 +72,48 @@ class Swap:
         self._owner: dict[str, str] = {}  # first quantized member of a tied group, by the group's name
 
     def site(self, name: str, moments: Moments | ByRun | None, input_range: Range | None = None) -> None:
-        """Quantize the layer called ``name``; without moments by rounding to nearest.
+        """:meth:`solve` the layer called ``name`` in its own scheme, and :meth:`put` it."""
+        self.put(name, self.solve(name, self.sites[name].scheme, moments), input_range)
 
-        A layer of several runs (experts) is given the moments of each in turn, None for one that has none.
+    def solve(self, name: str, scheme: Scheme, moments: Moments | ByRun | None) -> Solved:
+        """The layer called ``name`` stored as ``scheme`` says; without moments by rounding to nearest.
+
+        A layer of several runs (experts) is given the moments of each in turn, None for one that has none. One that
+        shares a weight stays empty, and takes the scheme of the weight's owner.
 
         Raises:
-            ValueError: the weight or the moments are not finite; the float layer is then still in place.
+            ValueError: the weight or the moments are not finite.
         """
-        site = self.sites[name]
-        group = site.tied_to or name
-        scheme = self.sites[group].scheme
+        group = self.sites[name].tied_to or name
+        shares = group in self._owner
         module = self.model.get_submodule(name)
         layer = layer_for(module)
         assert layer is not None
-        new = layer(module, scheme)
-        owner = self._owner.get(group)
+        new = layer(module, self.sites[group].scheme if shares else scheme)
+        if shares:
+            return Solved(new)
+        matrix = self._target(name, module, new)
+        try:
+            if isinstance(moments, Moments) or (moments is None and new.runs == 1):
+                return self._solve(new, matrix, moments)
+            # One expert is given its moments in turn, too.
+            return self._solve_runs(new, matrix, repeat(None) if moments is None else moments)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def put(self, name: str, solved: Solved, input_range: Range | None = None) -> None:
+        """Replace the float layer called ``name``."""
+        group = self.sites[name].tied_to or name
+        new, owner = solved.layer, self._owner.get(group)
+        if owner is None and solved.shift is not None and new.bias is not None:
+            # The same parameter as before: others may be tied to it.
+            new.bias.data = new.bias.data + solved.shift.view_as(new.bias).to(new.bias.dtype)
+        replace_module(self.model, name, new)
         if owner is None:
-            matrix = self._target(name, module, new)
-            try:
-                if isinstance(moments, Moments) or (moments is None and new.runs == 1):
-                    self._solve(name, new, matrix, moments)
-                else:  # one expert is given its moments in turn, too
-                    self._solve_runs(name, new, matrix, repeat(None) if moments is None else moments)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
             self._owner[group] = name
-        replace_module(self.model, name, new)  # not before it is solved: an error leaves the float layer in place
-        if owner is not None:
+            assert solved.error is not None
+            self.outcome.errors[name] = solved.error
+        else:
             share_weight(self.model, name, owner)
         if input_range is not None:
             new.fill_input_range(*input_range)
@@ -116,7 +148,7 @@ class Swap:
         solver = solvers.get(self.solver if moments is not None else "rtn")
         return lambda target: solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
 
-    def _solve(self, name: str, new: QuantizedModule, matrix: Tensor, moments: Moments | None) -> None:
+    def _solve(self, new: QuantizedModule, matrix: Tensor, moments: Moments | None) -> Solved:
         solve = self._solver(new.scheme, moments)
 
         def stored(quantized: QuantizedWeight) -> Tensor:
@@ -130,29 +162,36 @@ class Swap:
             quantized = solve(matrix)
         new.fill(quantized)
         del quantized
-        self.outcome.errors[name] = solvers.output_error(matrix, _StoredRows(new), moments)
-        if moments is not None and new.bias is not None:
-            w_hat = new.stored_matrix(torch.float32)
-            shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
-            new.bias.data = new.bias + shift.to(new.bias.dtype)  # the same parameter: others may be tied to it
+        w_hat = _StoredRows(new)
+        error = solvers.output_error(matrix, w_hat, moments)
+        if moments is None:
+            return Solved(new, error)
+        shift = None
+        if new.bias is not None:
+            shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat[:], moments.mean)
+        return Solved(new, error, solvers.output_distance(matrix, w_hat, moments), shift)
 
-    def _solve_runs(self, name: str, new: QuantizedModule, matrix: Tensor, each: ByRun) -> None:
+    def _solve_runs(self, new: QuantizedModule, matrix: Tensor, each: ByRun) -> Solved:
         """As :meth:`_solve`, every run with moments of its own; the error is that of all rows that were seen."""
         parts: list[QuantizedWeight] = []
-        noise = signal = 0.0
-        for run, (rows, moments) in enumerate(zip(matrix.chunk(new.runs), each, strict=False)):
+        shifts: list[Tensor] = []
+        noise = signal = distance = 0.0
+        for rows, moments in zip(matrix.chunk(new.runs), each, strict=False):
             part = self._solver(new.scheme, moments)(rows)
             parts.append(part)
             w_hat = dequantize(part, get_format(new.scheme.weights), new.scheme.group_size)
             lost, whole = solvers.output_energies(rows, w_hat, moments)
             noise, signal = noise + lost, signal + whole
-            if moments is not None and new.bias is not None:
-                shift = _mean_output(rows, moments.float_mean) - _mean_output(w_hat, moments.mean)
-                new.bias.data[run] += shift.to(new.bias.dtype)
+            if moments is None:
+                shifts.append(torch.zeros_like(rows[:, 0]))
+            else:
+                distance += solvers.output_distance(rows, w_hat, moments)
+                shifts.append(_mean_output(rows, moments.float_mean) - _mean_output(w_hat, moments.mean))
         codes, scales, offsets = zip(*parts, strict=True)
         offset = None if offsets[0] is None else torch.cat(offsets)
         new.fill(QuantizedWeight(torch.cat(codes), torch.cat(scales), offset))
-        self.outcome.errors[name] = noise / signal if signal > 0 else 0.0
+        error = noise / signal if signal > 0 else 0.0
+        return Solved(new, error, distance, None if new.bias is None else torch.cat(shifts))
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:

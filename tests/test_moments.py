@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_catquant.formats import get_format
 from hf_catquant.gather import Gather, Streams
 from hf_catquant.layers import Scheme, layer_for
 from hf_catquant.moments import ChannelSums, MomentSums, match_batch_norm
 from hf_catquant.probe import Leaf
+from hf_catquant.rotation import rotate
+from hf_catquant.solvers import Moments
 from hf_catquant.weight import quantize_activation
 
 
@@ -84,11 +89,15 @@ def test_without_rows_there_are_no_moments():
     assert sums.result() is None
 
 
-def gathered(module: nn.Module, batch: dict[str, Tensor], x: Tensor, scheme: Scheme | None = None) -> object:
+def gathered(module: nn.Module, batch: dict[str, Tensor], x: Tensor, scheme: Scheme | None = None) -> Moments:
+    return next(trials(module, batch, x, [scheme or Scheme("int4", -1)]))
+
+
+def trials(module: nn.Module, batch: dict[str, Tensor], x: Tensor, schemes: list[Scheme]) -> Iterator[Moments]:
     calls = [[((x,), {})]]
     gather = Gather(nn.Sequential(module), [batch], range(1), seed=0)
     streams = Streams(module, module, calls, calls)
-    return gather.moments("0", Leaf("", 0, 1), scheme or Scheme("int4", -1), streams, None)
+    return gather.moments("0", Leaf("", 0, 1), schemes, streams, None)
 
 
 @torch.no_grad()
@@ -106,8 +115,6 @@ def test_padding_is_left_out(generator):
 
 @torch.no_grad()
 def test_the_quantized_stream_is_seen_through_the_activation_format(generator):
-    from hf_catquant.formats import get_format
-
     module, x = nn.Linear(6, 4), torch.randn(3, 4, 6, generator=generator)
     found = gathered(module, {}, x, Scheme("int4", -1, "int2"))
     y = quantize_activation(x, get_format("int2")).view(-1, 6)
@@ -168,3 +175,19 @@ def test_a_channel_that_is_constant_keeps_its_variance(generator):
     assert float(norm.running_var[1]) == pytest.approx(1.0)
     assert float(norm.running_var[0]) == pytest.approx(4.0, rel=1e-3)
     assert bool(torch.isfinite(norm(F.pad(x, (0, 0)))).all())
+
+
+@pytest.mark.parametrize("activations", [None, "int4"])
+@torch.no_grad()
+def test_moments_of_rotated_rows(activations, generator):
+    module, x = nn.Linear(12, 4), torch.randn(3, 4, 12, generator=generator)
+    schemes = [Scheme("int4", -1, activations, rotation=rotation) for rotation in (None, "hadamard")]
+    plain, found = trials(module, {}, x, schemes)
+    y = rotate(x, False).view(-1, 12)
+    read = y if activations is None else quantize_activation(y, get_format(activations))
+    torch.testing.assert_close(found.gram[0], read.T @ read / 12)
+    torch.testing.assert_close(found.cross[0], y.T @ read / 12)
+    torch.testing.assert_close(found.mean[0], read.mean(0))
+    torch.testing.assert_close(found.float_mean[0], y.mean(0))
+    assert found.count == 12
+    torch.testing.assert_close(plain.float_mean[0], x.view(-1, 12).mean(0))

@@ -140,3 +140,71 @@ def test_where_auto_rotates(weights, activations, rotation, found):
     assert config.scheme_for("a", edge=True).rotation is None
     if activations is None and rotation == "auto":
         assert config.scheme_for("b", edge=False).rotation is None
+
+
+class Pair(nn.Module):
+    """Two linears that read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.a(x)) + torch.tanh(self.b(x))
+
+
+class Pairs(nn.Module):
+    """What ``a`` holds is ternary as it is, what ``b`` holds after a rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair() for _ in range(2))
+        generator = torch.Generator().manual_seed(0)
+        for block in self.blocks:
+            ternary = torch.randint(-1, 2, (16, 16), generator=generator) * 0.5
+            block.a.weight.data, block.b.weight.data = ternary, rotate(ternary, True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def pairs_quantized(**how) -> dict[str, tuple[str | None, bool]]:
+    """Of every layer its rotation, and whether its output is exact."""
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    dataset = [{"x": row} for row in x] if how.get("solver") == "gptq" else None
+    config = CatQuantConfig("ternary_symmetric", -1, dataset=dataset, num_samples=64, correction=None, **how)
+    layers = report(quantize(Pairs(), config)).layers
+    return {layer.name.removeprefix("blocks."): (layer.rotation, layer.error < 1e-3) for layer in layers}
+
+
+@torch.no_grad()
+def test_data_decides_for_every_layer():
+    found = pairs_quantized(solver="gptq")
+    assert found == {
+        f"{i}.{name}": (rotation, True) for i in (0, 1) for name, rotation in (("a", None), ("b", "hadamard"))
+    }
+
+
+@torch.no_grad()
+def test_what_is_set_is_not_tried():
+    # Only the first block is fed the float model's own inputs, and exact.
+    for rotation, exact in (("hadamard", "b"), (None, "a")):
+        found = pairs_quantized(solver="gptq", rotation=rotation)
+        assert {used for used, _ in found.values()} == {rotation}
+        assert [name for name, (_, is_exact) in found.items() if is_exact and name.startswith("0.")] == [f"0.{exact}"]
+
+
+@torch.no_grad()
+def test_layers_that_read_one_tensor_may_be_told_apart():
+    found = pairs_quantized(solver="gptq", rotation=None, overrides={r"\.b$": {"rotation": "hadamard"}})
+    assert found == {
+        f"{i}.{name}": (rotation, True) for i in (0, 1) for name, rotation in (("a", None), ("b", "hadamard"))
+    }
+
+
+@torch.no_grad()
+def test_without_data_few_levels_rotate():
+    found = pairs_quantized(solver="rtn")
+    assert {rotation for rotation, _ in found.values()} == {"hadamard"}

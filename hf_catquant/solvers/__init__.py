@@ -18,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ._common import AT_ONCE, SLICE, Moments, output_energies, output_error, row_slices
+from ._common import AT_ONCE, SLICE, Moments, output_distance, output_energies, output_error, row_slices
 from ._low_rank import solve_with_product
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "get",
     "names",
     "options",
+    "output_distance",
     "output_energies",
     "output_error",
     "row_slices",

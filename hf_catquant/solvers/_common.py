@@ -116,6 +116,21 @@ def output_energies(weight: Tensor, w_hat: Rows, moments: Moments | None) -> tup
     return noise, signal
 
 
+def output_distance(weight: Tensor, w_hat: Rows, moments: Moments) -> float:
+    """||W x - W_hat x~||^2 of weights (N, K) less ||W x||^2, summed over the calibration rows.
+
+    x is the input in the float stream and x~ in the quantized one, rounded if activations are: what is left out is the
+    same for every W_hat, in every orthogonal basis.
+    """
+    total, rows = 0.0, len(weight) // len(moments.gram)
+    for part in row_slices(weight, len(moments.gram)):
+        run = part.start // rows
+        gram, cross = (t[run].to(weight.device) for t in (moments.gram, moments.cross))
+        w, found = weight[part].float(), w_hat[part].float()
+        total += float(((found @ gram - 2 * (w @ cross)) * found).sum(dtype=torch.float64))
+    return moments.count * total
+
+
 def row_slices(matrix: Tensor, runs: int = 1) -> Iterator[slice]:
     """Slices of the first dimension of at most ``SLICE`` values (at least a row) that cross no border of ``runs``."""
     rows = len(matrix) // runs

@@ -9,7 +9,7 @@ import torch
 
 from hf_catquant import solvers
 from hf_catquant.formats import FORMATS
-from hf_catquant.solvers import Moments, output_error
+from hf_catquant.solvers import Moments, output_distance, output_error
 from hf_catquant.weight import dequantize
 
 
@@ -77,6 +77,15 @@ def test_output_error_is_the_error_of_the_outputs(generator):
     assert output_error(weight, w_hat, moments_of(x, x)) == pytest.approx(float(expected), rel=1e-4)
     plain = (weight - w_hat).square().sum() / weight.square().sum()
     assert output_error(weight, w_hat, None) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_output_distance_is_the_distance_from_the_float_outputs(generator):
+    weight, w_hat = (torch.randn(6, 8, generator=generator) for _ in range(2))
+    x, y = (torch.randn(2, 50, 8, generator=generator) for _ in range(2))
+    rows = zip(weight.chunk(2), w_hat.chunk(2), x, y, strict=True)
+    expected = sum(float((a @ w.T - b @ v.T).square().sum() - (a @ w.T).square().sum()) for w, v, a, b in rows)
+    moments = Moments(y.mT @ y / 50, x.mT @ y / 50, y.mean(1), x.mean(1), 50)
+    assert output_distance(weight, w_hat, moments) == pytest.approx(expected, rel=1e-4)
 
 
 def test_output_error_without_signal():
