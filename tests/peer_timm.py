@@ -135,7 +135,8 @@ def without_torchvision() -> Iterator[None]:
 def test_inside_transformers_wrapper(tmp_path: Path):
     from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
-    config = TimmWrapperConfig(architecture=MODELS["vision transformer"][0], model_args=VIT)
+    options = {name: value for name, value in VIT.items() if name != "num_classes"}
+    config = TimmWrapperConfig(architecture=MODELS["vision transformer"][0], model_args=options)
     config.num_labels = 5
     model = TimmWrapperForImageClassification(config).eval()
     quantize(model, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))
