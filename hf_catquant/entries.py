@@ -39,14 +39,13 @@ def entries_checksum(modules: Entries, corrections: Entries, checksums: dict[str
 
 
 def verify_entries(modules: Entries, corrections: Entries, checksums: dict[str, int], expected: int) -> None:
-    """Refuse entries that are not those that were saved. The first checkpoints left out the checksums: theirs is right, too.
+    """Refuse entries that are not those that were saved.
 
     Raises:
         ValueError: naming both checksums.
     """
     found = entries_checksum(modules, corrections, checksums)
-    early = zlib.crc32(json.dumps([modules, corrections], sort_keys=True).encode())
-    if expected not in (found, early):
+    if found != expected:
         raise ValueError(
             f"quantization_config: modules, corrections and checksums are not those that were saved (CRC-32 {found:08x}, "
             f"expected {expected:08x}): the config.json was changed or damaged after the save, fetch it again"
