@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_catquant.bench import machine, random_weight
+from hf_catquant.kernels import direct
 
 CALLS, TURNS = 400, 25
 
@@ -29,6 +30,7 @@ def main() -> None:
     rivals = {
         "F.linear": partial(nn.functional.linear, x, weight, bias),
         "catquant::linear": partial(ops.linear, x, *packed, None, None, bias, "ternary", 64, None),
+        "the same as layers call it": partial(direct.linear, x, *packed, None, None, bias, "ternary", 64, None),
         "catquant::rotate": partial(ops.rotate, x, False),
     }
     print(machine())

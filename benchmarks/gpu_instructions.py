@@ -112,7 +112,8 @@ def count(kernel: str, bits: int, group: int, arch: int, split: int = 0) -> Coun
 
 
 def gemm_instructions(bits: int, group: int, arch: int, tokens: int, integer: bool) -> tuple[int, float]:
-    """Registers of a thread, and instructions of the loop for each tensor-core instruction, of the product of many rows.
+    """Registers of a thread, and instructions of the loop for each tensor-core instruction that multiplies codes, of the
+    product of many rows. A row of ones, which sums x, is work besides.
 
     A multiprocessor of an H200 begins a 16-bit ``mma`` about every 1.6 clocks (600 TFLOP/s) and four other instructions in
     each clock: with more than six for each, they are the limit.
@@ -129,9 +130,13 @@ def gemm_instructions(bits: int, group: int, arch: int, tokens: int, integer: bo
         level_step=1.0,
         level_zero=0.0,
     )
-    made = cuda_compile.compile_variant(cuda_table.product(layout, tokens, 0, integer, 132).variant, arch)
+    variant = cuda_table.product(layout, tokens, 0, integer, 132).variant
+    made, constants = cuda_compile.compile_variant(variant, arch), dict(variant.constants)
     body = Counter(name.split(".")[0] for name in loop(made.image))
-    return cuda_compile.budget(made.log)[0], round(body.total() / (body["IMMA"] + body["HMMA"]), 2)
+    products = body["IMMA"] + body["HMMA"]
+    if bits < 8 and not constants["SUMS"]:
+        products *= constants["MT"] / (constants["MT"] + 1)  # of MT + 1, one multiplies ones
+    return cuda_compile.budget(made.log)[0], round(body.total() / products, 2)
 
 
 def table(arch: int) -> list[Count]:

@@ -114,6 +114,11 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
         for limit in (8, 64) if 8 < tokens <= 64 else (8,):
             with mock.patch.object(cuda_table, "FEW_TOKENS", limit):
                 row["shared" if tokens > limit else "each warp"] = tiles()
+        if 8 < tokens <= 16:
+            with mock.patch.object(cuda_table, "TALL_TOKENS", 0):
+                cuda_table._shared.cache_clear()
+                row["shared, 32 rows a warp"] = tiles()
+            cuda_table._shared.cache_clear()
         row["int8"] = tiles(activations="int8")
         for size in (24, 64, 256) if tokens >= 64 else ():
             with mock.patch.object(cuda_table, "DENSE_BYTES", size << 20):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from discrimination_study import arguments, digits, run
+from discrimination_study import arguments, digits, drawn, run
 
 from hf_catquant import extract_features
 from hf_catquant.tasks import load_processor, read_rows
@@ -22,9 +22,10 @@ MODEL = "ast-tiny-fsdd"
 EARLY = "audio_spectrogram_transformer.layers.1"
 
 
-def cases(folder: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def cases(folder: Path, limit: int | None = None) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Spoken digits: early in a network that knows them, and before its head; and who speaks, which it was not taught."""
     rows = read_rows(str(folder / "data" / "fsdd" / "test.parquet"), "audio")
+    rows = rows.select(drawn(rows["digit"], limit))
     path = str(folder / "models" / MODEL)
     model = transformers.AutoModelForAudioClassification.from_pretrained(path, dtype=torch.float32)
     waves = [np.asarray(wave, np.float32) / 32768 for wave in rows["audio"]]
@@ -39,4 +40,4 @@ def cases(folder: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    run([digits()] if args.data is None else cases(args.data), args.plot)
+    run([digits(args.rows)] if args.data is None else cases(args.data, args.rows), args.plot)

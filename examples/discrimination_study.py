@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
@@ -36,6 +37,7 @@ VARIANTS: dict[str, Any] = {
     "ternary, discrimination, shared": TernaryQuantizer("discrimination"),
     "ternary, discrimination, per feature": TernaryQuantizer("discrimination", per_feature=True),
 }
+LEAST = 3  # rows of a class, so that two are left to learn from
 PAIRS = 100  # of classes at most, for what the model predicts
 
 
@@ -64,11 +66,14 @@ def study(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, A
     Args:
         name: of the data.
         x: (n, d) features.
-        y: (n,) classes of two rows or more.
+        y: (n,) classes of three rows or more.
         seed: of the folds.
     """
+    least = int(np.unique(y, return_counts=True)[1].min())
+    if least < LEAST:
+        raise SystemExit(f"{name}: every class needs {LEAST} rows, one has {least}: take more of them (--rows)")
     right = {variant: np.zeros((2, len(x)), bool) for variant in VARIANTS}
-    folds = StratifiedKFold(min(5, int(np.unique(y, return_counts=True)[1].min())), shuffle=True, random_state=seed)
+    folds = StratifiedKFold(min(5, least), shuffle=True, random_state=seed)
     for train, test in folds.split(x, y):
         for variant, quantizer in VARIANTS.items():
             seen = quantizer.fit(x[train], y[train]).transform(x[train])
@@ -97,36 +102,63 @@ def show(result: dict[str, Any]) -> None:
         print(f"{kind} {' / '.join(cells)}", end="; " if kind == "binary" else "\n")
 
 
+COLORS = {"float": "#4c566a", "binary": "#d08770", "ternary": "#2e8b57"}
+TITLES = {"discrimination": "D", "knn": "5-NN accuracy, %", "svm": "linear SVM accuracy, %"}
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Plot discrimination and accuracy against the threshold, a row of panels a data set."""
-    figure, axes = plt.subplots(len(results), 3, figsize=(13, 3.2 * len(results)), layout="constrained", squeeze=False)
+    """Plot discrimination and accuracy against the threshold, and accuracy against discrimination; a row a data set."""
+    figure, axes = plt.subplots(len(results), 4, figsize=(16, 3.4 * len(results)), layout="constrained", squeeze=False)
     for row, result in zip(axes, results, strict=True):
         lines = {line["variant"]: line for line in result["lines"]}
         sweep = [lines[f"ternary, eta {eta:g}"] for eta in ETAS]
-        for axis, key in zip(row, ("discrimination", "knn", "svm"), strict=True):
-            axis.axhline(lines["float"][key], color="#4c566a", label="float")
-            axis.axhline(lines["binary, 0"][key], color="#d08770", linestyle="--", label="binary, 0")
-            axis.plot(ETAS, [line[key] for line in sweep], "o-", color="#2e8b57", label="ternary")
-            axis.set(xlabel="eta", title=f"{result['data']}: {TITLES[key]}")
-        row[0].legend()
+        for axis, key in zip(row, TITLES, strict=False):
+            axis.axhline(lines["float"][key], color=COLORS["float"], label="float")
+            axis.axhline(lines["binary, 0"][key], color=COLORS["binary"], linestyle="--", label="binary, threshold 0")
+            axis.plot(
+                ETAS, [line[key] for line in sweep], "o-", color=COLORS["ternary"], label="ternary, threshold eta"
+            )
+            axis.set(xlabel="eta, in mean magnitudes", title=f"{result['data']}\n{TITLES[key]}")
+        for line in result["lines"]:
+            color = COLORS[line["variant"].split(",")[0]]
+            row[3].plot(line["discrimination"], line["knn"], "o", color=color, fillstyle="none")
+            row[3].plot(line["discrimination"], line["svm"], "x", color=color)
+        row[3].set(xlabel="D", title=f"{result['data']}\naccuracy, %, against D")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    handles += [Line2D([], [], color="black", linestyle="", marker=marker, fillstyle="none") for marker in "ox"]
+    names += ["5-NN, against D", "linear SVM, against D"]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.savefig(path, dpi=80)
     plt.close(figure)
-
-
-TITLES = {"discrimination": "D", "knn": "5-NN accuracy, %", "svm": "linear SVM accuracy, %"}
 
 
 def arguments(doc: str | None) -> argparse.Namespace:
     """What the examples take."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with models/ and data/; without it, scikit-learn's digits")
+    parser.add_argument(
+        "--rows", type=int, help="at most so many rows of each data set, drawn with seed 0; without it, all"
+    )
     parser.add_argument("--plot", type=Path, default=Path("discrimination.png"), help="file to draw to")
     return parser.parse_args()
 
 
-def digits() -> tuple[str, np.ndarray, np.ndarray]:
+def drawn(classes: Any, limit: int | None) -> np.ndarray:
+    """Numbers of ``limit`` rows, or of all, of as many as can be of every class: files are often sorted by class."""
+    y = np.asarray(classes)
+    order = np.random.default_rng(0).permutation(len(y))
+    turn = np.empty(len(y), int)  # first a row of every class, then a second, ...
+    for label in np.unique(y):
+        members = order[y[order] == label]
+        turn[members] = np.arange(len(members))
+    return np.sort(np.argsort(turn, kind="stable")[:limit])
+
+
+def digits(rows: int | None = None) -> tuple[str, np.ndarray, np.ndarray]:
     """Scanned digits, which come with scikit-learn."""
-    return ("digits, pixels", *load_digits(return_X_y=True))
+    x, y = load_digits(return_X_y=True)
+    kept = drawn(y, rows)
+    return ("digits, pixels", x[kept], y[kept])
 
 
 def run(cases: list[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:

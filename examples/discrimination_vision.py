@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from discrimination_study import arguments, digits, run
+from discrimination_study import arguments, digits, drawn, run
 from scipy.fft import dctn
 
 from hf_catquant import extract_features
@@ -22,14 +22,18 @@ from hf_catquant.tasks import as_samples, load_processor, read_rows
 NETWORKS = ("resnet-18-pq", "deit-tiny-patch16-224")
 
 
-def cases(folder: Path, networks: tuple[str, ...] = NETWORKS) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def cases(
+    folder: Path, limit: int | None = None, networks: tuple[str, ...] = NETWORKS
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Faces as pixels and as DCT coefficients; CIFAR-10 by ImageNet networks, which never saw it."""
     faces = np.load(folder / "data" / "yaleb" / "yaleb_32x32_dev.npz")
-    images, labels = faces["images"].astype(np.float64), faces["labels"]
+    kept = drawn(faces["labels"], limit)
+    images, labels = faces["images"][kept].astype(np.float64), faces["labels"][kept]
     pixels = images.reshape(len(images), -1)
     waves = dctn(images.reshape(len(images), 32, 32), axes=(1, 2), norm="ortho").reshape(len(images), -1)
     found = [("Yale B, pixels", pixels, labels), ("Yale B, DCT", waves, labels)]
     rows = read_rows(str(folder / "data" / "cifar10" / "test.parquet"), "image")
+    rows = rows.select(drawn(rows["label"], limit))
     return found + [(f"CIFAR-10, {name}", network(folder, name, rows), np.array(rows["label"])) for name in networks]
 
 
@@ -43,4 +47,4 @@ def network(folder: Path, name: str, rows: object) -> np.ndarray:
 
 if __name__ == "__main__":
     args = arguments(__doc__)
-    run([digits()] if args.data is None else cases(args.data), args.plot)
+    run([digits(args.rows)] if args.data is None else cases(args.data, args.rows), args.plot)

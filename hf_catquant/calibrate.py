@@ -19,10 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import samples, solvers
-from .cluster_fit import LEAST_ROWS, Kind
+from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
+from .correcting import Corrections
 from .expert_rows import ExpertRows
-from .fitting import Pairs, correction_dim, output_of, placed, resolve_sites, tensor_of
+from .fitting import placed, tensor_of
 from .gather import Gather, Streams
 from .journal import Journal
 from .layers import layer_for
@@ -35,7 +36,7 @@ from .shelf import shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Range, Solved, Swap
 from .training import Progress
-from .walk import Call, Leaf, Outputs, Unit, Walk, leaf_outputs
+from .walk import Call, Leaf, Outputs, Unit, Walk
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_TARGETS = 1 << 28  # numbers, 1 GiB
@@ -92,7 +93,7 @@ class Calibration:
         # a model that has all of the data is better than a correction that has some of it to itself.
         enough = sum(len(next(iter(data.batches[batch].values()))) for batch in held_out) >= LEAST_ROWS
         apart = learns and enough and config.correction is not None and config.correction.chooses
-        self.fit_batches = held_out if apart else range(count)
+        fit_batches = held_out if apart else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
         shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
         self.reconstruction = None
@@ -100,35 +101,23 @@ class Calibration:
             self.reconstruction = Reconstruction(
                 options, self.gather, self.solve_batches, held_out, config.seed, shared
             )
-        self.corrections = resolve_sites(model, config.correction, self.blocks, self.walk.plan.logits_site)
+        self.corrections = Corrections(
+            model, config, self.gather, self.walk, self.blocks, fit_batches, self.swap.outcome
+        )
 
     def run(self) -> Outcome:
         """Quantize every unit in the order the model runs them."""
-        outcome = self.swap.outcome
-        if self.config.correction is not None and not self.corrections:
-            self._left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
         self._round_unreached()
         try:
             for index, unit in enumerate(self.walk.plan.units):
                 self.quantize_unit(index, unit)
             self.shelf.finish()
-            float_outputs = {name: self.walk.outputs_of(name, "float") for name in self.corrections}
+            float_outputs = self.corrections.float_outputs()
             targets = self._targets()
         finally:
             self.walk.finish()
         self._finish(targets, float_outputs)
-        return outcome
-
-    def _left_out(self, note: str) -> None:
-        """Say that something asked for was not done.
-
-        Raises:
-            ValueError: ``strict`` is set.
-        """
-        if self.config.strict:
-            raise ValueError(f"strict=True, but {note}")
-        self.swap.outcome.notes.append(note)
-        logger.warning(note)
+        return self.swap.outcome
 
     def _targets(self) -> list[Tensor] | None:
         """What the whole model has to answer on every batch, if it will learn."""
@@ -141,7 +130,7 @@ class Calibration:
                 f"the whole model did not learn: its answers to {count} batches like the first are "
                 f"{first.numel() * count:,} numbers, more than {MAX_TARGETS:,}; shorter or fewer samples would do"
             )
-            self._left_out(note)
+            self.corrections.left_out(note)
             return None
         return [first, *map(tensor_of, self.walk.outputs_of(site, "float", range(1, count)))]
 
@@ -151,12 +140,7 @@ class Calibration:
             if targets is not None:
                 self._learn_model(self.reconstruction, targets)
             self.swap.outcome.learned.update(self.reconstruction.summary())
-        for name, outputs in float_outputs.items():
-            pairs = Pairs(self.config.seed, len(self.fit_batches))
-            for batch in self.fit_batches:
-                found = output_of(self.model, name, self.walk.batches[batch])
-                self._add_pair(pairs, name, batch, outputs[batch], found)
-            self._fit(name, pairs)
+        self.corrections.fit_model(float_outputs)
 
     def _learn_model(self, reconstruction: Reconstruction, targets: list[Tensor]) -> None:
         step, whole = "model", ""
@@ -218,7 +202,7 @@ class Calibration:
         if solved and self.reconstruction is not None:
             learned = self.reconstruction.unit(unit.name, live, float_unit, calls, float_outputs)
         for name in self._corrections_inside(unit):
-            self._fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
+            self.corrections.fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
         state = {"diverged": self.diverged, "learned": learned and asdict(learned)}
         self.steps.keep(f"unit-{index:04d}", unit.name, before, **state)
         self._progress(index, unit, solved, learned, time.perf_counter() - start)
@@ -226,8 +210,7 @@ class Calibration:
     def _take_over(self, unit: Unit, float_unit: nn.Module, record: dict[str, Any]) -> None:
         """The books of a unit that an earlier run finished."""
         self.diverged = record["diverged"]
-        for name in self._corrections_inside(unit):
-            self.corrections.remove(name)
+        self.corrections.drop(self._corrections_inside(unit))
         if record["modules"] and self.reconstruction is not None:
             self.reconstruction.remember(unit.name, self.model.get_submodule(unit.name), float_unit)
             if record["learned"] is not None:
@@ -236,7 +219,7 @@ class Calibration:
     def _corrections_inside(self, unit: Unit) -> list[str]:
         # What sits on a whole unit waits if the model will learn on: by then its outputs are others.
         waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
-        return [n for n in self.corrections if n.startswith(f"{unit.name}.") or (n == unit.name and not waits)]
+        return self.corrections.inside(unit.name, waits=waits)
 
     def _progress(self, index: int, unit: Unit, solved: list[str], learned: Progress | None, seconds: float) -> None:
         if not solved:
@@ -305,34 +288,6 @@ class Calibration:
                     best[name] = solved
         for name, solved in best.items():
             self.swap.put(name, solved, input_range)
-
-    def _fit_inside(self, unit: Unit, name: str, streams: Streams) -> None:
-        inner = name.removeprefix(unit.name).removeprefix(".")
-        pairs = Pairs(self.config.seed, len(self.fit_batches))
-        for batch in self.fit_batches:
-            float_outputs = leaf_outputs(streams.float_unit, inner, streams.float_calls[batch])
-            for f, q in zip(float_outputs, leaf_outputs(streams.live, inner, streams.calls[batch]), strict=True):
-                self._add_pair(pairs, name, batch, f, q)
-        self._fit(name, pairs)
-
-    def _add_pair(self, pairs: Pairs, name: str, batch: int, float_output: Any, output: Any) -> None:
-        f, q = tensor_of(float_output), tensor_of(output)
-        dim = correction_dim(self.model.get_submodule(name), f)
-        mask = self.gather.mask(batch, name, f) if dim == -1 and f.dim() == 3 else None
-        pairs.add(f, q, dim, mask)
-
-    def _fit(self, name: str, pairs: Pairs) -> None:
-        if pairs.count < LEAST_ROWS:
-            self._left_out(f"correction at {name}: off, {pairs.count} rows of samples are fewer than {LEAST_ROWS}")
-            self.corrections.remove(name)
-            return
-        kind: Kind = "logits" if name == self.walk.plan.logits_site else "hidden"
-        del self.corrections[self.corrections.index(name)]
-        assert self.config.correction is not None
-        entry, fit = pairs.fit_and_attach(self.model, name, self.config.correction, kind)
-        self.swap.outcome.fits[name] = fit
-        if entry is not None:
-            self.swap.outcome.corrections[name] = entry
 
 
 def _join(unit: str, leaf: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import samples as data
 from .fitting import correction_dim, evaluating, placed, tensor_of
 from .logits import find_logits, named_logits, observed, step_sites
+from .metrics.feature_discrimination.inputs import checked_count
 from .model import stacks
 from .replay import hooked, run
 
@@ -42,7 +43,7 @@ def extract_features(
 
     Args:
         model: any model that ``samples`` fit; put back into training mode afterwards if it was in it.
-        samples: data in any form that ``CatQuantConfig(dataset=...)`` takes, two samples or more. All of them are read.
+        samples: data in any form that ``CatQuantConfig(dataset=...)`` takes. All of them are read.
         processor: tokenizer, image processor or feature extractor, for raw samples.
         at: "head": what enters the module that returns the logits, or, of a model without logits, what it returns first
             (its last hidden state); "blocks": what every repeated block returns; a module's name, "" for the model itself;
@@ -54,12 +55,16 @@ def extract_features(
         (n, D) float32 on the CPU; {name: features} if ``at`` is "blocks" or several places.
 
     Raises:
+        TypeError: ``model`` is no module, or the samples are no collection of samples.
         ValueError: the samples do not fit, a place is not in the model, or what it returns cannot be pooled.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}: load it first")
+    batch_size = checked_count(batch_size, "batch_size", 1)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     named_places(model, at)  # a wrong name costs nothing: samples are not read yet
-    read = data.collect(samples, model, processor=processor, num_samples=sys.maxsize, batch_size=batch_size)
+    read = data.collect(samples, model, processor=processor, num_samples=sys.maxsize, batch_size=batch_size, least=1)
     with evaluating(model):
         sites = places(model, at, read.batches[0])
         parts: dict[str, list[Tensor]] = {site.name: [] for site in sites}

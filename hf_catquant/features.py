@@ -19,7 +19,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
 from .formats import get_format
-from .metrics.feature_discrimination.inputs import check_classes, check_rows, checked_number
+from .metrics.feature_discrimination.inputs import as_array, check_classes, check_rows, checked_number
 from .metrics.feature_discrimination.measure import DEFAULT_ETA
 from .metrics.feature_discrimination.moments import Moments
 from .metrics.feature_discrimination.streaming import CHUNK, Coder
@@ -37,7 +37,7 @@ class _Quantizer(TransformerMixin, BaseEstimator):
         """Learn means, deviations and thresholds.
 
         Args:
-            X: (n, d) training features.
+            X: (n, d) training features: array, table or tensor (bfloat16 too, on any device).
             y: (n,) classes; only the threshold "discrimination" looks at them.
 
         Returns:
@@ -46,10 +46,13 @@ class _Quantizer(TransformerMixin, BaseEstimator):
         Raises:
             ValueError: the features are not a finite matrix, a parameter is none, or "discrimination" lacks classes.
         """
-        x = validate_data(self, X, dtype=(np.float64, np.float32))
+        x = validate_data(self, as_array(X), dtype=(np.float64, np.float32))
         least = 0.0 if self._ternary else -np.inf
         threshold = checked_number(self.threshold, "threshold", least, WORDS)
         eta = checked_number(self.eta, "eta", 0)
+        for name in ("per_feature", "standardize"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.packing not in self._packings:
             raise ValueError(f"packing must be one of {', '.join(map(repr, self._packings))}, got {self.packing!r}")
         check_rows(x, 0)
@@ -70,7 +73,7 @@ class _Quantizer(TransformerMixin, BaseEstimator):
             ValueError: the features are not a finite matrix of the width that was fitted.
         """
         check_is_fitted(self)
-        x = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        x = validate_data(self, as_array(X), dtype=(np.float64, np.float32), reset=False)
         coder = Coder(self.mean_, self.inverse_deviation_, self.threshold_, self._ternary)
         coded = (coder(rows.astype(np.float64)) for rows in _chunks(x))
         if self.packing is None:

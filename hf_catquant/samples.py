@@ -56,6 +56,7 @@ def collect(
     num_samples: int = 256,
     batch_size: int = 16,
     seed: int = 0,
+    least: int = 2,
 ) -> Batches:
     """Make batches of ``num_samples`` samples, or of as many as there are.
 
@@ -72,10 +73,11 @@ def collect(
         num_samples: at least 2.
         batch_size: rows in a batch; those of a DataLoader stay as they are.
         seed: of the random subset, and of a DataLoader that shuffles.
+        least: samples that are needed; 1 where nothing is fitted to them.
 
     Raises:
         TypeError: ``dataset`` is not a collection of samples, or ``processor`` cannot be called.
-        ValueError: a sample that the model cannot take, or fewer than two.
+        ValueError: a sample that the model cannot take, or fewer than ``least``.
     """
     _check_arguments(dataset, processor, num_samples, batch_size)
     inputs = ModelInputs.of(model, processor)
@@ -86,7 +88,7 @@ def collect(
             items = _read(dataset, num_samples, seed)
             groups = _item_groups(items, model, processor, inputs, num_samples, batch_size)
         count = sum(len(indices) for indices, _ in groups)
-        _check_count(count, dataset)
+        _check_count(count, dataset, least)
         for indices, batch in groups:
             check_values(batch, indices, inputs)
         batches = fill_decoder_inputs([batch for _, batch in groups], model)
@@ -116,13 +118,13 @@ def _check_arguments(dataset: Any, processor: Any, num_samples: int, batch_size:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def _check_count(count: int, dataset: Any) -> None:
-    without = 'solver="rtn" with correction=None, which needs no samples'
+def _check_count(count: int, dataset: Any, least: int) -> None:
+    without = ', or solver="rtn" with correction=None, which needs no samples' if least > 1 else ""
     if count == 0:
         spent = " (a generator can be read once)" if isinstance(dataset, Iterator) else ""
-        raise ValueError(f"dataset is empty{spent}: pass samples, or {without}")
-    if count == 1:
-        raise ValueError(f"calibration needs at least 2 samples, got 1: pass more, or {without}")
+        raise ValueError(f"dataset is empty{spent}: pass samples{without}")
+    if count < least:
+        raise ValueError(f"calibration needs at least 2 samples, got 1: pass more{without}")
 
 
 @contextmanager

@@ -91,10 +91,10 @@ def quantize_activation(x: Tensor, fmt: Format, scale: Tensor | None = None, off
     values = x.float()
     if scale is None:
         scale, offset = dynamic_range(values, fmt)
-    codes = ((values if offset is None else values - offset) / scale).round()
-    codes = codes.clamp(fmt.levels[0], fmt.levels[-1])
-    codes = codes * scale
-    return (codes if offset is None else codes + offset).to(x.dtype)
+    # In place from here on: of a large input, new memory costs more than the arithmetic.
+    codes = values / scale if offset is None else (values - offset).div_(scale)
+    codes.round_().clamp_(fmt.levels[0], fmt.levels[-1]).mul_(scale)
+    return (codes if offset is None else codes.add_(offset)).to(x.dtype)
 
 
 def dynamic_range(values: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:

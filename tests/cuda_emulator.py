@@ -117,7 +117,8 @@ def load(path: str) -> ctypes.CDLL:
 
 def build(variant: Variant, folder: Path, sources: Path) -> Path:
     """The shared library of a kernel, compiled if ``folder`` does not have it."""
-    texts = [path.read_text(encoding="utf-8") for path in (*sorted(sources.glob("*.cu*")), HEADER)]
+    files = (sources / f"{variant.source}.cu", *sorted(sources.glob("*.cuh")), HEADER)
+    texts = [path.read_text(encoding="utf-8") for path in files]
     digest = hashlib.sha256("\0".join((*texts, *variant.options)).encode()).hexdigest()[:24]
     path = folder / f"{variant.source}-{digest}.so"
     if path.exists():

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 
@@ -311,6 +312,17 @@ def test_every_float_dtype_of_tensors_and_arrays(dtype):
         assert feature_discrimination(tensor.detach().numpy(), y) == expected
 
 
+def test_numbers_are_features_however_they_are_stored():
+    x, y = random_features()
+    expected = feature_discrimination(x, y)
+    column = np.empty(len(x), object)  # of vectors, as a table holds embeddings
+    column[:] = list(x)
+    of_tensors = np.empty(len(x), object)
+    of_tensors[:] = list(torch.tensor(x))
+    for stored in (x.astype(object), np.ma.masked_greater(x, x.max()), column, of_tensors):
+        assert feature_discrimination(stored, y) == expected
+
+
 def test_integers_and_their_input_are_left_alone():
     x, y = (np.array([[1, 0], [2, 0], [2, 1], [4, 1]], np.uint8)), [True, True, False, False]
     before = x.copy()
@@ -340,6 +352,16 @@ ONES = np.ones((4, 2))
         ([torch.ones(2), torch.ones(3)], [0, 1], "rows of one length, got 2 values in row 0 and 3 in row 1"),
         ([["a"], ["b"]], [0, 1], "real numbers, got <U1"),
         (ONES * 1j, [0, 0, 1, 1], "real numbers, got complex128"),
+        ([[1.0, "a"], [2, 3]], [0, 1], "real numbers, got <U32"),
+        (np.array([[1.0, "a"], [2, 3]], object), [0, 1], "real numbers, got 'a'"),
+        ([[1.0], [None]], [0, 1], "real numbers, got None"),
+        (None, [0, 1], r"must be \(n, d\).*got NoneType"),
+        (iter(ONES), [0, 1], r"must be \(n, d\).*got iterator"),
+        (csr_matrix(ONES), [0, 0, 1, 1], r"dense, got a sparse csr_matrix: call its toarray\(\)"),
+        (torch.ones(4, 2).to_sparse(), [0, 0, 1, 1], r"dense, got a sparse Tensor: call its to_dense\(\)"),
+        (np.ma.masked_equal(ONES * [[1], [2], [1], [1]], 2), [0, 0, 1, 1], "no masked values"),
+        (ONES, np.ma.masked_equal([0, 0, 1, 2], 2), "no masked values"),
+        (ONES, None, r"\(n,\) integers or strings, got NoneType"),
         (ONES * [[1], [1], [math.nan], [1]], [0, 0, 1, 1], "finite and less than 1e.150 in size, got nan in row 2"),
         (ONES * [[1], [1], [1], [-math.inf]], [0, 0, 1, 1], "got -inf in row 3"),
         (ONES * 1e200, [0, 0, 1, 1], r"got 1e\+200 in row 0"),

@@ -234,6 +234,28 @@ def test_bad_places_are_named(at, pooling, message):
         extract_features(Flattens(), samples, at=at, pooling=pooling)
 
 
+def test_one_sample_is_enough():
+    model, samples = Flattens(), [{"x": row} for row in torch.randn(4, 6, 3)]
+    whole = extract_features(model, samples, at="steps")
+    torch.testing.assert_close(extract_features(model, samples[2:3], at="steps"), whole[2:3])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "bert"}, TypeError, "model must be a torch module, got str: load it first"),
+        ({"samples": []}, ValueError, "dataset is empty: pass samples$"),
+        ({"batch_size": 1.5}, ValueError, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"batch_size": None}, ValueError, "batch_size must be an integer of at least 1, got None"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"model": Flattens(), "samples": [{"x": row} for row in torch.randn(4, 6, 3)], **change}
+    with pytest.raises(error, match=message):
+        extract_features(at="steps", **arguments)
+
+
 def test_what_depends_on_the_batch_is_no_feature():
     clip, samples = tiny_models.build("clip"), tiny_models.samples("clip", 5)
     for size in (3, 5):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -121,6 +122,13 @@ def test_large_inputs_go_in_parts(monkeypatch):
     np.testing.assert_array_equal(TernaryQuantizer(packing="base3").fit_transform(x), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_of_every_float_dtype(dtype):
+    tensor = torch.tensor(random_features()[0], dtype=dtype)
+    found = BinaryQuantizer().fit(tensor).transform(tensor)
+    np.testing.assert_array_equal(found, BinaryQuantizer().fit_transform(tensor.float().numpy()))
+
+
 @pytest.mark.parametrize(
     ("quantizer", "labels", "message"),
     [
@@ -131,6 +139,8 @@ def test_large_inputs_go_in_parts(monkeypatch):
         ),
         (TernaryQuantizer(-1), None, "threshold must be a finite number of at least 0 or .*, got -1"),
         (TernaryQuantizer(eta=math.nan), None, "eta must be a finite number of at least 0, got nan"),
+        (BinaryQuantizer(standardize="no"), None, "standardize must be True or False, got 'no'"),
+        (TernaryQuantizer(per_feature="all"), None, "per_feature must be True or False, got 'all'"),
         (BinaryQuantizer(packing="base3"), None, "packing must be one of None, 'bits', got 'base3'"),
         (TernaryQuantizer("discrimination"), None, "requires y to be passed"),
         (TernaryQuantizer("discrimination"), [1] * 60, "at least two classes, got one class, 1"),

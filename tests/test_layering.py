@@ -38,7 +38,7 @@ ROWS = [
     "probe swap",
     "samples walk steps",
     "fitting features gather",
-    "expert_rows",
+    "expert_rows correcting",
     "extract learned training mixed",
     "reconstruction",
     "calibrate",

@@ -1,9 +1,9 @@
-"""``conv`` on the CPU: sums of integers where there are many out channels, else torch's own with the float weight.
+"""``conv`` on the CPU: sums of integers where that takes less time, else torch's own with the float weight.
 
 Laying out the K values of a position costs about as much as multiplying them by some tens of channels, and the float
-weight N * K values to dequantize. So the early layers of an image network, small and with many positions, are
-convolved by torch, and the later ones in integers: by the library, which reads the input where it lies, or where
-float products are faster for many rows, as a linear of patches for few positions.
+weight N * K values to dequantize. So layers with few channels are convolved by torch, and those with many in integers, by
+the library, which reads the input where it lies: what each would take says which (``native.ConvCosts``). Where that was
+not measured, few positions become a linear of patches.
 """
 
 from __future__ import annotations
@@ -114,28 +114,27 @@ def _integer_conv(
 ) -> Tensor | None:
     """The convolution in integers, None if the library does not serve it or float weights are faster."""
     dtype, rows = DTYPES.get(x.dtype), packed.shape[0]
-    out = x.new_empty((x.shape[0], rows, *spatial))
-    if dtype is None or not out.numel() or not (bias is None or readable_bias(bias, rows)):
+    shape = torch.Size((x.shape[0], rows, *spatial))
+    if dtype is None or not shape.numel() or not (bias is None or readable_bias(bias, rows)):
         return None
     how = activation.row_range(None, x.dtype)
     if activations is not None:  # a range has to be one for all, with zero, which is around x, on a level
         how = None if input_scale is None else activation.given_range(activations, input_scale, input_offset)
-    if how is None or rows < native.conv_from[how.digits - 1]:
-        return None
     columns = x.shape[1] * math.prod(kernel_size)
+    if how is None or not _integers_pay(x, how.digits, columns, shape):
+        return None
     address = layout_of(packed, scale, offset, weights, group_size, columns)
     if address is None:
         return None
-    x = x.contiguous()
+    x, out = x.contiguous(), x.new_empty(shape)
     sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
     steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))
-    window = native.Window(x.shape[1], *(side for pair in (*sizes, *steps) for side in pair))
+    window = native.Window(*x.shape[:2], *(side for pair in (*sizes, *steps) for side in pair))
     state = native.loaded().cq_conv(
         address,
         how.address,
         ctypes.addressof(window),
         x.data_ptr(),
-        x.shape[0],
         dtype,
         *((None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])),
         out.data_ptr(),
@@ -144,6 +143,19 @@ def _integer_conv(
     )
     check_state(state)
     return out if state == native.OK else None
+
+
+def _integers_pay(x: Tensor, digits: int, columns: int, out: torch.Size) -> bool:
+    """Whether integers take less time than the float weight for x and a result of the shape ``out`` (B, N, *spatial)."""
+    costs = native.conv_costs
+    if costs is None:
+        return False
+    rows, positions = out[1], out.numel() // out[1]
+    integers = costs.pack[digits - 1] * columns + costs.store * rows + costs.product * digits * rows * columns
+    kind = 2 if x.dtype == torch.bfloat16 else int(columns > x.shape[1])
+    floats = positions * costs.floats[kind] + costs.dequantize
+    quantize = costs.quantize * x.numel() if digits == 1 else 0
+    return positions * integers < rows * columns * floats + quantize
 
 
 def _sides(values: Sequence[int], first: int) -> tuple[int, ...]:
@@ -165,7 +177,7 @@ def _buffer(size: int, dtype: torch.dtype) -> Tensor:
 def _few(x: Tensor, positions: int, activations: str | None, scale: Tensor | None, offset: Tensor | None) -> bool:
     """Whether patches are worth laying out, and mean the same: a range has to be one for all, with zero on a level."""
     count = x.shape[0] * positions
-    if not 0 < count <= MOST_POSITIONS:
+    if native.conv_costs is not None or not 0 < count <= MOST_POSITIONS:
         return False
     if activations is None:
         return count * activation.DIGITS[x.dtype] < native.dense_from

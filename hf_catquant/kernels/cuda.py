@@ -31,7 +31,8 @@ from ..weight import quantize_activation
 from . import cuda_table, reference
 from .cuda_calls import correct, dense, expand, multiply
 from .cuda_calls import rotate as rotate_rows
-from .cuda_compile import Unserved, library
+from .cuda_compile import Unserved
+from .cuda_driver import require
 from .cuda_layout import Layout, Layouts
 from .patches import patches
 
@@ -58,15 +59,16 @@ def served(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(kernel)
     def op(*args: Any, **kwargs: Any) -> Tensor:
         asked = mode()
-        if asked == "reference":
+        with reference.types_as_they_are(args[0]):
+            if asked == "reference":
+                return plain(*args, **kwargs)
+            try:
+                return kernel(*args, **kwargs)
+            except Unserved as why:
+                if asked == "cuda":
+                    raise RuntimeError(f"{SWITCH}=cuda, but {kernel.__name__} has no kernel here: {why}") from why
+                _say(f"{kernel.__name__} runs on the reference: {why}")
             return plain(*args, **kwargs)
-        try:
-            return kernel(*args, **kwargs)
-        except Unserved as why:
-            if asked == "cuda":
-                raise RuntimeError(f"{SWITCH}=cuda, but {kernel.__name__} has no kernel here: {why}") from why
-            _say(f"{kernel.__name__} runs on the reference: {why}")
-        return plain(*args, **kwargs)
 
     return op
 
@@ -95,12 +97,23 @@ def linear(
         return x.new_zeros(*x.shape[:-1], rows)  # no rows of x, or no outputs: K is never 0
     layout = None
     if x.dtype != torch.float32 or activations is not None:
-        layout = layouts.of(*stored)
+        layout = _layout(*stored)
     if layout is not None and _in_tiles(x, activations, input_scale):
         return multiply(x, layout, bias, activations)
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     return dense(x, *stored[:5], bias, layout)
+
+
+def _layout(packed: Tensor, *others: Any) -> Layout | None:
+    """The layout of a weight in use, None at its first; nothing is built where no kernel could run.
+
+    Raises:
+        Unserved: no kernel runs on the device, or the format has no layout.
+    """
+    if packed.is_cuda:
+        require(packed.device)
+    return layouts.of(packed, *others)
 
 
 def _in_tiles(x: Tensor, activations: str | None, input_scale: Tensor | None) -> bool:
@@ -175,7 +188,7 @@ def conv(
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
     positions = x.shape[0] * math.prod(spatial)
     if groups == 1 and 0 < positions <= cuda_table.EXACT_TOKENS and x.dtype != torch.float32 and shape.numel():
-        layout = layouts.of(*stored, shape[1:].numel())
+        layout = _layout(*stored, shape[1:].numel())
         if layout is not None:
             rows = patches(x, kernel_size, stride, padding, dilation).flatten(0, 1)
             out = multiply(rows, layout, bias, None).view(x.shape[0], -1, shape[0])
@@ -213,7 +226,7 @@ def place(
     if not packed.is_cuda or mode() == "reference":
         return None
     try:
-        library()
+        require(packed.device)
         return layouts.of(packed, scale, offset, weights, group_size, columns, build_now=True)
     except Unserved:
         return None  # the op says so when it is used

@@ -12,7 +12,7 @@ from ..formats import Format, get_format, group_count, group_width
 from ..rotation import block_size
 from . import cuda_driver, cuda_table
 from .cuda_compile import Unserved, Variant
-from .cuda_layout import Layout, aligned, level_map
+from .cuda_layout import Layout, aligned, held_scale, level_map
 
 MOST_THREADS = 1024  # of a block
 MOST_BLOCKS = (2**31 - 1, 65535)  # along x and y
@@ -43,15 +43,17 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
         activations: an integer format that x is quantized to, with a range for every row; None: x as it is.
 
     Raises:
-        Unserved: the kernel cannot be compiled or loaded.
+        Unserved: the kernel cannot be compiled or loaded, or the sizes are beyond what it counts.
     """
     dtype, device = x.dtype, x.device
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], layout.rows)  # as it is returned: a view could not be written to under autograd
     x, scale = layout.align(x.reshape(-1, x.shape[-1])), None
     tokens = x.shape[0]
     columns = x.shape[1]
     if activations is not None:
         x, scale = quantize_rows(x, get_format(activations), layout.padded)
+    _check_sizes(layout, tokens, scale is not None)
     plan = cuda_table.product(layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device))
     row_tiles = layout.tiles.shape[0]
     x_sums = _sum_runs(x, plan, scale is not None) if plan.runs else None
@@ -78,10 +80,21 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     return out
 
 
+def _check_sizes(layout: Layout, tokens: int, integer: bool) -> None:
+    """Refuse what products count in 32 bits and cannot: the sum of a row in integers, pieces of 16 bytes of x."""
+    most = (
+        128 if layout.bits == 8 else ((1 << layout.bits) - 1) << layout.bits
+    )  # product8.cu leaves odd fields in place
+    if integer and layout.group_steps == 0 and layout.padded * 128 * most >= 2**31:
+        raise Unserved(f"integer sums of {layout.columns} columns with one scale do not fit 32 bits: use groups")
+    if tokens * layout.padded >= 2**35:
+        raise Unserved(f"products count x in 32 bits, ({tokens}, {layout.columns}) is too much: use fewer rows")
+
+
 def _sum_runs(x: Tensor, plan: cuda_table.Launch, integer: bool) -> Tensor:
-    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 2) float32."""
+    """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 128) float32."""
     tokens, columns = x.shape
-    made = torch.empty(plan.runs, tokens + tokens % 2, dtype=torch.float32, device=x.device)
+    made = torch.empty(plan.runs, tokens + -tokens % 128, dtype=torch.float32, device=x.device)
     shared = dict(plan.variant.constants)
     constants = tuple((name, shared[name]) for name in (*cuda_table.NAMES, "INTEGER"))
     grid = (tokens, -(-plan.runs * 32 // cuda_table.SUM_THREADS))
@@ -168,7 +181,7 @@ def expand(
     Raises:
         Unserved: of the dtype or the format there is no kernel.
     """
-    fmt = get_format(weights)
+    fmt, scale = get_format(weights), held_scale(scale)
     if dtype not in TYPES:
         raise Unserved(f"dequantize writes {', '.join(map(str, TYPES))}, not {dtype}")
     width = group_width(columns, group_size)

@@ -67,7 +67,10 @@ def machine_code(variant: Variant, arch: int) -> bytes:
     source, headers = _sources(variant)
     text = "\0".join((source, *headers.values(), *variant.options, target, *map(str, version())))
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    path = cache_folder() / f"{variant.source}-{target}-{digest}.bin"
+    folder = cache_folder()
+    if folder is None:
+        return compile_variant(variant, arch).image
+    path = folder / f"{variant.source}-{target}-{digest}.bin"
     with contextlib.suppress(OSError):
         held = path.read_bytes()
         if hashlib.sha256(held[_DIGEST:]).digest() == held[:_DIGEST]:
@@ -155,12 +158,15 @@ def supported() -> tuple[int, ...]:
     return tuple(sorted(held))
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept."""
-    named = os.environ.get("CATQUANT_CACHE")
+def cache_folder() -> Path | None:
+    """Where machine code is kept; None for a user without a home, who compiles in every process."""
+    named, shared = os.environ.get("CATQUANT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_catquant"
+    try:
+        return Path(shared or Path.home() / ".cache") / "hf_catquant"
+    except RuntimeError:  # a container's user that no passwd entry names
+        return None
 
 
 def _target(arch: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .cuda_compile import Unserved, Variant, machine_code
+from .cuda_compile import Unserved, Variant, library, machine_code
 
 _lock = threading.Lock()
 _functions: dict[tuple[Variant, int], tuple[int, int]] = {}  # (kernel, device) -> handles of context and function
@@ -62,6 +62,35 @@ def launch(
             driver.cuCtxPopCurrent_v2(ctypes.byref(current))
 
 
+def require(device: torch.device) -> None:
+    """Nothing, on a CUDA device that kernels can run on; asked before memory is spent on a layout for them.
+
+    Raises:
+        Unserved: the device is too old, or the driver or NVRTC is missing; found out once a device.
+    """
+    reason = _unfit(_index(device))
+    if reason:
+        raise Unserved(reason)
+
+
+@cache
+def _unfit(index: int) -> str:
+    """Why no kernel can run on the device; empty if one can."""
+    try:
+        _check_arch(index)
+        library()
+        _driver()
+    except Unserved as error:
+        return str(error)
+    return ""
+
+
+def _check_arch(index: int) -> None:
+    arch = _arch(index)
+    if arch < OLDEST:
+        raise Unserved(f"CUDA kernels need compute capability {OLDEST / 10} or newer, the device has {arch / 10}")
+
+
 def _load(variant: Variant, index: int) -> tuple[int, int]:
     key = variant, index
     with _lock:
@@ -80,10 +109,9 @@ def _load(variant: Variant, index: int) -> tuple[int, int]:
 
 
 def _function(variant: Variant, index: int) -> int:
-    arch, driver = _arch(index), _driver()
-    if arch < OLDEST:
-        raise Unserved(f"CUDA kernels need compute capability {OLDEST / 10} or newer, the device has {arch / 10}")
-    image = machine_code(variant, arch)
+    _check_arch(index)
+    driver = _driver()
+    image = machine_code(variant, _arch(index))
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuCtxPushCurrent_v2(_context(index)))
     try:

@@ -12,7 +12,7 @@ and dropped with that memory.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -58,6 +58,22 @@ class Layout:
         """Columns of all chunks."""
         return self.chunks * chunk_width(self.bits)
 
+    def renewed(self, other: Layout) -> Layout:
+        """This layout with the values of ``other``, where it is as large: captured graphs read it where it is."""
+        alike = all(
+            getattr(self, field.name) == getattr(other, field.name)
+            for field in fields(self)
+            if field.name not in ("tiles", "scales")
+        )
+        pairs = ((self.tiles, other.tiles), (self.scales, other.scales))
+        if not alike or any(old.shape != new.shape or old.dtype != new.dtype for old, new in pairs):
+            return other
+        if any(old.is_inference() for old, _ in pairs) and not torch.is_inference_mode_enabled():
+            return other
+        for old, new in pairs:
+            old.copy_(new)
+        return self
+
     def align(self, x: Tensor) -> Tensor:
         """x (M, K) with its columns where the tiles have theirs: contiguous, a multiple of 8 wide, on 16 bytes."""
         if self.spread is not None:
@@ -71,6 +87,11 @@ def aligned(x: Tensor) -> Tensor:
     """x, contiguous and on 16 bytes, as vector loads want it."""
     x = x.contiguous()
     return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
+
+
+def held_scale(scale: Tensor) -> Tensor:
+    """The scale as kernels read it: float16 or float32, to which others are converted exactly."""
+    return scale if scale.dtype in (torch.float16, torch.float32) else scale.float()
 
 
 def level_map(fmt: Format) -> tuple[float, float]:
@@ -138,6 +159,7 @@ def build(packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, gr
         codes = pad(codes, (0, chunks * chunk - groups * wide, 0, -codes.shape[0] % 16))
         tiles[first : first + at_once] = _tiles(codes, bits)
     held_groups = groups if groups == 1 else -(-chunks * chunk // wide)
+    scale = held_scale(scale)
     pairs = torch.stack((scale, torch.zeros_like(scale) if offset is None else offset.to(scale.dtype)), -1)
     pairs = pad(pairs, (0, 0, 0, held_groups - groups, 0, 16 * row_tiles - rows))
     pairs = pairs.view(row_tiles, 2, 8, held_groups, 2).permute(0, 3, 2, 1, 4).contiguous()
@@ -198,6 +220,8 @@ class Layouts:
         if packed.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # what a capture allocates and computes belongs to the graph
         made = build(packed, scale, offset, weights, group_size, columns) if known or build_now else None
+        if made is not None and known and entry is not None and entry[2] is not None:
+            made = entry[2].renewed(made)
         if made is not None and packed.is_cuda:
             _finish(packed.device)
         self._held[key] = (weakref.ref(storage, lambda gone: self._drop(key, gone)), state, made)

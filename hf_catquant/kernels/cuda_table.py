@@ -17,6 +17,9 @@ FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a b
 EXACT_TOKENS = (
     256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
 )
+TALL_TOKENS = (
+    16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
+)
 # Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
 # the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
 DENSE_BYTES = 64 << 20
@@ -115,16 +118,22 @@ def _shared(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """gemm: 256 weight rows by up to 64 rows of x a block, or 128 by 128; by half as many where codes take more room."""
-    tiles = 2
-    wide = bits == 2 or (bits < 8 and integer)  # sums of 8 column tiles fit the registers beside the codes
-    column_tiles = 2 if tokens <= 16 else 8 if wide and tokens > 32 else 4
-    token_warps = 1 if tokens <= (64 if wide else 32) else 2
+    """gemm: 256 weight rows by 32 or 64 rows of x a block, 512 by 16, or 128 by 128.
+
+    Sums of 64 by 32, 32 by 64 or 16 by 128 fit the registers of a warp: the more rows of x, the more often each number
+    that is made of a code is used. 8-bit codes beside 16-bit activations take so much room that they get one row tile.
+    """
+    column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    token_warps = 1 if tokens <= 64 else 2
+    tiles = 4 if tokens <= TALL_TOKENS and 16 * -(-row_tiles // 32) >= 0.9 * processors else 2
+    if bits == 8 and tokens > 32 and not integer:
+        tiles, column_tiles, token_warps = 1, 8 * token_warps, 1
     row_warps = 8 // token_warps
-    while row_warps > 1 and row_warps // 2 * tiles >= row_tiles:
-        row_warps //= 2
+    while row_warps * token_warps > 4 and row_warps // 2 * tiles >= row_tiles:
+        row_warps //= 2  # not below four warps: a thread would copy more of x than it has registers for
     made = -(-row_tiles // (tiles * row_warps)) * -(-tokens // (8 * column_tiles * token_warps))
-    at_once = 2 if column_tiles == 2 and bits <= 2 else 1  # blocks of a multiprocessor: what their registers allow
+    small = group_steps in (1, 2)
+    at_once = 2 if tiles * column_tiles == 4 and not small else 1  # blocks of a multiprocessor that its registers hold
     splits = cuts(made, chunks, processors * at_once)
     sums = int(bits < 8 and tokens > 32)
     steps = chunk_width(bits) // STEP
@@ -135,6 +144,7 @@ def _shared(
         ("INTEGER", int(integer)),
         ("TOKEN_WARPS", token_warps),
         ("SUMS", sums),
+        ("AHEAD", int(bits <= 2)),  # wider codes come in several loads, each asked for as soon as the last is used
         ("BLOCKS", at_once),
     )
     return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
@@ -149,5 +159,6 @@ def cuts(made: int, chunks: int, at_once: int) -> int:
     def turns(parts: int) -> float:
         return -(-made * parts // at_once) * (-(-chunks // parts) + 3) + (4 + parts if parts > 1 else 0)
 
-    possible = [parts for parts in range(1, min(16, chunks) + 1) if -(-chunks // -(-chunks // parts)) == parts]
+    most = min(16, chunks) if made < 2 * at_once else 1  # parts of many blocks fill much memory and gain little
+    possible = [parts for parts in range(1, most + 1) if -(-chunks // -(-chunks // parts)) == parts]
     return min(possible, key=turns)

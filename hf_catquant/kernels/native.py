@@ -14,7 +14,7 @@ import hashlib
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,10 +34,25 @@ OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 # instruction of their own, never.
 _DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
 
-# Out channels from which a convolution is faster in integers than with float weights, for rows of 1, 2 and 3 digits: below
-# that, laying rows out costs more than multiplying them.
-_CONV_FROM = {"avx512": (64, 256, 256)}
-_NEVER = (1 << 62,) * 3
+
+class ConvCosts(NamedTuple):
+    """What a convolution takes on one thread, in nanoseconds: measured with the layers of ResNet-50.
+
+    In integers a position costs ``pack[digits - 1]`` a column, ``store`` an out channel and ``product`` a digit and a
+    value of the weight. With float weights it costs ``floats`` a value of the weight (kernels of one place, larger ones,
+    and bfloat16); every value of the weight is dequantized for ``dequantize``, and every value of the input quantized
+    for ``quantize``, where that is asked.
+    """
+
+    pack: tuple[float, float, float]
+    store: float
+    product: float
+    floats: tuple[float, float, float]
+    dequantize: float
+    quantize: float
+
+
+_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0052, (0.024, 0.0175, 0.013), 0.4, 0.4)}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"
@@ -50,7 +65,7 @@ class Window(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
+            *("batch", "channels", "height", "width", "out_height", "out_width", "kernel_height", "kernel_width"),
             *("stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"),
         )
     )
@@ -88,7 +103,7 @@ _SIGNATURES = {
     ),
     "cq_conv": (
         _INT,
-        (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
+        (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _INT),
     ),
     "cq_use_openmp": (None, (_POINTER,)),
     "cq_rotate": (_INT, (_POINTER, _INT, _LONG, _LONG, _POINTER, _INT, _POINTER, _INT, _INT)),
@@ -188,4 +203,4 @@ def loaded() -> Any:
 PATH = chosen_path()
 path_number = PATHS.get(PATH, -1)
 dense_from = _DENSE_FROM[PATH]
-conv_from = _CONV_FROM.get(PATH, _NEVER)
+conv_costs = _CONV_COSTS.get(PATH)

@@ -6,6 +6,7 @@ It dequantizes the whole weight to float32, rounds it to the dtype of x, and cal
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -187,7 +188,8 @@ def cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Te
     """gamma[c] * y + beta[c], c the nearest of the centroids (C, P) to y (..., D) @ basis (D, P)."""
     check_cluster_affine(y, basis, centroids, gamma, beta)
     rows = y.reshape(-1, y.shape[-1]).float()
-    cluster = nearest_centroid(rows, basis, centroids)
+    with types_as_they_are(y):
+        cluster = nearest_centroid(rows, basis, centroids)
     return (gamma.float()[cluster] * rows + beta.float()[cluster]).to(y.dtype).view(y.shape)
 
 
@@ -202,7 +204,16 @@ def nearest_centroid(rows: Tensor, basis: Tensor | None, centroids: Tensor) -> T
 def rotate(x: Tensor, inverse: bool) -> Tensor:
     """R x of the rows of x (..., K), or R^T x: see ``rotation.py``."""
     check_rotate(x)
-    return rotate_rows(x, inverse).contiguous()
+    with types_as_they_are(x):
+        return rotate_rows(x, inverse).contiguous()
+
+
+def types_as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast has chosen the types of an op's inputs; the products inside, which are part of it, it leaves alone."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 for _kernel in (linear, expert_linear, expert_transposed, conv, embedding, dequantize, unpack, cluster_affine, rotate):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import kernels  # noqa: F401  registers what the ops compute
 from ..formats import get_format, group_count
+from ..kernels import direct  # registers what the ops compute, too
 from ..packing import check_bytes, pack, packed_width
 from ..weight import QuantizedWeight, storage_dtype
 
@@ -199,19 +199,20 @@ class QuantizedModule(nn.Module):
 
     def rotated(self, x: Tensor) -> Tensor:
         """The input x (..., K), or rows of a weight (N, K), in the basis of the stored matrix."""
-        return x if self.scheme.rotation is None else torch.ops.catquant.rotate(x, False)
+        return x if self.scheme.rotation is None else direct.rotate(x, False)
 
     def target(self, weight: Tensor) -> Tensor:
         """What the stored matrix stands for: the float weight, in the module's own shape, as (N, K) float32."""
         return self.rotated(self.to_matrix(weight.detach()).float()).contiguous()
 
-    def stored_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight as (N, K) in the basis it is stored in, the low-rank product included."""
+    def stored_matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The dequantized weight as (N, K) in the basis it is stored in, the low-rank product included; or some rows."""
         product = self.product(torch.float32)
         exact = dtype if product is None else torch.float32
         scheme = self.scheme
-        matrix = torch.ops.catquant.dequantize(*self._packed(), scheme.weights, scheme.group_size, self.columns, exact)
-        return matrix if product is None else (matrix + product[0] @ product[1]).to(dtype)
+        packed = (None if held is None else held[rows] for held in self._packed())
+        matrix = torch.ops.catquant.dequantize(*packed, scheme.weights, scheme.group_size, self.columns, exact)
+        return matrix if product is None else (matrix + product[0][rows] @ product[1]).to(dtype)
 
     def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The factors (N, r) and (r, K) of what is added to the weight, in ``dtype``; None where there are none."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from ..kernels import direct
 from .base import QuantizedModule, Scheme, Window, autocast, waves
 
 
@@ -44,7 +45,7 @@ class _QuantizedConv(QuantizedModule):
         x = autocast(x)
         x, padding = _padded(self, x.unsqueeze(0) if unbatched else x)
         scheme = self.scheme
-        out = torch.ops.catquant.conv(
+        out = direct.conv(
             x,
             *self._packed(),
             self.input_scale,

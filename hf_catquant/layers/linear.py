@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
-from ..kernels import cuda
+from ..kernels import cuda, direct
 from .base import QuantizedModule, Window, autocast, waves
 
 
@@ -27,7 +27,7 @@ class QuantizedLinear(QuantizedModule):
         """x (..., K) to (..., N)."""
         scheme = self.scheme
         x = self.rotated(autocast(x))
-        out = torch.ops.catquant.linear(
+        out = direct.linear(
             x, *self._packed(), None, None, self.bias, scheme.weights, scheme.group_size, scheme.activations
         )
         product = self.product(x.dtype)

@@ -21,7 +21,6 @@ GEOMETRIES = [
     ((5, 5), 4, 6, (1, 1), (1, 1), (1, 1), (1, 1)),
     ((6, 7), 12, 33, (3, 3), (1, 1), (2, 2), (2, 2)),
 ]
-NEVER = (1 << 62,) * 3
 
 
 @pytest.mark.parametrize("path", native.available_paths())
@@ -29,7 +28,7 @@ NEVER = (1 << 62,) * 3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_integers_give_what_the_reference_gives(dtype, activations, path, monkeypatch, generator):
     monkeypatch.setattr(native, "path_number", native.PATHS[path])
-    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
+    monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     monkeypatch.setattr(cpu_conv, "dequantize_into", None)  # the float weight is not made
     for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
         case = random_case("int3", rows, channels * torch.Size(kernel_size).numel(), 8)
@@ -46,7 +45,7 @@ def test_integers_give_what_the_reference_gives(dtype, activations, path, monkey
 
 
 def test_values_that_are_not_finite_take_the_float_weight(monkeypatch):
-    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
+    monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
     x[0, 1, 2, 2] = float("inf")
     arguments = (*case.stored, None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -59,7 +58,7 @@ def test_values_that_are_not_finite_take_the_float_weight(monkeypatch):
 def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, monkeypatch, generator):
     monkeypatch.setattr(cpu_conv, "MOST_POSITIONS", 1 << 20 if patches else 0)
     monkeypatch.setattr(native, "dense_from", 1 << 62)
-    monkeypatch.setattr(native, "conv_from", NEVER)
+    monkeypatch.setattr(native, "conv_costs", None)
     taken = []
     monkeypatch.setattr(cpu_conv, "linear", lambda *a, linear=cpu_conv.linear: taken.append(1) or linear(*a))
     for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
@@ -76,7 +75,7 @@ def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, mo
 
 
 def test_a_range_of_every_row_is_not_one_of_every_patch(monkeypatch):
-    monkeypatch.setattr(native, "conv_from", (0, 0, 0))
+    monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
     arguments = (*case.stored, None, None, None, "int4", 8, "int8", (3, 3), (1, 1), (1, 1), (1, 1), 1)
     torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments))

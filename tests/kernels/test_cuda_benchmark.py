@@ -140,9 +140,11 @@ def test_a_weight_costs_few_instructions():
     # What an H200 can issue for a 2-bit code while memory is read at full speed is 1.95; a tenth is left for the rest.
     assert module.count("product8", 2, 128, 90, split=1).instructions < 1.75
     assert module.count("product16", 2, 128, 90).instructions < 2.3
-    # More than the six that a tensor-core instruction leaves room for: docs/gpu.md says so. They shall not become more.
-    assert module.gemm_instructions(2, 128, 90, 64, integer=False)[1] < 8.5
-    assert module.gemm_instructions(2, 128, 90, 256, integer=True)[1] < 12
+    # A tensor-core instruction leaves room for six. In integers with groups there are more: docs/gpu.md says why.
+    assert module.gemm_instructions(2, 128, 90, 16, integer=False)[1] < 10  # 6.9 at full bandwidth
+    assert module.gemm_instructions(2, 128, 90, 64, integer=False)[1] < 4.5
+    assert module.gemm_instructions(2, 128, 90, 256, integer=True)[1] < 7.4
+    assert module.gemm_instructions(2, -1, 90, 256, integer=True)[1] < 4.2
     with pytest.raises(RuntimeError, match="no loop with tensor-core instructions"):
         module.loop(cuda_compile.compile_variant(Variant("rows", (("TYPE", 0), ("AFFINE", 0))), 90).image)
 

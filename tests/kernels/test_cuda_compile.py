@@ -38,7 +38,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def products() -> dict[str, Variant]:
     """The variants that large matrices on a device of 132 multiprocessors use, and the ones with most registers."""
     made = {}
-    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True)):
+    cases = [*product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True))]
+    cases += product((1, 2, 4, 8), (1, 2), (16, 64, 256), (False, True))
+    for bits, group_steps, tokens, integer in cases:
         for rows in (2048, 8192, 28672):
             layout = shape_of(rows, bits, group_steps)
             variant = cuda_table.product(layout, tokens, 0, integer, processors=132).variant
@@ -84,7 +86,8 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
         assert registers * threads <= 65536, (
             f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
         )
-        allowed = 64 if variant.source == "gemm" and arch < 90 else 0  # 16-bit sums of 8 column tiles: once a chunk
+        # Four column tiles would spill nothing there, for a third more instructions everywhere.
+        allowed = 64 if variant.source == "gemm" and constants["GROUP_STEPS"] == 1 and arch == 120 else 0
         assert spilled <= allowed, f"{name} spills {spilled} bytes on sm_{arch}"
 
 
@@ -150,6 +153,19 @@ def test_a_cache_that_cannot_be_written_to_costs_only_time(tmp_path, monkeypatch
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     monkeypatch.setenv("CATQUANT_CACHE", str(blocked))
+    assert cuda_compile.machine_code(others()["rows"], 90)
+
+
+@needs_nvrtc
+def test_a_user_without_a_home_compiles_every_time(monkeypatch):
+    monkeypatch.delenv("CATQUANT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cuda_compile.cache_folder() is None
     assert cuda_compile.machine_code(others()["rows"], 90)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,10 @@ from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS
 from hf_catquant.rotation import rotate
 from hf_catquant.weight import QuantizedWeight
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import gpu_tools
 
 emulator = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
 FORMAT = pytest.mark.parametrize("name", ALL_FORMATS)
@@ -79,6 +85,27 @@ def test_cluster_affine(dtype, projected, fused, device, generator, monkeypatch)
     gamma, beta = torch.randn(2, 11, 70, generator=generator)
     arguments = (y, basis, centroids, gamma, beta)
     assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+
+
+@emulator
+def test_autocast_changes_no_type_inside_an_op(device, generator):
+    y, basis, centroids = (torch.randn(*shape, generator=generator) for shape in ((100, 70), (70, 40), (11, 40)))
+    gamma, beta = torch.randn(2, 11, 70, generator=generator)
+    case, x = half(random_case("int4", 6, 18, 8)), torch.randn(40, 2, 5, 4, generator=generator)  # many positions
+    rest = (x, *case.stored, None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            cuda.cluster_affine(y, basis, centroids, gamma, beta),
+            reference.cluster_affine(y, basis, centroids, gamma, beta),
+            reference.rotate(y[:, :64], False),
+            cuda.conv(*rest),
+        ]
+
+    before = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        after = results()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(before, after, strict=True))
 
 
 @emulator
@@ -214,6 +241,41 @@ def test_what_a_linear_returns_may_be_written_to(device, generator):
             assert not cuda.linear(x, *case.stored, None, None, None, "int4", 32, None)._is_view()
 
 
+@emulator
+def test_scales_of_other_types_and_strided_tensors(device, generator):
+    case = half(random_case("int4", 40, 200, 64))
+    case = replace(case, scale=case.scale.bfloat16(), offset=case.offset.bfloat16())
+    x = torch.randn(12, 203, generator=generator).bfloat16()[:, 3:]  # not contiguous, and not on 16 bytes
+    bias = torch.randn(80, generator=generator).bfloat16()[::2]
+    for rows in (1, 6, 12):
+        arguments = (x[-rows:], *case.stored, None, None, bias, "int4", 64, None)
+        expected = reference.linear(*arguments)
+        for _ in range(2):  # dequantized, then from tiles
+            torch.testing.assert_close(cuda.linear(*arguments), expected, rtol=0.02, atol=0.1)
+
+
+def test_what_products_cannot_count_is_left_to_the_reference():
+    with gpu_tools.no_device(132):
+        for rows, columns, group_size, activations, what in (
+            (1, 1 << 17, -1, "int8", r"integer sums of 131072 columns with one scale do not fit 32 bits"),
+            (1 << 19, 1 << 16, 64, "int8", r"\(524288, 65536\) is too much: use fewer rows"),
+        ):
+            weight = gpu_tools.random_weight("int8", 16, columns, group_size, torch.device("meta"))
+            layout = cuda_layout.build(*weight, "int8", group_size, columns)
+            x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+            with pytest.raises(Unserved, match=what):
+                cuda_calls.multiply(x, layout, None, activations)
+
+
+def test_any_number_of_rows_has_a_launch():
+    with gpu_tools.no_device(132):
+        weight = gpu_tools.random_weight("int4", 64, 256, 64, torch.device("meta"))
+        layout = cuda_layout.build(*weight, "int4", 64, 256)
+        for rows in (1, 9, 33, 200, 70000, 1 << 21):
+            x = torch.empty(rows, 256, dtype=torch.bfloat16, device="meta")
+            assert cuda_calls.multiply(x, layout, None, "int8").shape == (rows, 64)
+
+
 def test_tensors_on_different_devices_are_refused(monkeypatch):
     case = half(random_case("int4", 20, 64, 32))
     layout = cuda_layout.build(*case.stored, "int4", 32, 64)
@@ -230,10 +292,12 @@ def test_a_layout_is_built_at_the_second_use_and_dropped_with_the_weight():
     layout = held.of(*case.stored, *arguments)
     assert layout is not None
     assert held.of(*case.stored, *arguments) is layout
+    before, place = layout.scales.clone(), layout.scales.data_ptr()
     case.scale.mul_(2)
     again = held.of(*case.stored, *arguments)
     assert again is not None
-    assert torch.equal(again.scales[..., 0], layout.scales[..., 0] * 2)
+    assert torch.equal(again.scales[..., 0], before[..., 0] * 2)
+    assert again.scales.data_ptr() == place  # where a captured graph reads it
     assert len(held) == 1
     del case
     gc.collect()
@@ -298,7 +362,7 @@ def come_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor says that it is on CUDA, where nothing is captured and NVRTC is there."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cuda, "library", lambda: None)
+    monkeypatch.setattr(cuda, "require", lambda device: None)
     monkeypatch.setattr(cuda_layout, "_finish", lambda device: None)
     monkeypatch.setattr(cuda, "layouts", cuda_layout.Layouts())
 
@@ -358,8 +422,28 @@ def test_without_nvrtc_or_on_a_cpu_no_layout_is_built(monkeypatch):
     stored = (*layer.packed_tensors(), "int4", 32, 64)
     assert cuda.place(*stored) is None
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(cuda, "library", Refusing(monkeypatch).launch)
+    monkeypatch.setattr(cuda, "require", Refusing(monkeypatch).launch)
     assert cuda.place(*stored) is None
+
+
+def test_a_device_that_is_too_old_is_left_to_the_reference_and_gets_no_layout(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(cuda.logger, "warning", said.append)
+    monkeypatch.setattr(cuda, "layouts", cuda_layout.Layouts())
+    monkeypatch.setattr(cuda_driver, "_arch", lambda index: 75)
+    monkeypatch.setattr(cuda_driver, "_index", lambda device: 0)
+    monkeypatch.setattr(cuda_driver, "_unfit", cuda_driver._unfit.__wrapped__)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    case, x = half(random_case("int4", 20, 64, 32)), torch.ones(2, 64, dtype=torch.bfloat16)
+    arguments = (x, *case.stored, None, None, None, "int4", 32, None)
+    cuda._say.cache_clear()
+    assert cuda.place(*case.stored, "int4", 32, 64) is None
+    for _ in range(3):
+        assert torch.equal(cuda.linear(*arguments), reference.linear(*arguments))
+    assert said == [
+        "linear runs on the reference: CUDA kernels need compute capability 8.0 or newer, the device has 7.5"
+    ]
+    assert len(cuda.layouts) == len(cuda.layouts._held) == 0
 
 
 def test_ops_have_kernels_on_cuda():
@@ -438,3 +522,4 @@ def test_cuts_along_k_fill_the_device_and_leave_no_part_empty():
             assert -(-chunks // parts) * (parts - 1) < chunks
     assert cuda_table.cuts(32, 64, 132) == 4
     assert cuda_table.cuts(1000, 64, 132) == 1
+    assert all(cuda_table.cuts(made, 64, 132) == 1 for made in range(264, 600))  # or sums of parts would fill memory

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import evaluate
@@ -109,6 +109,10 @@ def test_two_processes(data, tmp_path):
     [
         ([], [], "at least one row"),
         ([[1.0], [2.0, 3.0]], [0, 1], "rows of one length"),
+        ([[1j], [2j], [1.0], [1.0]], [0, 0, 1, 1], "real numbers, got complex128"),
+        ([["1"], ["2"], ["1"], ["3"]], [0, 0, 1, 1], "real numbers, got <U1"),
+        ([1.0, 2.0, 3.0, 4.0], [0, 0, 1, 1], r"must be \(n, d\).*got shape \(4,\)"),
+        (None, [0, 0, 1, 1], "got NoneType"),
         ([[1.0], [math.nan], [1.0], [1.0]], [0, 0, 1, 1], "got nan in row 1"),
         ([[1.0], [2.0], [math.inf], [1.0]], [0, 0, 1, 1], "got inf in row 2"),
         ([[1.0], [2.0], [3.0]], [4, 4, 4], "at least two classes, got only 4"),
@@ -130,6 +134,19 @@ def test_bad_input_is_refused(metric, predictions, references, message):
         metric.compute(predictions=predictions, references=references)
 
 
+def test_single_rows_are_checked(metric):
+    with pytest.raises(ValueError, match="real numbers, got complex128"):
+        metric.add(prediction=[1j], reference=0)
+
+
+def test_a_table_and_a_column_of_vectors_are_features(metric, data):
+    x, y = data
+    column = np.empty(len(x), object)
+    column[:] = list(x)
+    for stored in (x.astype(object), column):
+        assert metric.compute(predictions=stored, references=y) == pytest.approx(feature_discrimination(x, y))
+
+
 def test_a_threshold_that_is_none_is_refused(metric, data):
     with pytest.raises(ValueError, match="eta must be a finite number of at least 0, got -1"):
         metric.compute(predictions=data[0], references=data[1], eta=-1)
@@ -147,6 +164,23 @@ def test_labels_of_another_length_and_form_leave_nothing_behind(data, tmp_path, 
     with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
         metric.compute(predictions=data[0], references=["a"] * 10)
     assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
+
+
+def test_one_of_several_processes_goes_on_after_a_batch_that_is_refused(data, tmp_path):
+    x, y = data
+    several = {"num_process": 2, "experiment_id": "refused", "timeout": 20, "cache_dir": str(tmp_path)}
+    metrics = [evaluate.load(FEATURE_DISCRIMINATION, process_id=process, **several) for process in (0, 1)]
+
+    def one(process):
+        if process == 0:
+            with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+                metrics[0].add_batch(predictions=x, references=y[:10])
+        metrics[process].add_batch(predictions=x[process::2], references=y[process::2])
+        return metrics[process].compute()
+
+    with ThreadPoolExecutor(2) as pool:  # what the others wait for is still there
+        found = list(pool.map(one, (0, 1)))
+    assert found[0] == pytest.approx(feature_discrimination(x, y), rel=1e-9)
 
 
 def test_copied_elsewhere_it_needs_nothing_of_the_package(data, tmp_path, monkeypatch):

@@ -116,6 +116,15 @@ def test_bootstrap_repeats_itself_and_leaves_the_rest_alone():
         assert first[f"{name}_low"] < first[name] < first[f"{name}_high"]
 
 
+def test_bootstrap_of_small_classes_is_centred():
+    # Samples drawn twice make a class of 8 look narrower by (7 / 8)^2: uncorrected, every resample has a higher D.
+    y = np.repeat(np.arange(20), 8)
+    x = np.random.default_rng(0).normal(size=(len(y), 300)) + 0.05 * y[:, None]
+    found = feature_discrimination(x, y, bootstrap=200)
+    for name in ("discrimination", "binary", "ternary"):
+        assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+
+
 def test_bootstrap_holds_no_copy_of_the_features(monkeypatch):
     monkeypatch.setattr(bootstrap, "CHUNK", 10)  # many parts of a class: the same intervals
     x, y = random_features()
@@ -194,6 +203,24 @@ def test_batches_are_checked_as_they_come():
         statistics.compute()
     with pytest.raises(ValueError, match="at least two classes, got none"):
         FeatureStatistics().compute()
+
+
+ONES = np.ones((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, "one after the other, got NoneType"),
+        ([(ONES,)], "a pair .*, got a tuple of 1"),
+        ([(ONES, [0, 1], 2)], "a pair .*, got a tuple of 3"),
+        ([{"features": ONES, "labels": [0, 1]}], "a pair .*, got a dict"),
+        (ONES, "a pair .*, got a ndarray"),
+    ],
+)
+def test_batches_must_be_pairs(batches, message):
+    with pytest.raises(ValueError, match=message):
+        stream_discrimination(batches)
 
 
 def test_statistics_of_other_codes_do_not_merge():

@@ -19,8 +19,8 @@ int cq_dequantize(int format, const uint8_t *packed, int64_t row_bytes, const vo
                   int wide_scale, const int64_t *indices, int64_t rows, int64_t columns, int64_t group_width,
                   void *out, int dtype, int path, int threads);
 
-int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int64_t batch,
-            int dtype, const void *bias, int bias_dtype, void *out, int path, int threads);
+int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int dtype,
+            const void *bias, int bias_dtype, void *out, int path, int threads);
 int cq_rotate(const void *x, int dtype, int64_t rows, int64_t columns, const float *signs, int inverse, void *out,
               int path, int threads);
 int cq_cluster_affine(const void *y, int dtype, int64_t rows, int64_t width, const float *basis, int64_t rank,
@@ -206,7 +206,7 @@ static void check_rows(const weight *w, int path)
 /* A 3 x 2 kernel over (2, channels, 5, 6), padded and dilated, against its definition. */
 static void check_conv(int path, int format, int dtype, int quantized)
 {
-    static const cq_window g = {4, 5, 6, 5, 3, 3, 2, 1, 2, 1, 1, 1, 2};
+    static const cq_window g = {2, 4, 5, 6, 5, 3, 3, 2, 1, 2, 1, 1, 1, 2};
     weight w = make(format, 1, 21, g.channels * g.kernel_height * g.kernel_width, 8);
     int64_t positions = g.out_height * g.out_width, inputs = 2 * g.channels * g.height * g.width;
     size_t size = dtype == CQ_FLOAT32 ? 4 : 2, count = (size_t)(2 * w.rows * positions);
@@ -230,8 +230,8 @@ static void check_conv(int path, int format, int dtype, int quantized)
     }
     for (int64_t n = 0; n < w.rows; ++n)
         bias[n] = draw_float();
-    cq_conv(w.layout, &how, &g, x, 2, dtype, bias, CQ_FLOAT32, out, path, 1);
-    cq_conv(w.layout, &how, &g, x, 2, dtype, bias, CQ_FLOAT32, again, path, 3);
+    cq_conv(w.layout, &how, &g, x, dtype, bias, CQ_FLOAT32, out, path, 1);
+    cq_conv(w.layout, &how, &g, x, dtype, bias, CQ_FLOAT32, again, path, 3);
     if (memcmp(out, again, count * size) != 0)
         fail("threads change the convolution", &w, path, 2, 0);
     double eps = dtype == CQ_FLOAT32 ? 0x1p-23 : 0x1p-7, worst = 0;

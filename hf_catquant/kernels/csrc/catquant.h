@@ -76,7 +76,7 @@ typedef struct {
 /* Where the rows of a convolution lie in x (batch, channels, height, width): row r is position r of the outputs of all
  * inputs, its columns are (channel, y, x) under the kernel; what is outside is zero. */
 typedef struct {
-    int64_t channels, height, width, out_height, out_width;
+    int64_t batch, channels, height, width, out_height, out_width;
     int64_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
 } cq_window;
 
@@ -92,12 +92,18 @@ typedef struct {
 typedef struct {
     /* Rows of the chunk in which `rows` rows of x, or the first of them, are best multiplied; at most CQ_MAX_ROWS. */
     int (*chunk_rows)(int parts, int64_t rows);
-    /* Turns rows of x, `first` and on (row_stride elements apart, or where the window says if it is not NULL), into
-     * digits; returns CQ_NOT_FINITE where a value is not. `scratch` holds cq_pack_floats(). */
+    /* Turns rows of x, `first` and on (row_stride elements apart), into digits; returns CQ_NOT_FINITE where a value is
+     * not. `scratch` holds two rows of floats. */
     int (*pack)(const cq_layout *w, const cq_activation *how, const void *x, int dtype, int64_t row_stride,
-                const cq_window *window, int64_t first, cq_chunk *out, float *scratch);
+                int64_t first, cq_chunk *out, float *scratch);
+    /* The same of the rows of a convolution, for `chunks` chunks of CQ_MAX_ROWS rows together at most; ranges are given
+     * or those of floats. `scratch` holds CQ_MAX_ROWS rows of floats. */
+    int (*pack_window)(const cq_layout *w, const cq_activation *how, const void *x, int dtype, const cq_window *window,
+                       int64_t first, cq_chunk *chunk, int chunks, float *scratch);
     /* result[m * 16 + lane] of one run of rows, without bias. */
     void (*run)(const cq_layout *w, int64_t run, const cq_chunk *chunk, float *result);
+    /* tile (16, 16), in place. */
+    void (*transpose)(float *tile);
     void (*store)(const float *result, const void *bias, int bias_dtype, void *out, int dtype, int count);
     /* One row of w_hat from its codes; scale and offset (groups,) float32, offset may be NULL. */
     void (*dequantize)(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,
@@ -116,11 +122,6 @@ void cq_decode_row(int format, const uint8_t *packed, int64_t columns, int64_t g
 
 size_t cq_chunk_bytes(const cq_layout *w, int rows, int parts);
 void cq_chunk_place(const cq_layout *w, int rows, int parts, void *memory, cq_chunk *out);
-
-static inline size_t cq_pack_floats(int64_t columns, int rows, const cq_window *window)
-{
-    return (size_t)columns * (size_t)(window == NULL ? 2 : 2 + rows);
-}
 
 extern const cq_path cq_scalar_path, cq_avx2_path, cq_avx512_path, cq_neon_path;
 

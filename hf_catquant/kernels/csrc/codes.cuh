@@ -8,9 +8,14 @@
 constexpr bool HALF = TYPE == 1;
 constexpr u32 ONES = HALF ? 0x3c003c00u : 0x3f803f80u;
 
-DEVICE void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) {
-    if (HALF) mma_f16(c, a, b0, b1);
-    else mma_bf16(c, a, b0, b1);
+DEVICE void mma(float (&d)[4], uint4 a, u32 b0, u32 b1, const float (&c)[4]) {
+    if (HALF) mma_f16(d, a, b0, b1, c);
+    else mma_bf16(d, a, b0, b1, c);
+}
+DEVICE void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) { mma(c, a, b0, b1, c); }
+DEVICE void mma(int (&d)[4], uint4 a, u32 b0, u32 b1, const int (&c)[4]) {
+    if (BITS == 8) mma_s8s8(d, a, b0, b1, c);
+    else mma_u8s8(d, a, b0, b1, c);
 }
 
 DEVICE u32 both(u32 bits) { return bits << 16 | bits; }

@@ -39,6 +39,18 @@ static void decode_bytes(const uint64_t *table, int digits, const uint8_t *packe
     }
 }
 
+/* Codes of `bits` bits, in loops that compilers vectorize. */
+static inline void decode_bits(const int bits, const uint8_t *restrict packed, int64_t count, uint8_t *restrict codes)
+{
+    const int digits = 8 / bits;
+    int64_t bytes = count / digits;
+    for (int64_t i = 0; i < bytes; ++i)
+        for (int d = 0; d < digits; ++d)
+            codes[i * digits + d] = (uint8_t)(packed[i] >> (d * bits) & ((1 << bits) - 1));
+    for (int64_t k = bytes * digits; k < count; ++k)
+        codes[k] = (uint8_t)(packed[bytes] >> (k % digits * bits) & ((1 << bits) - 1));
+}
+
 static void decode_int3(const uint8_t *packed, int64_t count, uint8_t *codes)
 {
     for (int64_t k = 0; k < count; k += 8, packed += 3) {
@@ -60,8 +72,8 @@ void cq_decode_row(int format, const uint8_t *packed, int64_t columns, int64_t g
         case CQ_INT3: decode_int3(packed, count, codes + k); break;
         case CQ_BINARY: decode_bytes(tables[format], 8, packed, count, codes + k); break;
         case CQ_TERNARY: decode_bytes(tables[format], 5, packed, count, codes + k); break;
-        case CQ_INT2: decode_bytes(tables[format], 4, packed, count, codes + k); break;
-        case CQ_INT4: decode_bytes(tables[format], 2, packed, count, codes + k); break;
+        case CQ_INT2: decode_bits(2, packed, count, codes + k); break;
+        case CQ_INT4: decode_bits(4, packed, count, codes + k); break;
         }
     }
 }

@@ -48,57 +48,83 @@ static cq_chunk chunk_at(const job *j, int64_t index)
     return chunk;
 }
 
+/* Chunks whose rows are packed, or their results stored, together. */
+static int together(const job *j)
+{
+    return j->window == NULL ? 1 : CQ_MAX_ROWS / j->chunk_rows;
+}
+
 static void pack_task(void *context, int64_t index)
 {
     job *j = context;
-    cq_chunk chunk = chunk_at(j, index);
-    float *scratch = cq_scratch(1, cq_pack_floats(j->w->columns, j->chunk_rows, j->window) * 4);
+    int most = together(j), count = 0;
+    cq_chunk chunk[CQ_MAX_ROWS];
+    float *scratch = cq_scratch(1, (size_t)j->w->columns * (j->window == NULL ? 2 : CQ_MAX_ROWS) * 4);
     int state = CQ_NO_MEMORY;
-    if (scratch != NULL)
-        state = j->path->pack(j->w, j->how, j->x, j->dtype, j->x_stride, j->window,
-                              (j->first + index) * j->chunk_rows, &chunk, scratch);
+    int64_t first = index * most, row = (j->first + first) * j->chunk_rows;
+    for (; count < most && first + count < j->chunks; ++count)
+        chunk[count] = chunk_at(j, first + count);
+    if (scratch != NULL && j->window == NULL)
+        state = j->path->pack(j->w, j->how, j->x, j->dtype, j->x_stride, row, chunk, scratch);
+    else if (scratch != NULL)
+        state = j->path->pack_window(j->w, j->how, j->x, j->dtype, j->window, row, chunk, count, scratch);
     if (state != CQ_OK)
         atomic_store(&j->state, state);
 }
 
 /* Results (filled, 16) of rows `first` and on, plus bias, for the rows of w from `row`. */
-static void put(const job *j, const float *result, int64_t first, int filled, int64_t row)
+static void put(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
 {
     int64_t size = size_of(j->dtype);
-    int count = (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES);
     const void *bias = j->bias == NULL ? NULL : j->bias + row * size_of(j->bias_dtype);
-    if (j->window == NULL) {
-        for (int m = 0; m < filled; ++m)
-            j->path->store(result + m * CQ_LANES, bias, j->bias_dtype,
-                           j->out + ((first + m) * j->out_stride + row) * size, j->dtype, count);
-        return;
-    }
-    char stored[CQ_MAX_ROWS * CQ_LANES * 4];
-    int64_t positions = j->window->out_height * j->window->out_width, from[CQ_MAX_ROWS];
-    for (int m = 0; m < filled; ++m) {
-        j->path->store(result + m * CQ_LANES, bias, j->bias_dtype, stored + m * CQ_LANES * size, j->dtype, count);
-        from[m] = ((first + m) / positions * j->w->rows + row) * positions + (first + m) % positions;
-    }
+    for (int m = 0; m < filled; ++m)
+        j->path->store(result + m * CQ_LANES, bias, j->bias_dtype, j->out + ((first + m) * j->out_stride + row) * size,
+                       j->dtype, count);
+}
+
+/* The same into channels (batch, rows of w, positions): positions lie side by side. `tile` (16, 16) is spent. */
+static void put_channels(const job *j, float *tile, int64_t first, int filled, int64_t row, int count)
+{
+    int64_t size = size_of(j->dtype), positions = j->window->out_height * j->window->out_width;
+    float shift[CQ_LANES] = {0};
+    if (j->bias != NULL)
+        j->path->widen(j->bias + row * size_of(j->bias_dtype), j->bias_dtype, count, shift);
+    j->path->transpose(tile);
     for (int lane = 0; lane < count; ++lane)
-        for (int m = 0; m < filled; ++m)
-            if (size == 4)
-                memcpy(j->out + (from[m] + lane * positions) * 4, stored + (m * CQ_LANES + lane) * 4, 4);
-            else
-                memcpy(j->out + (from[m] + lane * positions) * 2, stored + (m * CQ_LANES + lane) * 2, 2);
+        for (int m = 0; m < CQ_LANES; ++m)
+            tile[lane * CQ_LANES + m] += shift[lane];
+    for (int m = 0, run; m < filled; m += run) {
+        int64_t image = (first + m) / positions, at = (first + m) % positions;
+        run = positions - at < filled - m ? (int)(positions - at) : filled - m;
+        char *out = j->out + ((image * j->w->rows + row) * positions + at) * size;
+        for (int lane = 0; lane < count; ++lane) {
+            float line[CQ_LANES] = {0}; /* store() reads all of them */
+            memcpy(line, tile + lane * CQ_LANES + m, (size_t)(CQ_LANES - m) * 4);
+            j->path->store(line, NULL, 0, out + lane * positions * size, j->dtype, run);
+        }
+    }
 }
 
 static void run_task(void *context, int64_t index)
 {
     job *j = context;
     const cq_layout *w = j->w;
-    float result[CQ_MAX_ROWS * CQ_LANES];
+    float result[CQ_MAX_ROWS * CQ_LANES] = {0};
     int64_t from = w->runs * index / j->spans, to = w->runs * (index + 1) / j->spans;
-    for (int64_t run = from; run < to; ++run)
-        for (int64_t c = 0; c < j->chunks; ++c) {
-            cq_chunk chunk = chunk_at(j, c);
-            j->path->run(w, run, &chunk, result);
-            put(j, result, (j->first + c) * j->chunk_rows, chunk.filled, run * CQ_LANES);
+    int most = together(j);
+    for (int64_t run = from; run < to; ++run) {
+        int64_t row = run * CQ_LANES;
+        int count = (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES);
+        for (int64_t c = 0; c < j->chunks; c += most) {
+            int filled = 0;
+            for (int i = 0; i < most && c + i < j->chunks; ++i) {
+                cq_chunk chunk = chunk_at(j, c + i);
+                j->path->run(w, run, &chunk, result + i * j->chunk_rows * CQ_LANES);
+                filled += chunk.filled;
+            }
+            (j->window == NULL ? put : put_channels)(j, result, (j->first + c) * j->chunk_rows, filled, row, count);
         }
+    }
 }
 
 static void amx_task(void *context, int64_t index)
@@ -117,11 +143,12 @@ static void amx_task(void *context, int64_t index)
     cq_amx_end();
 }
 
-/* The chunks that are held at once: an even number with AMX, which takes two together. */
+/* The chunks that are held at once: an even number with AMX, which takes two together, or all that are packed
+ * together. */
 static int64_t held_chunks(const job *j, int64_t chunks)
 {
-    int64_t most = (int64_t)(HELD_BYTES / j->chunk_bytes);
-    most = most < 2 ? 2 : most / 2 * 2;
+    int64_t most = (int64_t)(HELD_BYTES / j->chunk_bytes), step = j->window == NULL ? 2 : together(j);
+    most = most < step ? step : most / step * step;
     return chunks < most ? chunks : most;
 }
 
@@ -134,7 +161,8 @@ static int multiply(job *j, int threads)
         return CQ_NO_MEMORY;
     for (j->first = 0; j->first < chunks; j->first += held) {
         j->chunks = chunks - j->first < held ? chunks - j->first : held;
-        cq_parallel(j->chunks < 4 ? 1 : threads, j->chunks, pack_task, j);
+        int64_t packs = (j->chunks + together(j) - 1) / together(j);
+        cq_parallel(j->chunks < 4 ? 1 : threads, packs, pack_task, j);
         if (atomic_load(&j->state) != CQ_OK)
             break;
         j->spans = threads == 1 ? 1 : runs < 4 * threads ? runs : 4 * threads;
@@ -179,8 +207,8 @@ int cq_linear(const cq_layout *w, const cq_activation *how, const void *x, int64
 
 /* Convolution of x (batch, channels, height, width) with the layout, whose columns are (channel, y, x), plus bias (or
  * NULL), into out (batch, w->rows, out_height, out_width). Returns as cq_linear() does. */
-int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int64_t batch,
-            int dtype, const void *bias, int bias_dtype, void *out, int path, int threads)
+int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *window, const void *x, int dtype,
+            const void *bias, int bias_dtype, void *out, int path, int threads)
 {
     job j = {.w = w,
              .how = how,
@@ -188,7 +216,7 @@ int cq_conv(const cq_layout *w, const cq_activation *how, const cq_window *windo
              .bias = bias,
              .out = out,
              .window = window,
-             .rows = batch * window->out_height * window->out_width,
+             .rows = window->batch * window->out_height * window->out_width,
              .dtype = dtype,
              .bias_dtype = bias_dtype};
     return start(&j, path, threads);

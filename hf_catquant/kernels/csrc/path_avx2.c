@@ -3,7 +3,7 @@
  * Values of at most 4 bits leave room to add the products of a whole unit before they are widened: 8 quads of int3
  * reach 8 * 2 * 7 * 128 = 14336. int8 is taken as two values of 4 bits.
  */
-#include "float_rows.h"
+#include "window.h"
 
 #include <immintrin.h>
 
@@ -145,4 +145,4 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk == 3 ? 4 : chunk;
 }
 
-const cq_path cq_avx2_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
+const cq_path cq_avx2_path = {chunk_rows, pack_chunk, pack_window, run, transpose_plain, store, dequantize_row, widen, rotate_row, project, dot, affine};

@@ -1,5 +1,5 @@
 /* AVX-512 with VNNI: vpdpbusd adds four products of an unsigned value and a signed digit to each of 16 rows. */
-#include "float_rows.h"
+#include "window.h"
 
 #include <immintrin.h>
 
@@ -177,7 +177,36 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk;
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
+static void transpose(float *tile)
+{
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+        a[i] = _mm512_loadu_ps(tile + 16 * i);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += i % 4 == 1 ? 3 : 1) { /* a[4 * j + c]: column c of each four, of rows 4 * j to 4 * j + 3 */
+        __m512d left = _mm512_castps_pd(b[i / 4 * 4 + i % 2]), right = _mm512_castps_pd(b[i / 4 * 4 + 2 + i % 2]);
+        a[i / 4 * 4 + 2 * (i % 2)] = _mm512_castpd_ps(_mm512_unpacklo_pd(left, right));
+        a[i / 4 * 4 + 2 * (i % 2) + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(left, right));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+        __m512 even8 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+        __m512 odd8 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+        _mm512_storeu_ps(tile + 16 * c, _mm512_shuffle_f32x4(even, even8, 0x88));
+        _mm512_storeu_ps(tile + 16 * (4 + c), _mm512_shuffle_f32x4(odd, odd8, 0x88));
+        _mm512_storeu_ps(tile + 16 * (8 + c), _mm512_shuffle_f32x4(even, even8, 0xdd));
+        _mm512_storeu_ps(tile + 16 * (12 + c), _mm512_shuffle_f32x4(odd, odd8, 0xdd));
+    }
+}
+
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, run, transpose, store, dequantize_row, widen, rotate_row, project, dot, affine};
 
 void cq_avx512_peak(int64_t rounds)
 {

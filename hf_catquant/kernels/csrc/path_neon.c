@@ -3,7 +3,7 @@
  * Values of at most 4 bits are the same signed and unsigned; int8 is multiplied as signed levels, which have no zero
  * to take away.
  */
-#include "float_rows.h"
+#include "window.h"
 
 #include <arm_neon.h>
 
@@ -127,4 +127,4 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk == 3 ? 4 : chunk;
 }
 
-const cq_path cq_neon_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
+const cq_path cq_neon_path = {chunk_rows, pack_chunk, pack_window, run, transpose_plain, store, dequantize_row, widen, rotate_row, project, dot, affine};

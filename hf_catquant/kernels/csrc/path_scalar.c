@@ -1,5 +1,5 @@
 /* Portable C: the path of processors that no other one serves, and the one to read first. */
-#include "float_rows.h"
+#include "window.h"
 
 /* value (16 lanes x 4) of quad q of a unit */
 static void quad_values(int format, const uint8_t *unit, int q, uint8_t out[64])
@@ -73,4 +73,4 @@ static int chunk_rows(int parts, int64_t rows)
     return rows < 4 ? (int)rows : 4;
 }
 
-const cq_path cq_scalar_path = {chunk_rows, pack_chunk, run, store, dequantize_row, widen, rotate_row, project, dot, affine};
+const cq_path cq_scalar_path = {chunk_rows, pack_chunk, pack_window, run, transpose_plain, store, dequantize_row, widen, rotate_row, project, dot, affine};

@@ -38,13 +38,15 @@ DEVICE void commit_async() { asm volatile("cp.async.commit_group;" : : : "memory
 template <int N>
 DEVICE void wait_async() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
 
-// c += a * b on the tensor cores; a is 16 rows, b 8 columns. PTX ISA, "Warp Level Matrix Instructions".
+// d = a * b + c, or c += a * b, on the tensor cores; a is 16 rows, b 8 columns. PTX ISA, "Warp Level Matrix Instructions".
 #define MMA(NAME, SHAPE, C, CONSTRAINT)                                                                      \
-    DEVICE void NAME(C (&c)[4], uint4 a, u32 b0, u32 b1) {                                                   \
-        asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
-            : "+" CONSTRAINT(c[0]), "+" CONSTRAINT(c[1]), "+" CONSTRAINT(c[2]), "+" CONSTRAINT(c[3])         \
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                     \
-    }
+    DEVICE void NAME(C (&d)[4], uint4 a, u32 b0, u32 b1, const C (&c)[4]) {                                  \
+        asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
+            : "=" CONSTRAINT(d[0]), "=" CONSTRAINT(d[1]), "=" CONSTRAINT(d[2]), "=" CONSTRAINT(d[3])         \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), CONSTRAINT(c[0]), CONSTRAINT(c[1]),  \
+              CONSTRAINT(c[2]), CONSTRAINT(c[3]));                                                           \
+    }                                                                                                        \
+    DEVICE void NAME(C (&c)[4], uint4 a, u32 b0, u32 b1) { NAME(c, a, b0, b1, c); }
 MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
 MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
 MMA(mma_u8s8, "m16n8k32.row.col.s32.u8.s8.s32", int, "r")
@@ -90,6 +92,13 @@ DEVICE u32 pack_bf16(float low, float high) {
     u32 d;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
+}
+
+// A value that the compiler takes for an unknown one, so that it stays where it is.
+DEVICE u32 opaque(u32 value) {
+    u32 same;
+    asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(value));
+    return same;
 }
 
 DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }

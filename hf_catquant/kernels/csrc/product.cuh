@@ -34,7 +34,7 @@ struct Product {
     const void* scales;    // [row tiles][groups][8][2] pairs (scale, offset): rows r and r + 8 side by side
     const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8
     const float* x_scale;  // (M), of codes
-    const float* x_sums;   // (runs, M rounded up to 2), gemm.cu only
+    const float* x_sums;   // (runs, M rounded up to 128), gemm.cu only
     const void* bias;      // (N) or null
     void* out;             // (M, N)
     int tokens, rows, columns, row_tiles, chunks, groups, splits;
@@ -80,18 +80,45 @@ DEVICE void read_codes(Codes& codes, Cursor& cursor, bool there) {
     }
 }
 
-DEVICE Pairs read_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    size_t at = cursor.pairs[mt] + group * 8;
-    Pairs pairs;
-    if (SCALE32) {
-        float4 v = read((const float4*)p.scales + at);
-        pairs = {{v.x, v.z}, {v.y, v.w}};
-    } else {
-        uint2 v = read((const uint2*)p.scales + at);
-        pairs = {{f16_to_float(v.x & 0xffff), f16_to_float(v.y & 0xffff)}, {f16_to_float(v.x >> 16), f16_to_float(v.y >> 16)}};
-    }
-    return pairs;
+// Tile i of the chunk at the cursor.
+DEVICE void read_tile(Codes& codes, const Cursor& cursor, int i) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) codes.word[mt][i] = read_once(cursor.codes[mt] + 32 * i);
 }
+
+// To the next chunk, if there are more: else the last one is read again, for nothing, which costs less than asking.
+DEVICE void go_on(Cursor& cursor, bool more) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) cursor.codes[mt] += more ? LOADS * 32 : 0;
+}
+
+DEVICE void read_chunk(Codes& codes, Cursor& cursor, bool more) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) read_tile(codes, cursor, i);
+    go_on(cursor, more);
+}
+
+template <bool>
+struct Pair { typedef uint2 Raw; };
+template <>
+struct Pair<true> { typedef float4 Raw; };
+typedef Pair<SCALE32>::Raw RawPairs;  // scale and offset of row r, then of row r + 8
+
+DEVICE RawPairs read_raw_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
+    return read((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
+}
+
+DEVICE Pairs pairs_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }
+DEVICE Pairs pairs_of(uint2 v) {
+    return {{f16_to_float(v.x & 0xffff), f16_to_float(v.y & 0xffff)}, {f16_to_float(v.x >> 16), f16_to_float(v.y >> 16)}};
+}
+
+DEVICE Pairs read_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
+    return pairs_of(read_raw_pairs(p, cursor, mt, group));
+}
+
+// Tokens that x_sums has room for: whole blocks of gemm.cu, so that it need not ask where they end.
+DEVICE int sums_width(int tokens) { return (tokens + 127) & ~127; }
 
 // A constant that the compiler does not know, so that it stays in a register: instructions take one constant at most.
 DEVICE u32 kept(const Product& p, u32 value) { return value + ((u32)p.tokens >> 31); }

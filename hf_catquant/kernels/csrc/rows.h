@@ -153,7 +153,11 @@ static int row_range(const float *row, int64_t count, float *low, float *high)
 /* Half to even, of values up to 2^23. */
 static inline float round_even(float value)
 {
+#if defined(__SSE4_1__) || defined(__aarch64__)
+    return rintf(value); /* one instruction */
+#else
     return copysignf((fabsf(value) + 0x1p23f) - 0x1p23f, value);
+#endif
 }
 
 /* Integers of a row with x about xscale * integer; float32 values become integers of 8 * parts bits. */
@@ -266,59 +270,12 @@ static void pack_row(const cq_layout *w, const int32_t *integers, int m, cq_chun
     }
 }
 
-#define GATHER(name, type) \
-    /* Columns of the kernel's place (y, x) of some rows: at[m] is where row m has it in the first channel, -1 outside. \
-     */ \
-    static void name(const type *x, const int64_t *at, int rows, int64_t channels, int64_t plane, int64_t places, \
-                     int64_t columns, type *out) \
-    { \
-        int inside = 1; \
-        for (int m = 0; m < rows; ++m) \
-            inside &= at[m] >= 0; \
-        for (int64_t c = 0; c < channels; ++c, x += plane, out += places) \
-            if (inside) \
-                for (int m = 0; m < rows; ++m) \
-                    out[m * columns] = x[at[m]]; \
-            else \
-                for (int m = 0; m < rows; ++m) \
-                    out[m * columns] = at[m] < 0 ? 0 : x[at[m]]; \
-    }
-GATHER(gather_words, uint32_t)
-GATHER(gather_halves, uint16_t)
-
-/* Rows `first` to first + rows - 1 of a convolution, side by side, in the dtype of x. */
-static void gather_rows(const cq_window *g, const void *x, int dtype, int64_t first, int rows, int64_t columns,
-                        void *out)
-{
-    int64_t plane = g->height * g->width, places = g->kernel_height * g->kernel_width;
-    for (int64_t place = 0; place < places; ++place) {
-        int64_t at[CQ_MAX_ROWS];
-        for (int m = 0; m < rows; ++m) {
-            int64_t row = first + m, column = row % g->out_width, line = row / g->out_width;
-            int64_t down = line % g->out_height * g->stride_y - g->pad_y + place / g->kernel_width * g->dilation_y;
-            int64_t right = column * g->stride_x - g->pad_x + place % g->kernel_width * g->dilation_x;
-            int inside = down >= 0 && down < g->height && right >= 0 && right < g->width;
-            at[m] = inside ? (line / g->out_height * g->channels) * plane + down * g->width + right : -1;
-        }
-        if (dtype == CQ_FLOAT32)
-            gather_words(x, at, rows, g->channels, plane, places, columns, (uint32_t *)out + place);
-        else
-            gather_halves(x, at, rows, g->channels, plane, places, columns, (uint16_t *)out + place);
-    }
-}
-
 static inline int pack_chunk(const cq_layout *w, const cq_activation *how, const void *x, int dtype,
-                             int64_t row_stride, const cq_window *window, int64_t first, cq_chunk *out,
-                             float *scratch)
+                             int64_t row_stride, int64_t first, cq_chunk *out, float *scratch)
 {
     int32_t *integers = (int32_t *)(scratch + w->columns);
     int64_t size = dtype == CQ_FLOAT32 ? 4 : 2, row_bytes = row_stride * size;
     const char *rows = (const char *)x + first * row_bytes;
-    if (window != NULL) {
-        gather_rows(window, x, dtype, first, out->filled, w->columns, scratch + 2 * w->columns);
-        rows = (const char *)(scratch + 2 * w->columns);
-        row_bytes = w->columns * size;
-    }
     for (int m = 0; m < out->rows; ++m) {
         float low, high;
         if (m >= out->filled) {

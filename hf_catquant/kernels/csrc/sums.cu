@@ -5,7 +5,7 @@
 
 struct XSums {
     const void* x;   // (M, columns) 16-bit, or int8
-    float* x_sums;   // (runs, M rounded up to 2)
+    float* x_sums;   // (runs, M rounded up to 128)
     int tokens, columns, runs;
 };
 
@@ -21,5 +21,5 @@ extern "C" __global__ void __launch_bounds__(256) sums(const XSums p) {
     }
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += warp_shuffle_xor(sum, mask);
-    if (lane == 0 && run < p.runs) write(p.x_sums + (size_t)run * ((p.tokens + 1) & ~1) + m, sum);
+    if (lane == 0 && run < p.runs) write(p.x_sums + (size_t)run * sums_width(p.tokens) + m, sum);
 }

@@ -14,7 +14,7 @@ import evaluate
 
 from .accuracy import CLASSIFIERS
 from .bootstrap import intervals
-from .inputs import EXACT, checked_labels
+from .inputs import EXACT, checked_features, checked_labels
 from .measure import feature_discrimination as measure
 from .moments import Moments
 from .streaming import FeatureStatistics
@@ -95,8 +95,8 @@ class FeatureDiscrimination(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add rows and their labels, at least one: ``evaluate`` reads the form of the labels off the first."""
-        if predictions is not None and len(predictions) == 0:
-            raise ValueError("features (predictions) must be (n, d) with at least one row and column, got no row")
+        # evaluate itself would drop imaginary parts and read numbers in strings, without a word.
+        predictions = checked_features(predictions).astype("float64", copy=False)
         references = _labels(references)
         first = self.writer is None
         try:
@@ -114,7 +114,8 @@ class FeatureDiscrimination(evaluate.Metric):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add a row and its label."""
-        super().add(prediction=prediction, reference=_labels([reference])[0], **kwargs)
+        row = checked_features([prediction])[0].astype("float64")
+        super().add(prediction=row, reference=_labels([reference])[0], **kwargs)
 
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
         return measure(predictions, references, **options)

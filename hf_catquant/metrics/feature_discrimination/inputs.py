@@ -14,8 +14,18 @@ SMALL = 1 / LIMIT  # squares of smaller values are 0
 
 
 def as_array(values: Any) -> Any:
-    """A tensor as an array; bfloat16 and float8, which numpy does not have, as float32. Anything else as it is."""
-    if hasattr(values, "detach"):  # a torch tensor, without importing torch
+    """A tensor as an array; bfloat16 and float8, which numpy does not have, as float32. Anything else as it is.
+
+    Raises:
+        ValueError: it is sparse, or some of it is masked: numpy would take neither for what it is, without a word.
+    """
+    tensor = hasattr(values, "detach")
+    if hasattr(values, "toarray") or (tensor and str(values.layout) != "torch.strided"):
+        way = "to_dense()" if tensor else "toarray()"
+        raise ValueError(f"data must be dense, got a sparse {type(values).__name__}: call its {way}")
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError("data must have no masked values, which numpy reads as if they were not: drop their rows")
+    if tensor:  # a torch tensor, without importing torch
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() and values.element_size() < 4 else values).numpy()
     if isinstance(values, list | tuple) and any(hasattr(row, "detach") for row in values):
@@ -29,17 +39,29 @@ def checked_features(features: Any) -> NDArray[Any]:
     Raises:
         ValueError: they are no such matrix.
     """
+    values = as_array(features)
     try:
-        x = np.asarray(as_array(features))
+        x = np.asarray(values)
+        if x.dtype == object and x.ndim == 1:  # a column of vectors
+            x = np.asarray(as_array(list(x)))
     except ValueError as error:
         raise ValueError(f"features (predictions) must be rows of one length{_uneven(features)}") from error
     if x.ndim != 2 or x.size == 0:
-        raise ValueError(
-            f"features (predictions) must be (n, d) with at least one row and column, got shape {x.shape}"
-        )
+        found = f"shape {x.shape}" if x.ndim else type(features).__name__
+        raise ValueError(f"features (predictions) must be (n, d) with at least one row and column, got {found}")
+    if x.dtype == object:
+        x = _of_numbers(x)
     if x.dtype.kind not in "fiub":
         raise ValueError(f"features (predictions) must be real numbers, got {x.dtype}")
     return x
+
+
+def _of_numbers(x: NDArray[Any]) -> NDArray[np.float64]:
+    """A matrix that numpy takes for objects, as pandas gives columns that may have gaps."""
+    bad = [value for value in x.flat if not isinstance(value, int | float | np.integer | np.floating | np.bool_)]
+    if bad:
+        raise ValueError(f"features (predictions) must be real numbers, got {bad[0]!r}")
+    return x.astype(np.float64)
 
 
 def checked_labels(labels: Any) -> NDArray[Any]:
@@ -60,7 +82,8 @@ def checked_labels(labels: Any) -> NDArray[Any]:
     elif y.dtype.kind == "f":
         y = _of_floats(y)
     if y.size and (y.ndim != 1 or y.dtype.kind not in "iubU"):
-        raise ValueError(f"labels (references) must be (n,) integers or strings, got {y.dtype} of shape {y.shape}")
+        found = f"{y.dtype} of shape {y.shape}" if y.ndim else type(labels).__name__
+        raise ValueError(f"labels (references) must be (n,) integers or strings, got {found}")
     return y
 
 

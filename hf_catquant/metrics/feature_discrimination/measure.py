@@ -9,7 +9,7 @@ functions both call it. It imports neither the package nor ``evaluate``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +142,25 @@ def stream_discrimination(
         The same.
 
     Raises:
-        ValueError: as there, or the batches are not the same at every look.
+        ValueError: as there, or the batches are no pairs, or not the same at every look.
     """
     thresholds = Thresholds.checked(eta, binary_threshold, ternary_threshold, ())
     read = batches if callable(batches) else lambda: batches
-    return _summary(_three_looks(read, thresholds), per_feature, pairs)
+    return _summary(_three_looks(lambda: _checked_batches(read()), thresholds), per_feature, pairs)
+
+
+def _checked_batches(batches: Any) -> Iterator[Batch]:
+    try:
+        each = iter(batches)
+    except TypeError:
+        raise ValueError(
+            f"batches must be (features, labels), one after the other, got {type(batches).__name__}"
+        ) from None
+    for batch in each:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            size = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+            raise ValueError(f"every batch must be a pair (features, labels), got a {type(batch).__name__}{size}")
+        yield batch[0], batch[1]
 
 
 def _looks(x: NDArray[Any], y: NDArray[Any], index: NDArray[np.intp], thresholds: Thresholds) -> Looks:

@@ -263,12 +263,22 @@ DEVICE void mma(C (&c)[4], uint4 a, u32 b0, u32 b1, int kind, int in_word, Value
         c[i] = (C)sum;
     }
 }
+DEVICE u32 opaque(u32 value) { return value; }
+
 DEVICE int as_u8(u32 v) { return (int)v; }
 DEVICE int as_s8(u32 v) { return (int)(signed char)v; }
-DEVICE void mma_bf16(float (&c)[4], uint4 a, u32 b0, u32 b1) { mma<float, double>(c, a, b0, b1, 1, 2, bf16_to_float, bf16_to_float); }
-DEVICE void mma_f16(float (&c)[4], uint4 a, u32 b0, u32 b1) { mma<float, double>(c, a, b0, b1, 2, 2, f16_to_float, f16_to_float); }
-DEVICE void mma_u8s8(int (&c)[4], uint4 a, u32 b0, u32 b1) { mma<int, int>(c, a, b0, b1, 3, 4, as_u8, as_s8); }
-DEVICE void mma_s8s8(int (&c)[4], uint4 a, u32 b0, u32 b1) { mma<int, int>(c, a, b0, b1, 4, 4, as_s8, as_s8); }
+// d = a b + c, where d and c may be the same.
+#define MMA(NAME, C, NUMBER, KIND, IN_WORD, VALUE_A, VALUE_B)                                     \
+    DEVICE void NAME(C (&d)[4], uint4 a, u32 b0, u32 b1, const C (&c)[4]) {                       \
+        for (int i = 0; i < 4; i++) d[i] = c[i];                                                  \
+        mma<C, NUMBER>(d, a, b0, b1, KIND, IN_WORD, VALUE_A, VALUE_B);                            \
+    }                                                                                             \
+    DEVICE void NAME(C (&c)[4], uint4 a, u32 b0, u32 b1) { NAME(c, a, b0, b1, c); }
+MMA(mma_bf16, float, double, 1, 2, bf16_to_float, bf16_to_float)
+MMA(mma_f16, float, double, 2, 2, f16_to_float, f16_to_float)
+MMA(mma_u8s8, int, int, 3, 4, as_u8, as_s8)
+MMA(mma_s8s8, int, int, 4, 4, as_s8, as_s8)
+#undef MMA
 
 DEVICE u32 warp_max(u32 value) {
     const emulator::Slot* all = emulator::exchange({{value}, {}, 0, 5});
