@@ -253,12 +253,15 @@ def save(result: dict) -> None:
         "Made by `python benchmarks/fuzz.py`; the log is `benchmarks/results/fuzz.json`;",
         f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number",
         f"{result['first']:,} on, one in {result['loads_one_in']} loaded as well;",
-        f"finds that are left: {len(result['finds'])}.",
+        f"cases with a find that is left: {len({find['case'] for find in result['finds']})}.",
         "",
         *table(["judge and outcome", "cases"], [[name, f"{n:,}"] for name, n in result["outcomes"].items()]),
         "",
         f"A worker took at most {result['peak_bytes_of_a_worker'] / 1e6:.0f} MB, torch and transformers included.",
     ]
+    if result["finds"]:
+        lines += ["", "Finds that are left (SECURITY.md says what is not promised):", ""]
+        lines += table(["case", "what was found"], [[find["case"], find["find"]] for find in result["finds"]])
     if mended:
         lines += ["", "Finds that were judged again after something was mended, and are none any more:", ""]
         lines += table(["case", "what was found"], mended)
