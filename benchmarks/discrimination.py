@@ -1,9 +1,9 @@
 """The claims about feature discrimination on real data, its speed on many rows, and search by packed codes.
 
-    python benchmarks/discrimination.py [--data FOLDER] [--only claims speed recall scale] [--case Yale ...] [--keep-accuracies]
+    python benchmarks/discrimination.py [--data FOLDER] [--only claims speed recall scale] [--case Yale ...]
 
 FOLDER as in ``realdata.py``; without it, only data that come with scikit-learn. ``claims``: the studies of
-``examples/discrimination_*.py``. ``speed``: time of packed dot products. ``recall``: of search with real sentences, with
+``examples/discrimination_*.py``; with ``--keep-accuracies`` their D alone. ``speed``: time of packed dot products. ``recall``: of search with real sentences, with
 FOLDER only. ``scale``: time and memory of the streaming measure; run it alone, memory is the peak of the whole process.
 Results go to ``benchmarks/results/discrimination.json``, ``docs/discrimination-results.md`` and ``docs/discrimination.png``.
 """
@@ -98,7 +98,7 @@ def claims(data: Path | None, wanted: list[str], keep_accuracies: bool) -> None:
 
 def add_discriminations(key: str, case: Any) -> None:
     """Measure D of a study again, on the same rows and folds; when, is kept beside when the accuracies were."""
-    results, (_, x, y) = saved(), case
+    results, x = saved(), case[1]
     study = results[key]
     if (len(x), x.shape[1]) != (study["n"], study["features"]):
         raise SystemExit(
@@ -266,12 +266,12 @@ def write_page() -> None:
         "Made by `python benchmarks/discrimination.py --data FOLDER`; what they mean is in",
         "[discrimination.md](discrimination.md).",
         "",
-        "D: mean over pairs of classes and 5 folds (seed 0), of the rows of each fold; means, deviations and thresholds were",
-        "learned from the other folds. In brackets: folds in which it is above that of float. D in sample: of all rows, after",
-        "learning from the same rows: a threshold that is chosen for D, above all one for each feature, promises too much",
-        "there. Accuracy: percent, of the same folds; in brackets points over float with the paired 95 % interval. Linear SVM:",
-        "C = 0.1, one class against another. Codes have many neighbours at equal distances, of which scikit-learn takes some:",
-        "5-NN of codes moves by tenths of a point with the number of threads.",
+        "D: mean over pairs of classes and 5 folds (seed 0), of the rows of each fold; means, deviations and thresholds",
+        "were learned from the other folds. In brackets: folds in which it is above that of float. D in sample: of all rows,",
+        "after learning from the same rows: a threshold that is chosen for D, above all one for each feature, promises too much",
+        "there. Accuracy: percent, of the same folds; in brackets points over float with the paired 95 % interval. Linear",
+        "SVM: C = 0.1, one class against another. Codes have many neighbours at equal distances, of which scikit-learn takes",
+        "some: 5-NN of codes moves by tenths of a point with the number of threads.",
         "",
         "![D and accuracy against the threshold, and accuracy against D](discrimination.png)",
     ]

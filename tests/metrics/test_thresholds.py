@@ -28,7 +28,8 @@ def test_every_point_of_the_curve_is_that_of_all_pairs(ternary):
     for z in x.T:
         found = curve(z, y, np.bincount(y), ternary)
         for threshold in np.unique(found.values):
-            between, inside = found.at(np.array([threshold]))
+            position = np.searchsorted(found.values, [threshold], side="right")
+            between, inside = found.between[position], found.inside[position]
             expected = pooled_pairs(codes(z, threshold, ternary)[:, None], y)
             if inside[0] > 1e-12:
                 assert between[0] / inside[0] == pytest.approx(expected, rel=1e-10)
