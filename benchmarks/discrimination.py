@@ -3,8 +3,8 @@
     python benchmarks/discrimination.py [--data FOLDER] [--only claims speed recall scale] [--case Yale ...]
 
 FOLDER as in ``realdata.py``; without it, only data that come with scikit-learn. ``claims``: the studies of
-``examples/discrimination_*.py``; with ``--keep-accuracies`` their D alone. ``speed``: time of packed dot products. ``recall``: of search with real sentences, with
-FOLDER only. ``scale``: time and memory of the streaming measure; run it alone, memory is the peak of the whole process.
+``examples/discrimination_*.py``; with ``--keep-accuracies`` their D alone. ``speed``: time of packed dot products.
+``recall``: of search with real sentences, with FOLDER only. ``scale``: time and memory of the streaming measure; run it alone, memory is the peak of the whole process.
 Results go to ``benchmarks/results/discrimination.json``, ``docs/discrimination-results.md`` and ``docs/discrimination.png``.
 """
 
@@ -267,11 +267,11 @@ def write_page() -> None:
         "[discrimination.md](discrimination.md).",
         "",
         "D: mean over pairs of classes and 5 folds (seed 0), of the rows of each fold; means, deviations and thresholds",
-        "were learned from the other folds. In brackets: folds in which it is above that of float. D in sample: of all rows,",
-        "after learning from the same rows: a threshold that is chosen for D, above all one for each feature, promises too much",
-        "there. Accuracy: percent, of the same folds; in brackets points over float with the paired 95 % interval. Linear",
-        "SVM: C = 0.1, one class against another. Codes have many neighbours at equal distances, of which scikit-learn takes",
-        "some: 5-NN of codes moves by tenths of a point with the number of threads.",
+        "were learned from the other folds. In brackets: folds in which it is above that of float. D in sample: of all",
+        "rows, after learning from the same rows: a threshold that is chosen for D, above all one for each feature,",
+        "promises too much there. Accuracy: percent, of the same folds; in brackets points over float with the paired",
+        "95 % interval. Linear SVM: C = 0.1, one class against another. Codes have many neighbours at equal distances,",
+        "of which scikit-learn takes some: 5-NN of codes moves by tenths of a point with the number of threads.",
         "",
         "![D and accuracy against the threshold, and accuracy against D](discrimination.png)",
     ]
