@@ -4,8 +4,9 @@
 
 FOLDER as in ``realdata.py``; without it, only data that come with scikit-learn. ``claims``: the studies of
 ``examples/discrimination_*.py``; with ``--keep-accuracies`` their D alone. ``speed``: time of packed dot products.
-``recall``: of search with real sentences, with FOLDER only. ``scale``: time and memory of the streaming measure; run it alone, memory is the peak of the whole process.
-Results go to ``benchmarks/results/discrimination.json``, ``docs/discrimination-results.md`` and ``docs/discrimination.png``.
+``recall``: of search with real sentences, with FOLDER only. ``scale``: time and memory of the streaming measure; run it
+alone, memory is the peak of the whole process. Results go to ``benchmarks/results/discrimination.json``,
+``docs/discrimination-results.md`` and ``docs/discrimination.png``.
 """
 
 from __future__ import annotations
