@@ -198,7 +198,7 @@ def outputs(model: Any, samples: Any, processor: Any) -> tuple[torch.Tensor, tor
 
 
 def judge(found: tuple[Any, Any], wanted: tuple[Any, Any], answers: np.ndarray) -> dict[str, Any]:
-    """Accuracy in percent, agreement with the float model, divergence, D of the features; which rows are right, as 0 and 1."""
+    """Accuracy in percent, agreement with the float model, divergence, D of the features; which rows are right (0, 1)."""
     choice = found[1].argmax(1).numpy()
     return {
         "accuracy": 100 * float((choice == answers).mean()),
@@ -210,7 +210,7 @@ def judge(found: tuple[Any, Any], wanted: tuple[Any, Any], answers: np.ndarray) 
 
 
 def paired(row: dict[str, Any], base: dict[str, Any]) -> str:
-    """Points of accuracy over ``base``, and half the 95 % interval of the difference on the same rows, where these are kept."""
+    """Points of accuracy over ``base``, and half the 95 % interval of the difference on the same rows, if they are kept."""
     if row["kept"] == base["kept"]:
         return "the same blocks"
     points = f"{row['accuracy'] - base['accuracy']:+.2f}"

@@ -9,6 +9,7 @@ much more than one of all: D of these rows is given beside, as what it is.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -203,7 +204,7 @@ def digits(rows: int | None = None) -> tuple[str, np.ndarray, np.ndarray]:
     return ("digits, pixels", x[kept], y[kept])
 
 
-def run(cases: list[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:
+def run(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:
     """Study, print and draw."""
     results = [study(*case) for case in cases]
     for result in results:
