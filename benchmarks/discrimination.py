@@ -272,9 +272,10 @@ def write_page() -> None:
         "D: mean over pairs of classes and 5 folds (seed 0), of the rows of each fold; means, deviations and thresholds",
         "were learned from the other folds. In brackets: folds in which it is above that of float. D in sample: of all",
         "rows, after learning from the same rows: a threshold that is chosen for D, above all one for each feature,",
-        "promises too much there. Accuracy: percent, of the same folds; in brackets points over float with the paired",
-        "95 % interval. Linear SVM: C = 0.1, one class against another. Codes have many neighbours at equal distances,",
-        "of which scikit-learn takes some: 5-NN of codes moves by tenths of a point with the number of threads.",
+        "promises too much there. -: measured in sample only; the plot has that D there. Accuracy: percent, of the same",
+        "folds; in brackets points over float with the paired 95 % interval. Linear SVM: C = 0.1, one class against",
+        "another. Codes have many neighbours at equal distances, of which scikit-learn takes some: 5-NN of codes moves",
+        "by tenths of a point with the number of threads.",
         "",
         "![D and accuracy against the threshold, and accuracy against D](discrimination.png)",
     ]
