@@ -6,7 +6,7 @@
 
 The model has the shape of TinyLlama 1.1B and random weights (seed 0). Every command runs in a process of its own; its peak
 is the high-water mark of its resident pages (``ru_maxrss``), libraries and mapped files included. Results are added to
-``benchmarks/results/memory.json``.
+``benchmarks/results/memory.json``, and ``docs/memory.md`` is written from it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import time
 from pathlib import Path
 
 import torch
+from common import made, put, read, sources, table, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 RESULTS = Path(__file__).with_name("results") / "memory.json"
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 SHARD = 400_000_000  # bytes
 
 
@@ -125,7 +127,7 @@ def main() -> None:
         if more and not args.in_memory:
             continue
         shutil.rmtree(out, ignore_errors=True)
-        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), *request, *more])
+        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), "--overwrite", *request, *more])
         result |= {f"{key}peak": most, f"{key}seconds": round(seconds, 1)}
     result["output_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
@@ -133,12 +135,47 @@ def main() -> None:
         "plan_off_by": round(plan["peak_ram"] / result["peak"] - 1, 4),
         "within_limit": result["peak"] < result["limit"],
     }
-    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    key = ("mode", "weights", "dtype", "layers", "hidden", "samples")
-    known = [row for row in known if any(row[k] != result[k] for k in key)]
-    RESULTS.write_text(json.dumps([*known, result], indent=1) + "\n")
+    put(RESULTS, [result | made()], "mode", "weights", "dtype", "layers", "hidden", "samples")
+    report()
     print(json.dumps(result, indent=1))
+
+
+def report() -> None:
+    """Write the page."""
+    results = read(RESULTS)
+    head = [
+        "solver",
+        "layers",
+        "samples",
+        "float, MB",
+        "limit, MB",
+        "peak, MB",
+        "planned, MB",
+        "planned / peak - 1",
+        "in",
+    ]
+    rows = [
+        [
+            f"{r['mode']}, {r['weights']}",
+            f"{r['layers']} of width {r['hidden']}",
+            r["samples"] or "none",
+            *(f"{r[name] / 1e6:,.0f}" for name in ("float_bytes", "limit", "peak", "planned_peak")),
+            f"{100 * r['plan_off_by']:+.1f} %",
+            f"{r['seconds']:.0f} s",
+        ]
+        for r in results
+    ]
+    lines = [
+        "# Memory of quantizing",
+        "",
+        "Made by `python benchmarks/memory.py FOLDER --mode rtn` and `--mode gptq`: Llamas of random weights, quantized",
+        "from bf16 shards on disk to a folder, in float32. *peak* is all that the process had resident, libraries",
+        "included; *limit* is 40 % of the float size and 1 GB; *planned* is what `catquant plan` said before.",
+        "",
+        *table(head, rows),
+        *sources(results),
+    ]
+    write(PAGE, lines)
 
 
 if __name__ == "__main__":

@@ -29,21 +29,25 @@ def entry_scheme(entry: dict[str, Any]) -> Scheme:
     return Scheme(**{name: entry[name] for name in _SCHEME})
 
 
-def entries_checksum(modules: Entries, corrections: Entries) -> int:
-    """CRC-32 of all entries: one that changes a format but no shape would load as other weights."""
-    return zlib.crc32(json.dumps([modules, corrections], sort_keys=True).encode())
+def entries_checksum(modules: Entries, corrections: Entries, checksums: dict[str, int]) -> int:
+    """CRC-32 of all entries and of the checksums of the tensors.
+
+    An entry that changes a format but no shape would load as other weights; a tensor that is gone together with its
+    checksum would not be missed.
+    """
+    return zlib.crc32(json.dumps([modules, corrections, checksums], sort_keys=True).encode())
 
 
-def verify_entries(modules: Entries, corrections: Entries, expected: int) -> None:
+def verify_entries(modules: Entries, corrections: Entries, checksums: dict[str, int], expected: int) -> None:
     """Refuse entries that are not those that were saved.
 
     Raises:
         ValueError: naming both checksums.
     """
-    found = entries_checksum(modules, corrections)
+    found = entries_checksum(modules, corrections, checksums)
     if found != expected:
         raise ValueError(
-            f"quantization_config: modules and corrections are not those that were saved (CRC-32 {found:08x}, "
+            f"quantization_config: modules, corrections and checksums are not those that were saved (CRC-32 {found:08x}, "
             f"expected {expected:08x}): the config.json was changed or damaged after the save, fetch it again"
         )
 

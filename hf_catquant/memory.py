@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+_LARGE, _MMAP_THRESHOLD = 2 << 20, -3  # bytes; the GNU C library's name for the option
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -48,6 +49,17 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:
         trim(0)
+
+
+def map_large_blocks() -> bool:
+    """Let every large block of this process be mapped by itself, so that it goes back to the system when it is freed.
+
+    Left alone, the GNU C library takes blocks of up to 32 MiB from a heap that small blocks among them keep from shrinking.
+    False where the C library has no such thing.
+    """
+    name = ctypes.util.find_library("c") if os.name == "posix" else None
+    set_option = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
+    return set_option is not None and set_option(_MMAP_THRESHOLD, _LARGE) == 1
 
 
 def _field(name: str) -> int:

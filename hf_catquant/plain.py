@@ -42,8 +42,8 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     config = copy.deepcopy(config)
     state = {name: tensor.detach().contiguous() for name, tensor in _once(model.state_dict()).items()}
     config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
-    config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)
     config.checksums = checksums(state)
+    config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"
@@ -67,7 +67,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     assert isinstance(config, CatQuantConfig)
     if config.modules is None:
         raise ValueError(f"{folder / CONFIG} has no 'modules': it is a request, not a quantized model")
-    verify_entries(config.modules, config.corrections, config.entries_checksum)
+    verify_entries(config.modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(config.modules, config.checksums)
     verify_files([folder / WEIGHTS], config.checksums)
     prepare(model, config.modules)

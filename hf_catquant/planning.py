@@ -29,7 +29,7 @@ from .steps import tensors_of
 from .swap import Swap
 
 # What a solver of output errors holds at once, in float32: matrices (K, K), and of the rows in work (n, K). Measured.
-_SQUARES, _MATRICES = 10, 16
+_SQUARES, _MATRICES = 6, 10
 _WRITING = 40 << 20  # bytes that the libraries bring along that write a journal and a checkpoint, measured
 _FIT = 4  # copies of the rows that a correction is fitted on
 _FIT_ROWS = 1 << 28  # bytes of those rows at most, by stream

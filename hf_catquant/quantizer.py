@@ -63,7 +63,7 @@ class CatQuantizer(HfQuantizer):
             )
         config = self.quantization_config
         if self.pre_quantized:
-            verify_entries(config.modules or {}, config.corrections, config.entries_checksum)
+            verify_entries(config.modules or {}, config.corrections, config.checksums, config.entries_checksum)
             check_tensors(config.modules or {}, config.checksums)
         else:
             config.check_data()
@@ -176,8 +176,8 @@ class CatQuantizer(HfQuantizer):
                 config.modules[name].update(asdict(m.scheme))
         # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
-        config.entries_checksum = entries_checksum(config.modules or {}, config.corrections)
         config.checksums = checksums(_as_written(model, state))
+        config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
         config.provenance["fields"] = field_checksums(model.config.to_dict())
         model.config.quantization_config = config
         return state, {}

@@ -34,6 +34,16 @@ class Outcome:
     learned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+class _StoredRows:
+    """The matrix (N, K) float32 of a filled layer, of which only the rows that are asked for take memory."""
+
+    def __init__(self, layer: QuantizedModule) -> None:
+        self.layer = layer
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.layer.stored_matrix(torch.float32, rows)
+
+
 @dataclass(frozen=True)
 class Solved:
     """A layer in its quantized form, not yet in the model.
@@ -150,13 +160,15 @@ class Swap:
             new.fill_low_rank(*product)
         else:
             quantized = solve(matrix)
-        w_hat = stored(quantized)
+        new.fill(quantized)
+        del quantized
+        w_hat = _StoredRows(new)
         error = solvers.output_error(matrix, w_hat, moments)
         if moments is None:
             return Solved(new, error)
-        shift = (
-            None if new.bias is None else _mean_output(matrix, moments.float_mean) - _mean_output(w_hat, moments.mean)
-        )
+        shift = None
+        if new.bias is not None:
+            shift = _mean_output(matrix, moments.float_mean) - _mean_output(w_hat[:], moments.mean)
         return Solved(new, error, solvers.output_distance(matrix, w_hat, moments), shift)
 
     def _solve_runs(self, new: QuantizedModule, matrix: Tensor, each: ByRun) -> Solved:

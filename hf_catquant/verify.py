@@ -161,7 +161,7 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
         ValueError, TypeError: naming what is wrong.
     """
     modules = config.modules or {}
-    verify_entries(modules, config.corrections, config.entries_checksum)
+    verify_entries(modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(modules, config.checksums)
     check_depth(raw, len(config.checksums))
     check_labels(raw, sum(path.stat().st_size for path in files))

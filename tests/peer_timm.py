@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -115,10 +116,27 @@ def test_round_trip(name: str, tmp_path: Path):
     assert files[0] == files[1]
 
 
+@pytest.fixture
+def without_torchvision() -> Iterator[None]:
+    """transformers' wrapper of timm looks for a torchvision, of which these models use nothing."""
+    importlib.import_module(
+        "transformers.models.auto.image_processing_auto"
+    )  # it asks for the version, if there is one
+    from transformers.utils import import_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_utils, "is_torchvision_available", lambda: True)
+        import_utils.is_timm_available.cache_clear()
+        yield
+    import_utils.is_timm_available.cache_clear()
+
+
+@pytest.mark.usefixtures("without_torchvision")
 def test_inside_transformers_wrapper(tmp_path: Path):
     from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
-    config = TimmWrapperConfig(architecture=MODELS["vision transformer"][0], model_args=VIT)
+    options = {name: value for name, value in VIT.items() if name != "num_classes"}
+    config = TimmWrapperConfig(architecture=MODELS["vision transformer"][0], model_args=options)
     config.num_labels = 5
     model = TimmWrapperForImageClassification(config).eval()
     quantize(model, CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None))

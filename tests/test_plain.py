@@ -76,7 +76,7 @@ def test_changed_entries_and_other_folders_are_refused(folder: Path, tmp_path: P
     stored = json.loads((folder / "catquant.json").read_text())
     stored["modules"]["stem"]["group_size"] = 16
     (folder / "catquant.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="modules and corrections are not those that were saved"):
+    with pytest.raises(ValueError, match="modules, corrections and checksums are not those that were saved"):
         load_quantized(build(Cnn), folder)
     with pytest.raises(ValueError, match=r"has no catquant\.json"):
         load_quantized(build(Cnn), tmp_path)

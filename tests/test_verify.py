@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 import tiny_models
 from hf_catquant import CatQuantConfig
 from hf_catquant.cli import main
+from hf_catquant.entries import entries_checksum
 from hf_catquant.integrity import file_checksums
 from hf_catquant.verify import verify
 
@@ -57,8 +59,16 @@ def edit_tensors(folder: Path, **tensors) -> None:
         if held[full] is None:
             del held[full]
     save_file(held, path, metadata={"format": "pt"})
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
-    edit(folder, quantization_config=quantization | {"checksums": file_checksums(path)})
+    edit_checksums(folder, file_checksums(path))
+
+
+def edit_checksums(folder: Path, checksums: dict[str, int], signed: bool = True) -> None:
+    """Other checksums of the tensors, and theirs with them if ``signed``."""
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    stored["checksums"] = checksums
+    if signed:
+        stored["entries_checksum"] = entries_checksum(stored["modules"], stored["corrections"], checksums)
+    edit(folder, quantization_config=stored)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "llama_tied", "whisper"])
@@ -69,6 +79,22 @@ def test_what_was_saved_is_whole(name, root):
     assert set(found.files) == {"config.json", "model.safetensors"}
     assert found.modules
     assert found.provenance["solver"] == "rtn"
+
+
+def test_a_tensor_that_is_gone_with_its_checksum_is_missed(folder):
+    path, name = folder / "model.safetensors", "bert.pooler.dense.bias"
+    with safe_open(path, framework="pt") as file:
+        held = {key: file.get_tensor(key) for key in file.keys() if key != name}  # noqa: SIM118  it is no dict
+    save_file(held, path, metadata={"format": "pt"})
+    edit_checksums(folder, file_checksums(path), signed=False)
+    assert "checksums are not those that were saved" in verify(folder).problems[0]
+
+
+def test_a_checksum_of_the_entries_alone_is_none(folder):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    entries = json.dumps([stored["modules"], stored["corrections"]], sort_keys=True).encode()
+    edit(folder, quantization_config=stored | {"entries_checksum": zlib.crc32(entries)})
+    assert "checksums are not those that were saved" in verify(folder).problems[0]
 
 
 def test_shards_are_read_together(root):

@@ -11,6 +11,7 @@ import json
 import torch
 
 from ..folder import open_source
+from ..memory import map_large_blocks
 from ..planning import plan_model
 from ..tasks import auto_class, load_config, load_processor
 from . import quantize
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Try, count and print."""
+    map_large_blocks()
     config = load_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)
     request = quantize.request(args, processor, auto_class(config))

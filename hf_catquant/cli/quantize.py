@@ -16,6 +16,7 @@ from ..config import CatQuantConfig
 from ..folder import quantize_folder
 from ..formats import ACTIVATION_FORMATS, FORMATS
 from ..generate import generate_samples
+from ..memory import map_large_blocks
 from ..report import report
 from ..rotation import ROTATIONS
 from ..solvers import names
@@ -92,6 +93,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize, save and print the report."""
+    map_large_blocks()
     out = Path(args.out)
     config = load_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)

@@ -205,13 +205,14 @@ class QuantizedModule(nn.Module):
         """What the stored matrix stands for: the float weight, in the module's own shape, as (N, K) float32."""
         return self.rotated(self.to_matrix(weight.detach()).float()).contiguous()
 
-    def stored_matrix(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight as (N, K) in the basis it is stored in, the low-rank product included."""
+    def stored_matrix(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The dequantized weight as (N, K) in the basis it is stored in, the low-rank product included; or some rows."""
         product = self.product(torch.float32)
         exact = dtype if product is None else torch.float32
         scheme = self.scheme
-        matrix = torch.ops.catquant.dequantize(*self._packed(), scheme.weights, scheme.group_size, self.columns, exact)
-        return matrix if product is None else (matrix + product[0] @ product[1]).to(dtype)
+        packed = (None if held is None else held[rows] for held in self._packed())
+        matrix = torch.ops.catquant.dequantize(*packed, scheme.weights, scheme.group_size, self.columns, exact)
+        return matrix if product is None else (matrix + product[0][rows] @ product[1]).to(dtype)
 
     def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The factors (N, r) and (r, K) of what is added to the weight, in ``dtype``; None where there are none."""

@@ -18,11 +18,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ._common import AT_ONCE, Moments, output_distance, output_energies, output_error, row_slices
+from ._common import AT_ONCE, SLICE, Moments, output_distance, output_energies, output_error, row_slices
 from ._low_rank import solve_with_product
 
 __all__ = [
     "AT_ONCE",
+    "SLICE",
     "Moments",
     "get",
     "names",

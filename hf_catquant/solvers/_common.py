@@ -7,14 +7,14 @@ meets only the inputs of its own group, hence only ``gram[b]``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-AT_ONCE = (
-    1 << 24
-)  # values of a matrix that are worked on at once: a head of many rows must not take many times its size
+# Values of a matrix that a solver works on at once: a head of many rows must not take many times its size.
+AT_ONCE = 1 << 22
+SLICE = 1 << 20  # values that are rounded or compared at once, where that makes no difference
 
 
 class Moments(NamedTuple):
@@ -85,7 +85,14 @@ def check_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values that are NaN or infinite")
 
 
-def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> float:
+class Rows(Protocol):
+    """A matrix (N, K) that gives some of its rows: a tensor, or what makes them when they are asked for."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Rows (n, K)."""
+
+
+def output_error(weight: Tensor, w_hat: Rows, moments: Moments | None) -> float:
     """Relative output error ||(W - W_hat) x~||^2 / ||W x~||^2 of weights (N, K).
 
     Without moments, or where no calibration row excites the weight, every direction counts the same:
@@ -99,7 +106,7 @@ def output_error(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> floa
     return noise / signal if signal > 0 else 0.0
 
 
-def output_energies(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> tuple[float, float]:
+def output_energies(weight: Tensor, w_hat: Rows, moments: Moments | None) -> tuple[float, float]:
     """||(W - W_hat) x~||^2 and ||W x~||^2 of weights (N, K), summed over the calibration rows; over unit vectors without."""
     if moments is None:
         noise = sum(float((weight[r].float() - w_hat[r].float()).double().square().sum()) for r in row_slices(weight))
@@ -109,7 +116,7 @@ def output_energies(weight: Tensor, w_hat: Tensor, moments: Moments | None) -> t
     return noise, signal
 
 
-def output_distance(weight: Tensor, w_hat: Tensor, moments: Moments) -> float:
+def output_distance(weight: Tensor, w_hat: Rows, moments: Moments) -> float:
     """||W x - W_hat x~||^2 of weights (N, K) less ||W x||^2, summed over the calibration rows.
 
     x is the input in the float stream and x~ in the quantized one, rounded if activations are: what is left out is the
@@ -125,18 +132,18 @@ def output_distance(weight: Tensor, w_hat: Tensor, moments: Moments) -> float:
 
 
 def row_slices(matrix: Tensor, runs: int = 1) -> Iterator[slice]:
-    """Slices of the first dimension of at most ``AT_ONCE`` values (at least a row) that cross no border of ``runs``."""
+    """Slices of the first dimension of at most ``SLICE`` values (at least a row) that cross no border of ``runs``."""
     rows = len(matrix) // runs
-    step = max(1, AT_ONCE // max(1, matrix.numel() // max(1, len(matrix))))
+    step = max(1, SLICE // max(1, matrix.numel() // max(1, len(matrix))))
     for first in range(0, len(matrix), max(1, rows)):
         for start in range(first, first + rows, step):
             yield slice(start, min(start + step, first + rows))
 
 
-def _energy(weight: Tensor, w_hat: Tensor | None, gram: Tensor) -> float:
+def _energy(weight: Tensor, w_hat: Rows | None, gram: Tensor) -> float:
     """||(W - W_hat) x||^2 summed over the rows of W (N, K); without ``w_hat`` that of W."""
     total, rows = 0.0, len(weight) // len(gram)
     for part in row_slices(weight, len(gram)):
         piece = weight[part].float() if w_hat is None else weight[part].float() - w_hat[part].float()
-        total += float(((piece @ gram[part.start // rows].to(piece.device)) * piece).sum(dtype=torch.float64))
+        total += float((piece @ gram[part.start // rows].to(piece.device)).mul_(piece).sum(dtype=torch.float64))
     return max(0.0, total)

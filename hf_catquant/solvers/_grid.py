@@ -80,7 +80,7 @@ def nearest_level(values: Tensor, fmt: Format) -> Tensor:
 def level_codes(levels: Tensor, fmt: Format) -> Tensor:
     """Codes uint8 of exact ``levels``, in their shape."""
     table = torch.tensor(fmt.levels, device=levels.device)
-    return torch.bucketize(levels.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(levels.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def _shares(column_weight: Tensor, width: int, groups: int) -> Tensor:

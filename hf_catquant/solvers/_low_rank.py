@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..weight import QuantizedWeight
 from ._common import Moments, check_moments
-from .gptq import aim, factorise, normalised, trust
+from .gptq import aim, drifted, factorise, trust, unit_factor
 
 _ROUNDS = 3
 
@@ -48,11 +48,12 @@ def _target(weight: Tensor, moments: Moments | None) -> tuple[Tensor, Tensor]:
     """W* (N, K), and a square root (K, K) of the second moments of its inputs, in the mean of all runs."""
     if moments is None:
         return weight, torch.eye(weight.shape[1], device=weight.device)
-    moments = normalised(check_moments(moments, weight, "with a low-rank product"))
-    order = torch.arange(weight.shape[1], device=weight.device).expand(moments.gram.shape[:2])
-    gram, _ = factorise(moments.gram, order)
+    moments = check_moments(moments, weight, "with a low-rank product")
+    factor = unit_factor(moments.gram)
+    gram = moments.gram * factor
+    gram, _ = factorise(gram, torch.arange(weight.shape[1], device=weight.device).expand(gram.shape[:2]))
     runs = weight.view(len(gram), -1, weight.shape[1])
-    target = aim(runs, moments, gram, *trust(moments.count, weight.shape[1]))
+    target = aim(runs, drifted(runs, moments, factor), gram, *trust(moments.count, weight.shape[1]))
     return target.reshape(weight.shape), torch.linalg.cholesky(gram.mean(0))
 
 

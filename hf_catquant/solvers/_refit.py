@@ -34,8 +34,10 @@ def refit(
     """
     groups = scale.shape[-1]
     filler = groups * width - gram.shape[-1]
-    gram = torch.nn.functional.pad(gram, (0, filler, 0, filler))
-    aim, levels = (torch.nn.functional.pad(t.mT, (0, filler)) for t in (aim, levels))
+    aim, levels = aim.mT, levels.mT
+    if filler:  # without any it would be a copy
+        gram = torch.nn.functional.pad(gram, (0, filler, 0, filler))
+        aim, levels = (torch.nn.functional.pad(t, (0, filler)) for t in (aim, levels))
     theta = scale if offset is None else torch.cat((scale, offset), -1)
     step = max(1, _ELEMENTS // (len(gram) * theta.shape[-1] ** 2))
     parts = []
@@ -52,21 +54,23 @@ def _system(aim: Tensor, gram: Tensor, levels: Tensor, groups: int, affine: bool
     shape = (*levels.shape[:2], groups, -1)
     grouped = levels.reshape(shape)
     right = (levels * aim).reshape(shape).sum(-1)
-    system = levels.new_empty(*levels.shape[:2], groups, groups)
+    size = 2 * groups if affine else groups
+    whole = levels.new_empty(*levels.shape[:2], size, size)
+    system = whole[..., :groups, :groups]
     for g in range(groups):
         columns = slice(g * grouped.shape[-1], (g + 1) * grouped.shape[-1])
         # The upper triangle is enough: columns up to those of group g.
         product = levels[..., columns] @ gram[:, columns, : columns.stop]
-        product = (product * levels[..., : columns.stop]).reshape(*shape[:2], g + 1, -1).sum(-1)
+        product = product.mul_(levels[..., : columns.stop]).reshape(*shape[:2], g + 1, -1).sum(-1)
         system[..., : g + 1, g] = product
         system[..., g, : g + 1] = product
     if not affine:
-        return system, right
+        return whole, right
     sums = gram.reshape(*gram.shape[:2], groups, -1).sum(-1)  # (B, K, G)
     mixed = (grouped.transpose(1, 2) @ sums.reshape(len(gram), groups, -1, groups)).transpose(1, 2)
-    ones = sums.reshape(len(gram), groups, -1, groups).sum(2).unsqueeze(1).expand_as(system)
-    system = torch.cat((torch.cat((system, mixed), -1), torch.cat((mixed.mT, ones), -1)), -2)
-    return system, torch.cat((right, aim.reshape(shape).sum(-1)), -1)
+    whole[..., :groups, groups:], whole[..., groups:, :groups] = mixed, mixed.mT
+    whole[..., groups:, groups:] = sums.reshape(len(gram), groups, -1, groups).sum(2).unsqueeze(1)
+    return whole, torch.cat((right, aim.reshape(shape).sum(-1)), -1)
 
 
 def _solve(system: Tensor, right: Tensor, theta: Tensor, groups: int) -> Tensor:
@@ -75,9 +79,12 @@ def _solve(system: Tensor, right: Tensor, theta: Tensor, groups: int) -> Tensor:
     size = diagonal.clamp_min(0).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))  # a group of only zero levels
     slope = right - (system @ theta.unsqueeze(-1)).squeeze(-1)
-    scaled = system / (size.unsqueeze(-1) * size.unsqueeze(-2))
+    scaled = size.unsqueeze(-1) * size.unsqueeze(-2)
+    # Column by column, as LAPACK has it: the factor then takes the place of its matrix.
+    scaled = torch.div(system.mT, scaled, out=scaled).mT
     scaled.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
+    failed = torch.empty(scaled.shape[:2], dtype=torch.int32, device=scaled.device)
+    factor, failed = torch.linalg.cholesky_ex(scaled, out=(scaled, failed))
     step = torch.cholesky_solve((slope / size).unsqueeze(-1), factor).squeeze(-1) / size
     step[..., :groups] = torch.maximum(step[..., :groups], -theta[..., :groups])
     # f(theta + step) - f(theta); not true of NaN, so a failed system changes nothing

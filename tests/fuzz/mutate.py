@@ -144,10 +144,10 @@ def signed(made: Checkpoint) -> Checkpoint:
     try:
         config = json.loads(made.config)
         stored = config["quantization_config"]
-        stored["entries_checksum"] = entries_checksum(stored["modules"], stored["corrections"])
         header, payload = split(made.weights)
         header.pop("__metadata__", None)
         stored["checksums"] = {name: _sum(entry, payload) for name, entry in header.items()}
+        stored["entries_checksum"] = entries_checksum(stored["modules"], stored["corrections"], stored["checksums"])
         return Checkpoint(json.dumps(config).encode("utf-8", "surrogatepass"), made.weights)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error, RecursionError, OverflowError):
         return made

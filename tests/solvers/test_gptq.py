@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import ALL_FORMATS, SHAPES, global_rng_untouched
+from hf_catquant import memory
 from hf_catquant.formats import FORMATS, Format, group_count, group_width
 from hf_catquant.solvers import Moments, _descent, _grid, _refit, gptq, output_error, rtn
 from hf_catquant.weight import QuantizedWeight, dequantize, expand_groups
@@ -224,7 +225,7 @@ def least_by_force(row: Tensor, gram: Tensor, fmt: Format) -> float:
 @pytest.mark.parametrize(("name", "columns"), [("binary", 8), ("ternary", 6)])
 def test_is_close_to_the_global_optimum(name, columns):
     fmt, weight, moments = FORMATS[name], random_weight(20, columns), moments_of(correlated(2000, columns))
-    gram = gptq.factorise(moments.gram, torch.arange(columns).unsqueeze(0))[0]
+    gram = gptq.factorise(moments.gram.clone(), torch.arange(columns).unsqueeze(0))[0]
     w_hat = dequantize(gptq.solve(weight, fmt, -1, moments), fmt, -1)
     error = objective(weight.T.unsqueeze(0), w_hat.T.unsqueeze(0), gram)[0]
     best = torch.tensor([least_by_force(row, gram[0], fmt) for row in weight], dtype=torch.float64)
@@ -266,7 +267,7 @@ def test_full_aim_is_the_ridge_regression_on_the_float_output(ridge):
     weight = random_weight(5, 12)
     x, y = streams(3000, 12)
     moments = moments_of(x, y)
-    target = gptq.aim(weight.unsqueeze(0), moments, moments.gram, 1.0, ridge)[0]
+    target = gptq.aim(weight.unsqueeze(0), weight @ (moments.cross - moments.gram), moments.gram, 1.0, ridge)[0]
     x64, y64 = x[0].double(), y[0].double()
     mean = float(y64.square().mean())
     # Rows sqrt(ridge) e_k with the outputs W e_k pull the regression toward W.
@@ -274,14 +275,14 @@ def test_full_aim_is_the_ridge_regression_on_the_float_output(ridge):
     inputs, outputs = torch.cat((y64, pull)), torch.cat((x64, pull)) @ weight.double().T
     expected = torch.linalg.lstsq(inputs, outputs).solution.T
     torch.testing.assert_close(target.double(), expected, rtol=1e-3, atol=1e-3)
-    half = gptq.aim(weight.unsqueeze(0), moments, moments.gram, 0.5, ridge)[0]
+    half = gptq.aim(weight.unsqueeze(0), weight @ (moments.cross - moments.gram), moments.gram, 0.5, ridge)[0]
     torch.testing.assert_close(half, (weight + target) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_equal_streams_leave_the_weight_as_the_target():
     moments = moments_of(correlated(500, 16))
     runs = random_weight(4, 16).unsqueeze(0)
-    assert torch.equal(gptq.aim(runs, moments, moments.gram, 1.0, 0.01), runs)
+    assert torch.equal(gptq.aim(runs, runs @ (moments.cross - moments.gram), moments.gram, 1.0, 0.01), runs)
 
 
 def test_an_ill_conditioned_aim_is_bounded():
@@ -289,8 +290,8 @@ def test_an_ill_conditioned_aim_is_bounded():
     y = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, 20)
     x = 1e3 * torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(1))
     moments = moments_of(x, y)
-    gram, _ = gptq.factorise(moments.gram, torch.arange(20).unsqueeze(0))
-    move = gptq.aim(weight.unsqueeze(0), moments, gram, 1.0, 0.0)[0] - weight
+    gram, _ = gptq.factorise(moments.gram.clone(), torch.arange(20).unsqueeze(0))
+    move = gptq.aim(weight.unsqueeze(0), weight @ (moments.cross - moments.gram), gram, 1.0, 0.0)[0] - weight
     length, moved = (((t @ gram[0]) * t).sum(-1).sqrt() for t in (weight, move))
     assert bool((moved <= length * 1.001).all())
     w_hat = dequantize(gptq.solve(weight, FORMATS["ternary"], 8, moments), FORMATS["ternary"], 8)
@@ -339,14 +340,39 @@ def test_one_row_of_calibration_is_enough_to_run():
     assert bool(torch.isfinite(dequantize(result, FORMATS["ternary"], 128)).all())
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_what_is_made_twice_to_save_memory_changes_no_bit(runs, monkeypatch):
+    x, y = streams(400, 300)
+    moments = moments_of(x.expand(runs, -1, -1), y.expand(runs, -1, -1) * 2)
+    weight = random_weight(20, 300)
+    whole = gptq.solve(weight, FORMATS["int3"], 128, moments)
+    monkeypatch.setattr(gptq, "_LARGE", 8)
+    monkeypatch.setattr(gptq, "_BAND", 70)
+    for found, wanted in zip(gptq.solve(weight, FORMATS["int3"], 128, moments), whole, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_few_matrices_of_all_columns_are_held_at_once(scarce, monkeypatch):
+    if not memory.reset_peak():
+        pytest.skip("this system does not say how much memory was taken")
+    monkeypatch.setattr(gptq, "_LARGE", 8 if scarce else 1 << 20)
+    x = torch.randn(1, 16, 2048, generator=torch.Generator().manual_seed(0))
+    weight, moments = random_weight(4, 2048), moments_of(x, x)
+    memory.reset_peak()
+    before = memory.resident()
+    gptq.solve(weight, FORMATS["int8"], -1, moments)
+    assert (memory.peak() - before) / moments.gram.nbytes < (4.8 if scarce else 5.8)
+
+
 def test_damping_repairs_a_gram_that_is_not_quite_positive():
     gram = moments_of(correlated(500, 16, runs=2)).gram
-    sound, _ = gptq.factorise(gram, torch.arange(16).expand(2, 16))
+    sound, _ = gptq.factorise(gram.clone(), torch.arange(16).expand(2, 16))
     broken = gram.clone()
     values, vectors = torch.linalg.eigh(gram[1])
     values[0] = -0.5 * gram[1].diagonal().mean()
     broken[1] = vectors @ torch.diag(values) @ vectors.T
-    repaired, lower = gptq.factorise(broken, torch.arange(16).expand(2, 16))
+    repaired, lower = gptq.factorise(broken.clone(), torch.arange(16).expand(2, 16))
     torch.testing.assert_close(repaired[0], sound[0], msg="the sound run keeps its one percent")
     assert float(torch.linalg.eigvalsh(repaired[1])[0]) > 0
     torch.testing.assert_close(lower @ lower.mT, repaired, rtol=1e-4, atol=1e-4)
