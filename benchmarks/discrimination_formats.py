@@ -125,7 +125,7 @@ def run(case: Case, solvers: list[str], data: Path, resume: bool) -> None:
         done = saved().get(case.model, {}).get(solver, {}).get("choices", {}) if resume else {}
         for name, kept in choices.items():
             chosen = [block for block in blocks if block in kept]
-            row = next((row for row in done.values() if row["kept"] == chosen), None)
+            row = next((row for row in done.values() if row["kept"] == chosen and "right" in row), None)
             if row is None:
                 model = quantized(teacher, chosen, LOW, HIGH, None if solver == "rtn" else samples, processor)
                 row = {"kept": chosen, **judge(outputs(model, tests, processor), wanted, answers)}
@@ -197,15 +197,27 @@ def outputs(model: Any, samples: Any, processor: Any) -> tuple[torch.Tensor, tor
     return found["head"], found[""]
 
 
-def judge(found: tuple[Any, Any], wanted: tuple[Any, Any], answers: np.ndarray) -> dict[str, float]:
-    """Accuracy in percent, agreement with the float model, divergence, D of the features."""
+def judge(found: tuple[Any, Any], wanted: tuple[Any, Any], answers: np.ndarray) -> dict[str, Any]:
+    """Accuracy in percent, agreement with the float model, divergence, D of the features; which rows are right (0, 1)."""
     choice = found[1].argmax(1).numpy()
     return {
         "accuracy": 100 * float((choice == answers).mean()),
         "agreement": 100 * float((choice == wanted[1].argmax(1).numpy()).mean()),
         "divergence": float(divergences(wanted[1], found[1]).mean()),
         "discrimination": feature_discrimination(found[0], answers)["discrimination"],
+        "right": "".join("01"[int(hit)] for hit in choice == answers),
     }
+
+
+def paired(row: dict[str, Any], base: dict[str, Any]) -> str:
+    """Points of accuracy over ``base``, and half the 95 % interval of the difference on the same rows, if they are kept."""
+    if row["kept"] == base["kept"]:
+        return "the same blocks"
+    points = f"{row['accuracy'] - base['accuracy']:+.2f}"
+    if "right" not in row or "right" not in base:
+        return f"{points} (rows not kept)"
+    gains = 100.0 * np.array([int(a) - int(b) for a, b in zip(row["right"], base["right"], strict=True)])
+    return f"{points} ± {1.96 * gains.std(ddof=1) / len(gains) ** 0.5:.2f}"
 
 
 def saved() -> dict[str, Any]:
@@ -229,7 +241,9 @@ def write_page() -> None:
         f"Made by `python benchmarks/discrimination_formats.py --data FOLDER`: half of the blocks in {HIGH}, the others",
         f"in {LOW}, groups of {GROUP}, no correction, seed 0; rtn rounds without data, gptq has {SAMPLES} calibration rows.",
         "The blocks to keep are those whose rounding alone costs most on calibration rows, in one of three measures;",
-        "compared with keeping the first or the last half. Test rows were not looked at for the choice. What it means is in",
+        "compared with keeping the first or the last half. Test rows were not looked at for the choice. D over: points of",
+        "accuracy that the choice by D has over this one, with the 95 % interval of the difference on the same rows, where",
+        "it was kept which rows are right. What it means is in",
         "[discrimination.md](discrimination.md#which-claims-hold).",
     ]
     for case in CASES:
@@ -254,12 +268,14 @@ def table(model: str, solver: str, result: dict[str, Any]) -> list[str]:
         "",
         f"{result['n']} test rows, float accuracy {result['float']['accuracy']:.2f} %.",
         "",
-        "| chosen by | blocks kept | accuracy % | agreement % | divergence | D |",
-        "|---|---|---|---|---|---|",
+        "| chosen by | blocks kept | accuracy % | D over | agreement % | divergence | D |",
+        "|---|---|---|---|---|---|---|",
     ]
+    own = result["choices"]["discrimination"]
     for choice, row in result["choices"].items():
         kept = ", ".join(block.rsplit(".", 1)[-1] for block in row["kept"]) or "-"
-        rates = f"{row['accuracy']:.2f} | {row['agreement']:.2f}"
+        over = "" if choice == "discrimination" else paired(own, row)
+        rates = f"{row['accuracy']:.2f} | {over} | {row['agreement']:.2f}"
         lines.append(f"| {choice} | {kept} | {rates} | {row['divergence']:.4f} | {row['discrimination']:.4f} |")
     missing = [name for name in FIXED if name not in result["choices"]]
     return [*lines, "", f"Not measured: {', '.join(missing)}."] if missing else lines

@@ -1,12 +1,15 @@
 """What binary and ternary quantization does to features: discrimination, and accuracy of simple classifiers.
 
 Shared by ``discrimination_text.py``, ``discrimination_speech.py`` and ``discrimination_vision.py``. Thresholds, means and
-deviations come from training folds; accuracies are of rows that were not in them, and are compared row by row.
+deviations come from training folds; discrimination and accuracies are of rows that were not in them, and accuracies are
+compared row by row. A threshold that is chosen for D fits the noise of the rows that it is chosen on, one of each feature
+much more than one of all: D of these rows is given beside, as what it is.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +27,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from hf_catquant import BinaryQuantizer, FeatureStatistics, TernaryQuantizer
-from hf_catquant.metrics.feature_discrimination.streaming import Coder
+from hf_catquant import BinaryQuantizer, TernaryQuantizer
+from hf_catquant.metrics.feature_discrimination.moments import Moments, pairwise
 from hf_catquant.theory import predict
 
 ETAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -37,7 +40,8 @@ VARIANTS: dict[str, Any] = {
     "ternary, discrimination, shared": TernaryQuantizer("discrimination"),
     "ternary, discrimination, per feature": TernaryQuantizer("discrimination", per_feature=True),
 }
-LEAST = 3  # rows of a class, so that two are left to learn from
+FOLDS = 5  # or as many as leave two rows of every class to each, of which D needs two
+LEAST = 4  # rows of a class: two folds of two
 PAIRS = 100  # of classes at most, for what the model predicts
 
 
@@ -47,13 +51,18 @@ class Line:
 
     Attributes:
         variant: its name.
-        discrimination: mean D over pairs of classes, of all rows.
-        knn, svm: accuracy in percent, 5-fold.
+        discrimination: mean D over pairs of classes, of rows that means, deviations and thresholds were not learned from:
+            mean over the folds.
+        above: folds in which it is above that of float.
+        in_sample: the same D of all rows, everything learned from these rows.
+        knn, svm: accuracy in percent, cross-validated.
         knn_gain, svm_gain: points over float, and half the width of the paired 95 % interval.
     """
 
     variant: str
     discrimination: float
+    above: int
+    in_sample: float
     knn: float
     svm: float
     knn_gain: tuple[float, float]
@@ -66,15 +75,12 @@ def study(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, A
     Args:
         name: of the data.
         x: (n, d) features.
-        y: (n,) classes of three rows or more.
+        y: (n,) classes of four rows or more.
         seed: of the folds.
     """
-    least = int(np.unique(y, return_counts=True)[1].min())
-    if least < LEAST:
-        raise SystemExit(f"{name}: every class needs {LEAST} rows, one has {least}: take more of them (--rows)")
+    kept, found = folds(name, x, y, seed), discriminations(name, x, y, seed)
     right = {variant: np.zeros((2, len(x)), bool) for variant in VARIANTS}
-    folds = StratifiedKFold(min(5, least), shuffle=True, random_state=seed)
-    for train, test in folds.split(x, y):
+    for train, test in kept:
         for variant, quantizer in VARIANTS.items():
             seen = quantizer.fit(x[train], y[train]).transform(x[train])
             asked = quantizer.transform(x[test])
@@ -83,18 +89,55 @@ def study(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, A
     lines = []
     for variant, hits in right.items():
         gains = [_gain(hits[i], right["float"][i]) for i in (0, 1)]
-        lines.append(Line(variant, _discrimination(variant, x, y), *(100 * hits.mean(1)).tolist(), *gains))
-    shape = {"n": len(x), "features": x.shape[1], "classes": len(np.unique(y))}
+        lines.append(
+            Line(
+                variant,
+                **found[variant],
+                knn=100 * hits[0].mean(),
+                svm=100 * hits[1].mean(),
+                knn_gain=gains[0],
+                svm_gain=gains[1],
+            )
+        )
+    shape = {"n": len(x), "features": x.shape[1], "classes": len(np.unique(y)), "folds": len(kept)}
     return {"data": name, **shape, "lines": [asdict(line) for line in lines], "model": _by_model(x, y)}
+
+
+def folds(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of training and test rows, fold by fold."""
+    least = int(np.unique(y, return_counts=True)[1].min())
+    if least < LEAST:
+        raise SystemExit(f"{name}: every class needs {LEAST} rows, one has {least}: take more of them (--rows)")
+    return list(StratifiedKFold(min(FOLDS, least // 2), shuffle=True, random_state=seed).split(x, y))
+
+
+def discriminations(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """D of every variant on rows that were not learned from and on those that were; arguments as of :func:`study`."""
+    whole = np.arange(len(x))
+    splits = [*folds(name, x, y, seed), (whole, whole)]
+    values: dict[str, np.ndarray] = {}
+    for variant, quantizer in VARIANTS.items():
+        codes = ((quantizer.fit(x[train], y[train]).transform(x[test]), y[test]) for train, test in splits)
+        values[variant] = np.array([_discrimination(*pair) for pair in codes])
+    return {
+        variant: {
+            "discrimination": float(found[:-1].mean()),
+            "above": int((found > values["float"])[:-1].sum()),
+            "in_sample": float(found[-1]),
+        }
+        for variant, found in values.items()
+    }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the table of a study."""
     print(f"\n{result['data']}: {result['n']} rows, {result['features']} features, {result['classes']} classes")
-    print(f"{'':38}{'D':>8}  {'5-NN %':>22}  {'linear SVM %':>22}")
+    print("D: of rows that were not learned from (folds above float); in sample: of all rows, learned from them")
+    print(f"{'':38}{'D':>14}{'in sample':>11}  {'5-NN %':>22}  {'linear SVM %':>22}")
     for line in result["lines"]:
         cells = [f"{line[c]:6.2f} ({line[f'{c}_gain'][0]:+.2f} +- {line[f'{c}_gain'][1]:.2f})" for c in ("knn", "svm")]
-        print(f"{line['variant']:38}{line['discrimination']:8.4f}  {cells[0]:>22}  {cells[1]:>22}")
+        d = f"{line['discrimination']:.4f} ({line['above']}/{result['folds']})"
+        print(f"{line['variant']:38}{d:>14}{line['in_sample']:11.4f}  {cells[0]:>22}  {cells[1]:>22}")
     print("features that gain, predicted / measured / same answer:", end=" ")
     shares = result["model"]
     for kind in ("binary", "ternary"):
@@ -161,7 +204,7 @@ def digits(rows: int | None = None) -> tuple[str, np.ndarray, np.ndarray]:
     return ("digits, pixels", x[kept], y[kept])
 
 
-def run(cases: list[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:
+def run(cases: Iterable[tuple[str, np.ndarray, np.ndarray]], plot: Path) -> None:
     """Study, print and draw."""
     results = [study(*case) for case in cases]
     for result in results:
@@ -175,14 +218,12 @@ def _gain(hits: np.ndarray, base: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(1.96 * difference.std(ddof=1) / len(hits) ** 0.5)
 
 
-def _discrimination(variant: str, x: np.ndarray, y: np.ndarray) -> float:
-    statistics = FeatureStatistics()
-    if variant != "float":
-        fitted = VARIANTS[variant].fit(x, y)
-        ternary = isinstance(fitted, TernaryQuantizer)
-        statistics = FeatureStatistics(Coder(fitted.mean_, fitted.inverse_deviation_, fitted.threshold_, ternary))
-    statistics.add(x, y)
-    return statistics.compute()["discrimination"]
+def _discrimination(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean D over pairs of classes of rows (n, d) as they are: codes, or what was standardised before."""
+    moments = [Moments() for _ in np.unique(y)]
+    for part, label in zip(moments, np.unique(y), strict=True):
+        part.add(x[y == label].astype(np.float64))
+    return float(pairwise(moments).mean())
 
 
 def _by_model(x: np.ndarray, y: np.ndarray) -> dict[str, float]:

@@ -8,6 +8,7 @@ FOLDER is laid out as CONTRIBUTING.md says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,28 @@ TERMS = 1000
 CHARACTERS = 300  # of a newsgroup message that the network reads: about 70 tokens
 
 
-def cases(folder: Path, limit: int | None = None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def cases(folder: Path, limit: int | None = None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Messages as words and by a sentence network that was fine-tuned on other texts; sentences of the task it knows."""
-    news = read_rows(str(folder / "data" / "20newsgroups" / "train.parquet"), "text")
-    news = news.select(drawn(news["label"], limit))
-    topics = np.array(news["label"])
-    words = TfidfVectorizer(max_features=TERMS, stop_words="english", sublinear_tf=True).fit_transform(news["text"])
-    short = [text[:CHARACTERS] or "empty" for text in news["text"]]
-    films = read_rows(str(folder / "data" / "sst2" / "validation.parquet"), "sentence")
-    films = films.select(drawn(films["label"], limit))
-    return [
-        ("20 Newsgroups, tf-idf", words.toarray(), topics),
-        ("20 Newsgroups, MiniLM", network(folder, short, "bert.encoder.layer.5"), topics),
-        ("SST-2, MiniLM", network(folder, list(films["sentence"]), "head"), np.array(films["label"])),
-    ]
+    yield from news(folder, limit)
+    yield from films(folder, limit)
+
+
+def news(folder: Path, limit: int | None = None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """20 Newsgroups."""
+    rows = read_rows(str(folder / "data" / "20newsgroups" / "train.parquet"), "text")
+    rows = rows.select(drawn(rows["label"], limit))
+    topics = np.array(rows["label"])
+    words = TfidfVectorizer(max_features=TERMS, stop_words="english", sublinear_tf=True).fit_transform(rows["text"])
+    yield "20 Newsgroups, tf-idf", words.toarray(), topics
+    short = [text[:CHARACTERS] or "empty" for text in rows["text"]]
+    yield "20 Newsgroups, MiniLM", network(folder, short, "bert.encoder.layer.5"), topics
+
+
+def films(folder: Path, limit: int | None = None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """SST-2."""
+    rows = read_rows(str(folder / "data" / "sst2" / "validation.parquet"), "sentence")
+    rows = rows.select(drawn(rows["label"], limit))
+    yield "SST-2, MiniLM", network(folder, list(rows["sentence"]), "head"), np.array(rows["label"])
 
 
 def network(folder: Path, texts: list[str], at: str) -> np.ndarray:

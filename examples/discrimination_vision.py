@@ -8,6 +8,7 @@ FOLDER is laid out as CONTRIBUTING.md says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,30 @@ NETWORKS = ("resnet-18-pq", "deit-tiny-patch16-224")
 
 def cases(
     folder: Path, limit: int | None = None, networks: tuple[str, ...] = NETWORKS
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Faces as pixels and as DCT coefficients; CIFAR-10 by ImageNet networks, which never saw it."""
-    faces = np.load(folder / "data" / "yaleb" / "yaleb_32x32_dev.npz")
-    kept = drawn(faces["labels"], limit)
-    images, labels = faces["images"][kept].astype(np.float64), faces["labels"][kept]
-    pixels = images.reshape(len(images), -1)
+    yield from faces(folder, limit)
+    yield from objects(folder, limit, networks)
+
+
+def faces(folder: Path, limit: int | None = None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Extended Yale B."""
+    found = np.load(folder / "data" / "yaleb" / "yaleb_32x32_dev.npz")
+    kept = drawn(found["labels"], limit)
+    images, labels = found["images"][kept].astype(np.float64), found["labels"][kept]
+    yield "Yale B, pixels", images.reshape(len(images), -1), labels
     waves = dctn(images.reshape(len(images), 32, 32), axes=(1, 2), norm="ortho").reshape(len(images), -1)
-    found = [("Yale B, pixels", pixels, labels), ("Yale B, DCT", waves, labels)]
+    yield "Yale B, DCT", waves, labels
+
+
+def objects(
+    folder: Path, limit: int | None = None, networks: tuple[str, ...] = NETWORKS
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """CIFAR-10. ImageNet itself is no case: its test files have hardly a class with rows for two folds."""
     rows = read_rows(str(folder / "data" / "cifar10" / "test.parquet"), "image")
     rows = rows.select(drawn(rows["label"], limit))
-    return found + [(f"CIFAR-10, {name}", network(folder, name, rows), np.array(rows["label"])) for name in networks]
+    for name in networks:
+        yield f"CIFAR-10, {name}", network(folder, name, rows), np.array(rows["label"])
 
 
 def network(folder: Path, name: str, rows: object) -> np.ndarray:

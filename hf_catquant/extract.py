@@ -1,8 +1,9 @@
 """Features of text, speech and vision models: what any module returns, one vector a sample, from one pass over the data.
 
-A module returns vectors (B, D), sequences (B, T, D) or maps (B, D, H, W). Maps are averaged over their places; sequences
-over the steps that are not padding ("mean"), or one step stands for all: the first ("cls") or the last ("last") that is no
-padding, on whichever side that lies. What enters the head of a classifier is pooled already, in the model's own way.
+A module returns vectors (B, D), sequences (B, T, D), or (B, D, T) as convolutions over time do, or maps (B, D, H, W).
+Maps are averaged over all their places; sequences over the steps that are not padding ("mean"), or one step stands for
+all: the first ("cls") or the last ("last") that is no padding, on whichever side that lies. What enters the head of a
+classifier is pooled already, in the model's own way.
 """
 
 from __future__ import annotations
@@ -213,14 +214,28 @@ def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor],
         )
     if hidden.dim() == 2:
         return hidden.float().cpu()
-    if site.entering:
-        dim = 1 if hidden.dim() == 4 else -1  # a head that pools maps itself, or one that reads a sequence
-    else:
-        dim = correction_dim(model.get_submodule(site.module), hidden)
-    if dim != -1 or hidden.dim() > 3:
+    if hidden.dim() > 3:  # a head that pools maps itself has channels first, too
+        dim = 1 if site.entering else correction_dim(model.get_submodule(site.module), hidden)
         return hidden.float().movedim(dim, -1).flatten(1, -2).mean(1).cpu()
+    if not site.entering and _channels_first(model, site.module, hidden):
+        hidden = hidden.transpose(1, 2)
     mask = _mask(batch, model, site.module, hidden)
     return _of_sequence(hidden.float(), mask, site.pooling or pooling).cpu()
+
+
+def _channels_first(model: nn.Module, name: str, hidden: Tensor) -> bool:
+    """Whether ``hidden``, what the module ``name`` returns, is (B, D, T), as of a convolution over time, and not (B, T, D).
+
+    An activation says nothing of itself: what it stands beside does. A linear layer of the last width rules it out.
+    """
+    module = model.get_submodule(name)
+    if "." in name and not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
+        module = model.get_submodule(name.rsplit(".", 1)[0])
+    inside = list(module.modules())
+    if any(getattr(m, "out_features", None) == hidden.shape[2] for m in inside):
+        return False
+    groups = any(isinstance(m, nn.GroupNorm) and m.num_channels == hidden.shape[1] for m in inside)
+    return groups or correction_dim(module, hidden) == 1
 
 
 def _mask(batch: dict[str, Tensor], model: nn.Module, site: str, hidden: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ def _subsampled(mask: Tensor, model: nn.Module, hidden: Tensor) -> Tensor | None
         return None
     resampled = _by_model(mask, model, steps)
     if resampled is None:
+        resampled = _by_kernels(mask, model, steps)
+    if resampled is None:
         nearest = torch.arange(steps, device=mask.device) * mask.shape[1] // steps
         resampled = mask[:, nearest]
     return resampled.flatten() if hidden.dim() == 2 else resampled
@@ -107,4 +109,21 @@ def _by_model(mask: Tensor, model: nn.Module, steps: int) -> Tensor | None:
             continue
         if bool(full.all()):
             return own
+    return None
+
+
+def _by_kernels(mask: Tensor, model: nn.Module, steps: int) -> Tensor | None:
+    """What layers before the last of a feature extractor make of a recording alone, where one has this many steps."""
+    config, lengths = getattr(model, "config", None), mask.sum(1, keepdim=True)
+    kernels, strides = (getattr(config, name, None) for name in ("conv_kernel", "conv_stride"))
+    places = torch.arange(mask.shape[1], device=mask.device)
+    if not (isinstance(kernels, tuple | list) and isinstance(strides, tuple | list)):
+        return None
+    if not torch.equal(mask, places < lengths):  # only what is padded on the right begins as it does alone
+        return None
+    length = mask.shape[1]
+    for kernel, stride in zip(kernels, strides, strict=False):
+        length, lengths = (length - kernel) // stride + 1, (lengths - kernel) // stride + 1
+        if length == steps:
+            return places[:steps] < lengths
     return None

@@ -115,6 +115,40 @@ def test_speech_and_models_without_logits():
     torch.testing.assert_close(extract_features(model, samples, at=""), model(waves).logits.detach())
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_padding_of_speech_is_left_out_where_steps_come_last(pooling):
+    torch.manual_seed(0)
+    config = tf.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    model = tf.Wav2Vec2ForSequenceClassification(config)
+    processor = tf.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    waves = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in (403, 1210)]
+    extractor = "wav2vec2.feature_extractor"
+    layer = f"{extractor}.conv_layers.0"
+    places = [extractor, layer, f"{layer}.conv", f"{layer}.activation", "wav2vec2.feature_projection", "wav2vec2"]
+    together = extract_features(model, waves, processor, at=places, pooling=pooling, batch_size=2)
+    alone = extract_features(model, waves, processor, at=places, pooling=pooling, batch_size=1)
+    for place in places:
+        assert together[place].shape == (2, 8 if place.startswith(extractor) else 16)
+        torch.testing.assert_close(together[place], alone[place], rtol=1e-4, atol=1e-5)
+    wave = torch.tensor((waves[0] - waves[0].mean()) / np.sqrt(waves[0].var() + 1e-7))
+    with torch.no_grad():
+        steps = model.wav2vec2.feature_extractor(wave[None])[0]
+    expected = {"mean": steps.mean(1), "cls": steps[:, 0], "last": steps[:, -1]}[pooling]
+    torch.testing.assert_close(together[extractor][0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_raw_samples_go_through_the_processor():
     model = tiny_models.build("vit").train()
     processor = tf.ViTImageProcessor(size={"height": 16, "width": 16})

@@ -284,12 +284,19 @@ def test_a_batch_that_is_refused_leaves_nothing_behind(monkeypatch):
         ({"accuracy": True}, "accuracy must name classifiers of knn, linear, got True"),
         ({"bootstrap": -1}, "bootstrap must be an integer of at least 0, got -1"),
         ({"bootstrap": 1.5}, "bootstrap must be an integer of at least 0, got 1.5"),
+        ({"per_feature": "yes"}, "per_feature must be True or False, got 'yes'"),
+        ({"pairs": 1}, "pairs must be True or False, got 1"),
         ({"seed": "0"}, "seed must be an integer of at least 0, got '0'"),
     ],
 )
 def test_bad_options_are_named(option, message):
     with pytest.raises(ValueError, match=message):
         feature_discrimination(*random_features(), **option)
+
+
+def test_options_of_batches_are_checked():
+    with pytest.raises(ValueError, match="pairs must be True or False, got 'no'"):
+        stream_discrimination([random_features()], pairs="no")
 
 
 def test_the_best_threshold_needs_all_features():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_iris
 
 from feature_helpers import pooled_pairs, random_features, standardise
 from hf_catquant.discrimination import binary_discrimination, feature_discrimination, ternary_discrimination
+from hf_catquant.metrics.feature_discrimination import thresholds
 from hf_catquant.metrics.feature_discrimination.thresholds import curve, search
 
 
@@ -28,7 +30,8 @@ def test_every_point_of_the_curve_is_that_of_all_pairs(ternary):
     for z in x.T:
         found = curve(z, y, np.bincount(y), ternary)
         for threshold in np.unique(found.values):
-            between, inside = found.at(np.array([threshold]))
+            position = np.searchsorted(found.values, [threshold], side="right")
+            between, inside = found.between[position], found.inside[position]
             expected = pooled_pairs(codes(z, threshold, ternary)[:, None], y)
             if inside[0] > 1e-12:
                 assert between[0] / inside[0] == pytest.approx(expected, rel=1e-10)
@@ -63,6 +66,34 @@ def test_the_shared_threshold_beats_a_fine_grid(ternary):
     found = search(x, y, counts, (x.mean(0), 1 / x.std(0)), ternary, per_feature=False)
     tries = [pooled_pairs(codes(z, t, ternary), y) for t in np.linspace(0 if ternary else -2, 2, 200)]
     assert pooled_pairs(codes(z, found, ternary), y) >= max(tries) * (1 - 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["binary", "ternary"])
+def test_the_best_threshold_has_the_highest_d_that_is_reported(kind):
+    """Over more than two classes the mean of ratios, not the ratio of sums."""
+    x, y = load_iris(return_X_y=True)
+    best = feature_discrimination(x, y, **{f"{kind}_threshold": "best"})[kind]
+    tries = [feature_discrimination(x, y, **{f"{kind}_threshold": t})[kind] for t in np.linspace(0, 1.5, 31)]
+    assert best >= max(tries) * (1 - 2e-3)
+
+
+@pytest.mark.parametrize("ternary", [False, True])
+def test_the_d_of_every_candidate_is_the_one_that_is_reported(ternary, monkeypatch):
+    x, y = random_features(rows=40, columns=5, classes=4)
+    x[:, 2] = 7.0  # constant
+    z, grid, kind = standardise(x), np.linspace(0, 2.5, 7), "ternary" if ternary else "binary"
+    expected = [feature_discrimination(x, y, **{f"{kind}_threshold": t})[kind] for t in grid]
+    for products in (2**24, 1):  # all features at once, and one at a time
+        monkeypatch.setattr(thresholds, "PRODUCTS", products)
+        found = thresholds.mean_over_pairs(z, y, np.bincount(y), (np.zeros(5), np.ones(5)), grid, ternary)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_infinite_d_of_one_pair_is_the_highest():
+    """Two classes of three can be parted without spread, the third is not."""
+    x = np.array([0.0, 0.1, 0.2, 1.0, 1.1, 1.3, *(0.3, 0.4) * 4, *(4.0, 5.0) * 4])[:, None]
+    y = np.repeat([0, 1, 2], [3, 3, 16])
+    assert feature_discrimination(x, y, binary_threshold="best")["binary"] == np.inf
 
 
 def test_two_gaussians_have_the_thresholds_of_theory():

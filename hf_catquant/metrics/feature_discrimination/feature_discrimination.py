@@ -40,7 +40,8 @@ Args:
     predictions: feature vectors, one row of numbers a sample.
     references: class labels, integers or strings.
     eta: the ternary threshold "mean" is eta times the mean magnitude of the standardised features.
-    binary_threshold: a number in deviations, or "best".
+    binary_threshold: a number in deviations, or "best": of 0 and 1024 quantiles of all values (fewer from 129 classes
+        on) the one, for all features, of highest mean D over pairs of classes on these very data.
     ternary_threshold: a number in deviations, "mean" or "best".
     per_feature: add D of every feature on its own.
     pairs: add D of every pair of classes.

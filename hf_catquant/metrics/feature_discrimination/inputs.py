@@ -193,6 +193,17 @@ def checked_count(value: Any, name: str, least: int) -> int:
     return int(value)
 
 
+def checked_flag(value: Any, name: str) -> bool:
+    """True or False.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def _uneven(features: Any) -> str:
     lengths = [len(row) if hasattr(row, "__len__") else 0 for row in features]
     other = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
