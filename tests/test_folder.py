@@ -69,7 +69,7 @@ def test_killed_after_each_block_it_gives_the_same_bytes(tmp_path):
     [
         ("llama_tied", RECONSTRUCT),
         ("llama", ROUND),
-        ("bert", {"average_bits": 3.0, "low_rank": 2}),
+        ("bert", {"average_bits": 7.0, "low_rank": 2}),
         ("resnet", {"activations": "int4"}),
         ("whisper", {}),
     ],
