@@ -1,4 +1,4 @@
-"""Every table and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
+"""Tables and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
 
     pip install --no-deps optimum-quanto hqq        # the peers
     python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]

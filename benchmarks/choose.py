@@ -21,13 +21,13 @@ Row = dict[str, Any]
 
 # What a recommendation is made of: a name, what it costs, and which results show it.
 SETTINGS: tuple[tuple[str, str, str, Callable[[Row], bool]], ...] = (
-    ("int4, gptq", "minutes", 'CatQuantConfig(weights="int4", group_size=64)', lambda r: _is(r, "int4", "gptq")),
-    ("int3, gptq", "minutes", 'CatQuantConfig(weights="int3")', lambda r: _is(r, "int3", "gptq")),
+    ("int4, gptq", "minutes", 'CatQuantConfig(weights="int4", group_size=64)', lambda r: _is(r, "int4", "gptq", 64)),
+    ("int3, gptq", "minutes", 'CatQuantConfig(weights="int3")', lambda r: _is(r, "int3", "gptq", 128)),
     (
         "ternary, gptq",
         "minutes",
         'CatQuantConfig(weights="ternary", group_size=64)',
-        lambda r: _is(r, "ternary", "gptq"),
+        lambda r: _is(r, "ternary", "gptq", 64),
     ),
     (
         "ternary, reconstruct",
@@ -50,8 +50,8 @@ with correction side by side, with intervals.
 
 ## What a setting costs in accuracy
 
-The change against float, of accuracy in points, and of perplexity as a factor for the language model. Of several results of
-one model and setting the best is taken; *not measured* means that there is none.
+The change against float, of accuracy in points, and of perplexity as a factor for the language model. Results of the printed
+request where there are any; *not measured* means that there is none.
 """
 MIDDLE = """
 ## Size, accuracy and time of every result without quantized inputs
@@ -110,12 +110,15 @@ def worst(results: list[Row], weights: str, solver: str) -> float:
 
 def best(results: list[Row], model: str, weights: str, solver: str) -> float:
     """The least loss of one model among its results with a format and a solver."""
-    return min(_loss(r) for r in results if r["model"] == model and _is(r, weights, solver))
+    return min(map(_loss, _plain([r for r in results if r["model"] == model and _is(r, weights, solver)])))
 
 
-def _is(result: Row, weights: str, solver: str) -> bool:
+def _is(result: Row, weights: str, solver: str, group_size: int | None = None) -> bool:
     return (
-        result["weights"] == weights and result["solver"].split(",")[0] == solver and result["activations"] == "none"
+        result["weights"] == weights
+        and result["solver"].split(",")[0] == solver
+        and result["activations"] == "none"
+        and group_size in (None, result["group_size"])
     )
 
 
@@ -137,17 +140,27 @@ def costs(results: list[Row]) -> list[str]:
     for name, work, request, belongs in SETTINGS:
         cells = [_cost([r for r in results if r["model"] == case.model and belongs(r)]) for case in CASES]
         rows.append([name, *cells, work, f"`{request}`"])
-    return table(head, rows)
+    return [
+        *table(head, rows),
+        "",
+        "\\* The best of the rows below with further options; without any it was not measured.",
+    ]
+
+
+def _plain(results: list[Row]) -> list[Row]:
+    """Those without further options, which the printed requests have none of; all, if there are no such."""
+    return [r for r in results if "," not in r["solver"]] or results
 
 
 def _cost(results: list[Row]) -> str:
     if not results:
         return "not measured"
-    best = min(results, key=_loss)
+    best = min(_plain(results), key=_loss)
+    mark = " *" if "," in best["solver"] else ""
     first, last = best["evaluation"]["rows"][0], best["evaluation"]["rows"][-1]
     if best["evaluation"]["metric"] == "perplexity":
-        return f"x {last['metric'] / first['metric']:.2f}"
-    return f"{last['metric'] - first['metric']:+.2f}"
+        return f"x {last['metric'] / first['metric']:.2f}{mark}"
+    return f"{last['metric'] - first['metric']:+.2f}{mark}"
 
 
 def _loss(result: Row) -> float:

@@ -55,8 +55,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
             it costs 16 r (N + K) bits.
         rotation: "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over many weights
-            and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16, and
-            the calibration data does not say that the layer's output is nearer to float without it.
+            and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16; where
+            inputs are not rounded, unless calibration finds that the layer's output is nearer to float without it.
         average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
             included: layers that matter most get wider formats than ``weights``.
 
@@ -141,7 +141,8 @@ class CatQuantConfig(QuantizationConfigMixin):
 
     def tries_rotation(self, name: str, edge: bool) -> bool:
         """Whether data may decide that the layer called ``name`` does without the rotation that its scheme has."""
-        return self._fields(name, edge)["rotation"] == "auto"
+        fields = self._fields(name, edge)
+        return fields["rotation"] == "auto" and fields["activations"] is None
 
     def _fields(self, name: str, edge: bool) -> dict[str, Any]:
         fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}

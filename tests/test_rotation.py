@@ -205,6 +205,12 @@ def test_layers_that_read_one_tensor_may_be_told_apart():
 
 
 @torch.no_grad()
+def test_rounded_inputs_rotate_always():
+    found = pairs_quantized(solver="gptq", activations="int4")
+    assert {rotation for rotation, _ in found.values()} == {"hadamard"}
+
+
+@torch.no_grad()
 def test_without_data_few_levels_rotate():
     found = pairs_quantized(solver="rtn")
     assert {rotation for rotation, _ in found.values()} == {"hadamard"}
