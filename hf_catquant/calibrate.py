@@ -33,6 +33,7 @@ from .model import Selection, Site, stacks
 from .modules import opened_experts
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
+from .stages import joined, stages
 from .steps import Steps, tensors_of
 from .swap import Outcome, Range, Solved, Swap
 from .training import Progress
@@ -154,7 +155,7 @@ class Calibration:
             reconstruction.progress[whole] = Progress(**record["learned"])
 
     def _round_unreached(self) -> None:
-        reached = {_join(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
+        reached = {joined(unit.name, leaf.name) for unit in self.walk.plan.units for leaf in unit.leaves}
         sites = [site for name, site in self.swap.sites.items() if name not in reached]
         check_ranges(sites, "the calibration data does not reach it")
         for site in sites:
@@ -195,7 +196,7 @@ class Calibration:
         calls = self.walk.inputs(index, "quantized") if self.diverged else float_calls
         live = self.model.get_submodule(unit.name)
         solved = []
-        for stage in self._stages(unit):
+        for stage in stages(unit, self.swap.sites):
             solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls))
             live = self.model.get_submodule(unit.name)  # another one, if the unit is the layer itself
         learned = None
@@ -242,24 +243,10 @@ class Calibration:
             seconds,
         )
 
-    def _stages(self, unit: Unit) -> list[list[Leaf]]:
-        """Leaves that are solved together: neighbours that read the same tensor in the same way."""
-        stages: list[list[Leaf]] = []
-        last: Any = None
-        for leaf in unit.leaves:
-            site = self.swap.sites.get(_join(unit.name, leaf.name))
-            key = None if site is None else (leaf.source, *_reading(site), _geometry(site.module))
-            if stages and key is not None and key == last:
-                stages[-1].append(leaf)
-            else:
-                stages.append([leaf])
-            last = key
-        return stages
-
     def _stage(self, unit: Unit, stage: list[Leaf], streams: Streams) -> list[str]:
         """Treat the leaves of one stage; returns the names of the layers that were quantized."""
         lead = stage[0]
-        name = _join(unit.name, lead.name)
+        name = joined(unit.name, lead.name)
         if name not in self.swap.sites:
             if isinstance(streams.float_unit.get_submodule(lead.name), BATCH_NORMS) and self.diverged:
                 self.gather.match_norm(lead, streams)
@@ -273,7 +260,7 @@ class Calibration:
             self.swap.outcome.notes += [rows.note] if rows.note else []
         else:
             each = self.gather.moments(name, lead, schemes, streams, input_range)
-        names = [_join(unit.name, leaf.name) for leaf in stage]
+        names = [joined(unit.name, leaf.name) for leaf in stage]
         self._solve_and_put(names, each, input_range)
         self.diverged = True
         return names
@@ -288,17 +275,3 @@ class Calibration:
                     best[name] = solved
         for name, solved in best.items():
             self.swap.put(name, solved, input_range)
-
-
-def _join(unit: str, leaf: str) -> str:
-    return f"{unit}.{leaf}" if leaf else unit
-
-
-def _reading(site: Site) -> tuple[Any, ...]:
-    return site.scheme.activations, *(scheme.rotation for scheme in site.schemes)
-
-
-def _geometry(module: nn.Module) -> tuple[Any, ...]:
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    layer = layer_for(module)
-    return (layer and layer.static_activations, *(getattr(module, name, None) for name in names))

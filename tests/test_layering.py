@@ -38,7 +38,7 @@ ROWS = [
     "probe swap",
     "samples walk steps",
     "fitting features gather",
-    "expert_rows correcting",
+    "expert_rows correcting stages",
     "extract learned training mixed",
     "reconstruction",
     "calibrate",
