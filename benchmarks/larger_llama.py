@@ -1,11 +1,13 @@
 """A larger language model, built from stories260K: ten times its size, trained on what it writes, then made ternary.
 
-    python benchmarks/larger_llama.py --data FOLDER
+    python benchmarks/larger_llama.py --data FOLDER [--model KEPT] [--ways AutoRound ...]
 
 FOLDER as in ``realdata.py``. 2,000 texts that stories260K samples train a Llama of 2.5 M parameters (width 256, four blocks)
 for three epochs, which gives a float model with the same tokenizer; half an hour on one core. Then the solvers are judged by
 how much of the log-perplexity between rounding to nearest and float they win back on TinyStories' test texts, that neither
-model nor solver has seen. Results go to ``benchmarks/results/larger_llama.json`` and ``docs/larger-llama.md``.
+model nor solver has seen. AutoRound (``pip install auto-round``) is judged beside them on the same layers, calibrated on
+every run of 128 tokens of the same texts. With ``--model`` the float model is kept in that folder, and taken from
+there. Results go to ``benchmarks/results/larger_llama.json`` and ``docs/larger-llama.md``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from autoround import autoround, runs_of, stored_bits
 from common import ROOT, Bench, chosen, made, put, read, sources, span, table, weight_bits, write
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,11 +32,19 @@ from hf_catquant.evaluation import evaluate_language_model
 RESULTS = ROOT / "benchmarks" / "results" / "larger_llama.json"
 PAGE = ROOT / "docs" / "larger-llama.md"
 TEXTS, LENGTH, EPOCHS, ROWS, RATE = 2000, 256, 3, 32, 2e-3
+LEARNED = {"solver": "reconstruct", "batch_size": 4}
 OWN = 196  # texts that the larger model writes for its calibration, beside the 60 of TinyStories
+# What a way is called: fields of the configuration, or of AutoRound where it has "steps".
 WAYS: dict[str, dict[str, Any]] = {
-    "rounding to nearest": {"solver": "rtn"},
-    "gptq": {"solver": "gptq"},
-    "reconstruct": {"solver": "reconstruct", "batch_size": 4},
+    "ternary, rounding to nearest": {"weights": "ternary_symmetric", "solver": "rtn"},
+    "ternary, gptq": {"weights": "ternary_symmetric"},
+    "ternary, reconstruct": {"weights": "ternary_symmetric", **LEARNED},
+    "2 bits, AutoRound, 200 steps": {"bits": 2, "steps": 200},
+    "2 bits, AutoRound, 1000 steps": {"bits": 2, "steps": 1000},
+    "2 bits, gptq": {"weights": "int2"},
+    "2 bits, reconstruct": {"weights": "int2", **LEARNED},
+    "3 bits, AutoRound, 200 steps": {"bits": 3, "steps": 200},
+    "3 bits, gptq": {"weights": "int3"},
 }
 
 
@@ -41,15 +52,28 @@ def main() -> None:
     """Build the model, quantize it in every way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--model", type=Path, help="folder where the float model is kept")
+    parser.add_argument("--ways", nargs="+", default=[""], help="parts of the names of ways")
     args = parser.parse_args()
     bench = Bench(chosen(["stories260K"])[0], args.data)
-    student = trained(bench.teacher)
+    student = kept(bench.teacher, args.model)
     own = generate_samples(student, OWN, length=LENGTH, seed=1)
     samples = [*bench.collected(bench.calibration, batch_size=1), *own]
     samples = [{name: value.flatten() for name, value in sample.items()} for sample in samples]
     for name, how in WAYS.items():
-        put(RESULTS, [run(student, samples, name, how, bench.batches)], "what")
-        write_page()
+        if any(part in name for part in args.ways):
+            put(RESULTS, [run(student, samples, name, how, bench)], "what")
+            write_page()
+
+
+def kept(teacher: Any, folder: Path | None) -> LlamaForCausalLM:
+    """The larger model, from ``folder`` if it is there."""
+    if folder is not None and (folder / "config.json").exists():
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = trained(teacher)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
 
 
 def trained(teacher: Any) -> LlamaForCausalLM:
@@ -93,27 +117,31 @@ def step_loss(model: LlamaForCausalLM, rows: list[Tensor]) -> Tensor:
 
 
 def run(
-    student: LlamaForCausalLM, samples: list[dict], name: str, how: dict[str, Any], batches: list[dict]
+    student: LlamaForCausalLM, samples: list[dict], name: str, how: dict[str, Any], bench: Bench
 ) -> dict[str, Any]:
-    """One way to make the model ternary."""
-    config = CatQuantConfig(
-        "ternary_symmetric",
-        128,
-        correction=None,
-        dataset=None if how["solver"] == "rtn" else samples,
-        num_samples=len(samples),
-        **how,
-    )
+    """One way to quantize the model."""
     start = time.perf_counter()
-    model = quantize(copy.deepcopy(student), config)
+    model, bits = (peer if "steps" in how else ours)(copy.deepcopy(student), samples, bench, **how)
     seconds = round(time.perf_counter() - start, 1)
-    floating, row = evaluate_language_model(student, model, batches).rows
+    floating, row = evaluate_language_model(student, model, bench.batches).rows
     print(f"{name}: {row.metric:.2f} (float {floating.metric:.2f})", flush=True)
-    bits = weight_bits([asdict(layer) for layer in report(model).layers])
-    kept = {key: getattr(row, key) for key in ("metric", "low", "high", "kl", "agreement")}
+    judged = {key: getattr(row, key) for key in ("metric", "low", "high", "kl", "agreement")}
     parameters = sum(p.numel() for p in student.parameters())
     what = {"what": name, "float": floating.metric, "parameters": parameters, "bits": bits, "seconds": seconds}
-    return {**what, **kept, "samples": len(samples), "seed": 0, **made()}
+    return {**what, **judged, "samples": len(samples), "seed": 0, **made()}
+
+
+def ours(model: nn.Module, samples: list[dict], bench: Bench, weights: str, **how: Any) -> tuple[nn.Module, float]:
+    """hf_catquant: the model, and the stored bits of a weight inside the blocks."""
+    data = {} if how.get("solver") == "rtn" else {"dataset": samples}
+    model = quantize(model, CatQuantConfig(weights, 128, correction=None, num_samples=len(samples), **data, **how))
+    return model, weight_bits([asdict(layer) for layer in report(model).layers])
+
+
+def peer(model: nn.Module, samples: list[dict], bench: Bench, bits: int, steps: int) -> tuple[nn.Module, float]:
+    """AutoRound in groups of 64: the same."""
+    rows = runs_of([sample["input_ids"] for sample in samples])
+    return autoround(model, bench.processor, rows, bits, steps, group_size=64), stored_bits(bits, 64)
 
 
 def write_page() -> None:
@@ -121,6 +149,7 @@ def write_page() -> None:
     results = read(RESULTS)
     first = next(r for r in results if r["what"] == next(iter(WAYS)))
     gap = math.log(first["metric"]) - math.log(first["float"])
+    order = list(WAYS)
     rows = [
         [
             r["what"],
@@ -130,17 +159,18 @@ def write_page() -> None:
             f"{100 * (math.log(first['metric']) - math.log(r['metric'])) / gap:.1f} %",
             f"{r['seconds']:.0f}",
         ]
-        for r in sorted(results, key=lambda r: list(WAYS).index(r["what"]))
+        for r in sorted(results, key=lambda r: order.index(r["what"]))
     ]
     lines = [
         "# A larger language model",
         "",
         "Made by `python benchmarks/larger_llama.py --data FOLDER`: a Llama of",
         f"{first['parameters'] / 1e6:.1f} M parameters, trained on {TEXTS:,} texts that stories260K wrote (seed 0),",
-        "then ternary without offsets in groups of 128, with no",
+        "then ternary without offsets, 2 or 3 bits with offsets, in groups of 128 (AutoRound: 64), with no",
         "correction. Perplexity on TinyStories' 120 test texts with its 95 % interval; float",
-        f"{first['float']:.2f}. The solvers calibrate on TinyStories' 60 calibration texts and {OWN} that the model wrote.",
-        "Won back: of the log-perplexity between rounding and float.",
+        f"{first['float']:.2f}. The solvers calibrate on TinyStories' 60 calibration texts and {OWN} that the model wrote,",
+        "AutoRound on every run of 128 tokens of the same texts; it leaves the embedding in float, which is int8 here.",
+        "Won back: of the log-perplexity between rounding to ternary and float.",
         "",
         *table(("what", "bits a weight", "perplexity", "KL", "won back", "s"), rows),
     ]
