@@ -1,14 +1,14 @@
 """Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
 
-The estimator of each map is in ``cluster_sums.py``. Clusters, alpha and gamma are chosen by 5-fold
-cross-validation, with "off" among the choices: the published fixed ones do harm on few rows.
+The estimator of each map is in ``cluster_sums.py``. Clusters and alpha (gamma too, if asked) are chosen by 5-fold
+cross-validation, with "off" among the choices: the published fixed ones do harm on few rows. ``held_out.py`` judges.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from torch import Tensor
 from .cluster_space import ClusterSpace
 from .cluster_sums import Sums, solve
 from .correction import CatConfig, ClusterAffine
+from .held_out import CHUNK, FOLDS, Kind, agreement, folds_of, interval, losses, standard_error
 from .kernels.reference import nearest_centroid
 
-FOLDS = 5
 LEAST_ROWS = 2 * FOLDS
 CLUSTERS = (1, 4, 8, 16, 32, 64)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -26,9 +26,8 @@ GAMMAS = ("std", "ls")
 ROWS_PER_CLUSTER = 64
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
 AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer
-CHUNK = 1 << 24  # floats of rows that are scored at once
+LARGEST = 1e15  # what is larger is the mark of a class that a model never gives, and its square is no use
 
-Kind = Literal["logits", "hidden"]
 Choice = tuple[int, float, int]  # clusters, alpha and the number of gamma in GAMMAS: smaller ones are simpler
 
 
@@ -41,7 +40,7 @@ class CorrectionFit:
         clusters, alpha, gamma: what was chosen; 0, 0.0 and "" for "off".
         gain: loss without minus loss with correction, mean over rows that the fit had not seen; None if it was not
             measured (clusters, alpha and gamma are fixed).
-        gain_low, gain_high: paired 95 % interval of the gain.
+        gain_low, gain_high: 95 % interval of the gain, by the paired bootstrap over samples.
         loss_before, loss_after: mean loss over the same rows.
         metric: "kl" (Kullback-Leibler divergence to the teacher, nats) or "mse".
         rows: rows that were fitted on.
@@ -81,29 +80,51 @@ class CorrectionFit:
 
 
 def fit(
-    quantized: Tensor, teacher: Tensor, config: CatConfig, kind: Kind, max_bytes: int | None = None
+    quantized: Tensor,
+    teacher: Tensor,
+    config: CatConfig,
+    kind: Kind,
+    max_bytes: int | None = None,
+    samples: Tensor | None = None,
 ) -> CorrectionFit:
     """Fit a correction of rows ``quantized`` (M, D) towards ``teacher`` (M, D), token by token the same.
 
     ``max_bytes`` bounds the size of the correction where ``num_clusters`` is "auto"; one cluster is always allowed.
+    ``samples`` (M,) int64 says which sample each row belongs to, counted from 0; None: each is one of its own. Columns that
+    mark what is never answered (values beyond 1e15, such as the lowest of the dtype) are left as they are, with a note.
 
     Raises:
         ValueError: too few rows, shapes that differ, or values that are not finite.
     """
     q, f = quantized.detach().float().cpu(), teacher.detach().float().cpu()
     _check_rows(q, f)
+    notes: list[str] = []
+    usable = (q.abs().amax(0) < LARGEST) & (f.abs().amax(0) < LARGEST)
+    if not bool(usable.any()):
+        raise ValueError(f"all outputs are beyond {LARGEST:g}: a correction cannot be fitted")
+    if not bool(usable.all()):
+        notes.append(f"{int((~usable).sum())} columns with values beyond {LARGEST:g} are left as they are")
+        q, f = q[:, usable], f[:, usable]
+    rows = torch.arange(len(q))
+    samples = rows if samples is None else samples.cpu()
+    if len(samples.unique()) < FOLDS:
+        notes.append(f"fewer than {FOLDS} samples: their rows were judged as if each were a sample")
+        samples = rows
     # With more channels than rows each channel's own map is mostly noise: the prior counts for as much more.
     config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
-    notes: list[str] = []
     space = ClusterSpace(q, config, notes)
     if config.num_clusters != "auto" and config.num_clusters > len(q):
         notes.append(f"num_clusters {config.num_clusters} lowered to {len(q)}, the number of rows")
     if "auto" not in (config.num_clusters, config.alpha, config.gamma):
         clusters, alpha = min(int(config.num_clusters), len(q)), float(config.alpha)
         correction = _fit_all(q, f, space, clusters, alpha, config.gamma, config.shrinkage)
-        return CorrectionFit(correction, clusters, alpha, config.gamma, len(q), _metric(kind), notes=notes)
-    choices = _cluster_choices(q, space, config, max_bytes)
-    return _choose(q, f, space, config, kind, choices, notes)
+        result = CorrectionFit(correction, clusters, alpha, config.gamma, len(q), _metric(kind), notes=notes)
+    else:
+        choices = _cluster_choices(q, space, config, max_bytes)
+        result = _choose(q, f, samples, space, config, kind, choices, notes)
+    if result.correction is not None:
+        result.correction = result.correction.widened(usable)
+    return result
 
 
 def _fit_all(
@@ -121,11 +142,17 @@ def _fit_all(
 
 
 def _choose(
-    q: Tensor, f: Tensor, space: ClusterSpace, config: CatConfig, kind: Kind, choices: list[int], notes: list[str]
+    q: Tensor,
+    f: Tensor,
+    samples: Tensor,
+    space: ClusterSpace,
+    config: CatConfig,
+    kind: Kind,
+    choices: list[int],
+    notes: list[str],
 ) -> CorrectionFit:
-    folds = torch.randperm(len(q), generator=torch.Generator().manual_seed(config.seed)) % FOLDS
-    before = _losses(q, f, kind)
-    agreed = _agreement(q, f, kind)
+    folds = folds_of(samples, config.seed)
+    before, agreed = losses(q, f, kind), agreement(q, f, kind)
     gains: dict[Choice, Tensor] = {}
     candidates: dict[str, float] = {}
     for clusters in choices:
@@ -137,11 +164,11 @@ def _choose(
             maps = [solve(*sums.without(fold), gamma, config.shrinkage) for fold in range(FOLDS)]
             for alpha in ALPHAS if config.alpha == "auto" else (float(config.alpha),):
                 corrected = _held_out(q, cluster, folds, maps, alpha)
-                losses = _losses(corrected, f, kind)
-                candidates[f"{clusters}/{alpha:g}/{gamma}"] = float(losses.mean())
+                after = losses(corrected, f, kind)
+                candidates[f"{clusters}/{alpha:g}/{gamma}"] = float(after.mean())
                 # A gain in divergence can be a mere change of confidence that costs right answers: not for sale.
-                if float((_agreement(corrected, f, kind) - agreed).mean()) >= -AGREEMENT_LOSS:
-                    gains[clusters, alpha, number] = before - losses
+                if float((agreement(corrected, f, kind) - agreed).mean()) >= -AGREEMENT_LOSS:
+                    gains[clusters, alpha, number] = before - after
     result = CorrectionFit(
         None,
         0,
@@ -160,11 +187,11 @@ def _choose(
     if not gains:
         return result
     best = max(gains, key=lambda key: (float(gains[key].mean()), -key[0]))
-    chosen = _simplest(gains, best)
-    gain, half = _interval(gains[chosen])
-    if gain - half > 0:
+    chosen = _simplest(gains, best, samples)
+    gain, low, high = interval(gains[chosen], samples, config.seed)
+    if low > 0:
         result.clusters, result.alpha, result.gamma = *chosen[:2], GAMMAS[chosen[2]]
-        result.gain, result.gain_low, result.gain_high = gain, gain - half, gain + half
+        result.gain, result.gain_low, result.gain_high = gain, low, high
         result.loss_after = float(before.mean()) - gain
         result.correction = _fit_all(q, f, space, *chosen[:2], result.gamma, config.shrinkage)
     return result
@@ -188,18 +215,13 @@ def _cluster_choices(q: Tensor, space: ClusterSpace, config: CatConfig, max_byte
     ]
 
 
-def _simplest(gains: dict[Choice, Tensor], best: Choice) -> Choice:
-    """Fewest clusters, then smallest alpha, that is within one standard error of the best, row by row."""
+def _simplest(gains: dict[Choice, Tensor], best: Choice, samples: Tensor) -> Choice:
+    """Fewest clusters, then smallest alpha, that is within one standard error of the best, sample by sample."""
     for key in sorted(gains):
         difference = gains[best] - gains[key]
-        error = float(difference.std()) / math.sqrt(len(difference))
-        if float(difference.mean()) <= error:
+        if float(difference.mean()) <= standard_error(difference, samples):
             return key
     return best
-
-
-def _interval(gain: Tensor) -> tuple[float, float]:
-    return float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
 
 
 def _held_out(q: Tensor, cluster: Tensor, folds: Tensor, maps: list[tuple[Tensor, Tensor]], alpha: float) -> Tensor:
@@ -211,23 +233,6 @@ def _held_out(q: Tensor, cluster: Tensor, folds: Tensor, maps: list[tuple[Tensor
             slope, shift = gamma.float()[cluster[part]], beta.float()[cluster[part]]
             corrected[part] = q[part] + alpha * ((slope - 1) * q[part] + shift)
     return corrected
-
-
-def _agreement(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
-    """Whether each row has the teacher's largest logit (M,); hidden features have none."""
-    return torch.ones(len(q)) if kind == "hidden" else (q.argmax(-1) == f.argmax(-1)).float()
-
-
-def _losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
-    """Loss of every row (M,)."""
-    parts = []
-    for y, target in zip(*(t.split(max(1, CHUNK // q.shape[1])) for t in (q, f)), strict=True):
-        if kind == "hidden":
-            parts.append((y - target).square().mean(-1))
-        else:
-            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
-            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts)
 
 
 def _sums(q: Tensor, f: Tensor, cluster: Tensor, fold: Tensor, clusters: int, folds: int) -> Sums:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from .cluster_fit import LEAST_ROWS, Kind
+from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .fitting import Pairs, correction_dim, output_of, resolve_sites, tensor_of
 from .gather import Gather, Streams
+from .held_out import Kind
 from .log import logger
 from .swap import Outcome
 from .walk import Unit, Walk, leaf_outputs

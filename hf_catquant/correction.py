@@ -153,6 +153,17 @@ class ClusterAffine(nn.Module):
         out = torch.ops.catquant.cluster_affine(moved, self.basis, self.centroids, self.gamma, self.beta)
         return out.movedim(-1, self.dim)
 
+    def widened(self, columns: Tensor) -> ClusterAffine:
+        """This correction of the ``columns`` (D,) bool of wider outputs; the others stay as they are."""
+        if bool(columns.all()):
+            return self
+        width, narrow = len(columns), self.gamma.shape[1]
+        gamma, beta = torch.ones(len(self.gamma), width), torch.zeros(len(self.gamma), width)
+        gamma[:, columns], beta[:, columns] = self.gamma, self.beta
+        basis = torch.zeros(width, self.centroids.shape[1])
+        basis[columns] = torch.eye(narrow) if self.basis is None else self.basis
+        return ClusterAffine.of(basis, self.centroids, gamma, beta)
+
     def fold_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (D, K) and bias (D,) of the linear in front with a one-cluster correction folded in.
 

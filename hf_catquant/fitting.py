@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import samples
-from .cluster_fit import Kind, fit
+from .cluster_fit import fit
 from .correction import CatConfig, attach, detach
 from .correction_file import entry_of
+from .held_out import Kind
 from .log import logger
 from .logits import logits_site
 from .model import parameter_count, stacks
@@ -31,32 +32,36 @@ class Pairs:
     def __init__(self, seed: int, batches: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._batches = batches
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._samples = 0
         self._dim = -1
 
     @property
     def count(self) -> int:
         """Rows so far."""
-        return sum(len(teacher) for teacher, _ in self._rows)
+        return sum(len(teacher) for teacher, *_ in self._rows)
 
     def add(self, teacher: Tensor, quantized: Tensor, dim: int, mask: Tensor | None) -> None:
         """Add one batch of outputs of equal shape; ``dim`` is the corrected dimension, ``mask`` picks rows."""
         self._dim = dim
         f, q = (t.movedim(dim, -1).reshape(-1, t.shape[dim]).float() for t in (teacher, quantized))
+        count = len(teacher) if teacher.dim() > 1 else 1
+        sample = torch.arange(count, device=f.device).repeat_interleave(len(f) // max(count, 1)) + self._samples
+        self._samples += count
         if mask is not None:
-            f, q = f[mask], q[mask]
+            f, q, sample = f[mask], q[mask], sample[mask]
         quota = max(1, MAX_VALUES // (f.shape[1] * self._batches))
         if len(f) > quota:
             chosen = torch.randperm(len(f), generator=self._generator)[:quota].to(f.device)
-            f, q = f[chosen], q[chosen]
-        self._rows.append((f.cpu(), q.cpu()))
+            f, q, sample = f[chosen], q[chosen], sample[chosen]
+        self._rows.append((f.cpu(), q.cpu(), sample.cpu()))
 
     def fit_and_attach(
         self, model: nn.Module, name: str, config: CatConfig, kind: Kind
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
-        teacher, quantized = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
-        result = fit(quantized, teacher, config, kind, max_bytes=parameter_count(model) // SHARE)
+        teacher, quantized, sample = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
+        result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, sample)
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:
             return None, result.to_dict()

@@ -23,7 +23,7 @@ ROWS = [
     "solvers bench similarity",
     "moments bench_plot",
     "correction",
-    "correction_file cluster_space cluster_sums",
+    "correction_file cluster_space cluster_sums held_out",
     "cluster_fit",
     "layers",
     "entries lora modules",

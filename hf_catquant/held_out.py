@@ -1,0 +1,69 @@
+"""How corrected rows are judged: by folds of whole samples, and by a paired bootstrap over samples.
+
+Rows of one sample (tokens of a text, places of an image) are no independent witnesses: a sample is left out of a fit whole,
+and drawn again whole.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDS = 5
+RESAMPLES = 2000
+CHUNK = 1 << 24  # floats that are worked on at once
+
+Kind = Literal["logits", "hidden"]
+
+
+def folds_of(samples: Tensor, seed: int) -> Tensor:
+    """The fold (M,) int64 of each row; ``samples`` (M,) int64 numbers what the rows belong to from 0 on."""
+    order = torch.randperm(int(samples.max()) + 1, generator=torch.Generator().manual_seed(seed))
+    return order[samples] % FOLDS
+
+
+def interval(gain: Tensor, samples: Tensor, seed: int) -> tuple[float, float, float]:
+    """Mean of ``gain`` (M,) over all rows, and its 95 % interval: percentiles of samples drawn again with all their rows."""
+    total, count = _by_sample(gain, samples)
+    generator = np.random.default_rng(seed)
+    means = []
+    for start in range(0, RESAMPLES, size := max(1, CHUNK // len(count))):
+        drawn = generator.multinomial(len(count), np.full(len(count), 1 / len(count)), min(size, RESAMPLES - start))
+        means.append((drawn @ total) / np.maximum(drawn @ count, 1))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(gain.double().mean()), float(low), float(high)
+
+
+def standard_error(difference: Tensor, samples: Tensor) -> float:
+    """That of the mean of ``difference`` (M,) over all rows, samples being independent."""
+    total, count = _by_sample(difference, samples)
+    residual = total - count * float(difference.double().mean())
+    kept = len(count)
+    return math.sqrt(float((residual**2).sum()) * kept / max(kept - 1, 1)) / len(difference)
+
+
+def losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
+    """Loss of every row (M,): divergence to the teacher's ``f`` (M, D) in nats, or mean squared error of hidden features."""
+    parts = []
+    for y, target in zip(*(t.split(max(1, CHUNK // q.shape[1])) for t in (q, f)), strict=True):
+        if kind == "hidden":
+            parts.append((y - target).square().mean(-1))
+        else:
+            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
+
+
+def agreement(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
+    """Whether each row has the teacher's largest logit (M,); hidden features have none."""
+    return torch.ones(len(q)) if kind == "hidden" else (q.argmax(-1) == f.argmax(-1)).float()
+
+
+def _by_sample(values: Tensor, samples: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of rows (S,) of each sample that has any."""
+    _, index = np.unique(samples.numpy(), return_inverse=True)
+    return np.bincount(index, values.double().numpy()), np.bincount(index).astype(np.float64)

@@ -1,0 +1,116 @@
+"""Judgement of corrections: whole samples are held out and drawn again, and columns that are never answered are left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from hf_catquant import CatConfig, fit_correction
+from hf_catquant.cluster_fit import fit
+from hf_catquant.fitting import Pairs
+from hf_catquant.held_out import FOLDS, folds_of, interval, standard_error
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def test_interval_is_the_bootstrap_of_scipy():
+    """Of a skewed gain: both ends, which the normal approximation puts elsewhere."""
+    gain = torch.distributions.LogNormal(0.0, 1.5).sample((80,))
+    mean, low, high = interval(gain, torch.arange(80), seed=0)
+    wanted = stats.bootstrap((gain.numpy(),), np.mean, n_resamples=20_000, method="percentile").confidence_interval
+    assert mean == pytest.approx(float(gain.mean()))
+    assert (low, high) == pytest.approx(tuple(wanted), rel=0.06)
+    assert high - mean > 1.15 * (mean - low)
+
+
+def test_rows_of_a_sample_are_drawn_together():
+    """Forty copies of each row say no more than the row itself."""
+    gain = torch.randn(30, generator=torch.Generator().manual_seed(3))
+    samples = torch.arange(30).repeat_interleave(40)
+    once, copied = interval(gain, torch.arange(30), 0), interval(gain.repeat_interleave(40), samples, 0)
+    assert copied == pytest.approx(once, rel=1e-6)
+    assert standard_error(gain.repeat_interleave(40), samples) == pytest.approx(float(gain.std()) / 30**0.5, rel=1e-5)
+
+
+def test_folds_hold_whole_samples():
+    samples = torch.arange(12).repeat_interleave(7)
+    folds = folds_of(samples, seed=1)
+    assert set(folds.tolist()) == set(range(FOLDS))
+    assert all(len(folds[samples == sample].unique()) == 1 for sample in range(12))
+
+
+def shifted(samples: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features that lack an offset of the sample: within a sample rows predict each other, samples do not."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(samples * rows, width, generator=g)
+    offsets = 2 * torch.randn(samples, width, generator=g)
+    return q, q + offsets.repeat_interleave(rows, 0), torch.arange(samples).repeat_interleave(rows)
+
+
+def test_what_only_holds_within_samples_is_no_gain():
+    q, f, samples = shifted(6, 100, 8)
+    config = CatConfig(num_clusters=1, gamma="ls")
+    assert fit(q, f, config, "hidden").clusters == 1
+    assert fit(q, f, config, "hidden", samples=samples).clusters == 0
+
+
+def test_few_samples_are_judged_by_rows_with_a_note():
+    q, f, samples = shifted(3, 100, 8)
+    assert any("fewer than 5 samples" in note for note in fit(q, f, CatConfig(), "hidden", samples=samples).notes)
+    assert fit(q, f, CatConfig(), "hidden").notes == []
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(-1, (4, 5, 3)), (1, (4, 3, 5, 2)), (-1, (4, 3))])
+def test_pairs_know_the_sample_of_a_row(dim, shape):
+    pairs = Pairs(seed=0, batches=2)
+    for _ in range(2):
+        value = torch.arange(4.0).view(4, *[1] * (len(shape) - 1)).expand(shape)
+        pairs.add(value, value, dim, None)
+    numbers = torch.cat([sample for *_, sample in pairs._rows])
+    values = torch.cat([f[:, 0] for f, *_ in pairs._rows])
+    assert torch.equal(numbers % 4, values.long())
+    assert int(numbers.max()) == 7
+
+
+@pytest.mark.parametrize("projection", [None, 3])
+def test_classes_that_are_never_answered_stay_as_they_are(projection):
+    g = torch.Generator().manual_seed(0)
+    f = 3 * torch.randn(600, 6, generator=g)
+    q = 0.5 * f + 1
+    masked = torch.tensor([True, False, True, True, False, True])
+    wide_q, wide_f = (torch.full((600, 6), LOWEST) for _ in range(2))
+    wide_q[:, masked], wide_f[:, masked] = q[:, masked], f[:, masked]
+    config = CatConfig(num_clusters=4, projection=projection)
+    result = fit(wide_q, wide_f, config, "logits")
+    assert any("2 columns with values beyond 1e+15" in note for note in result.notes)
+    narrow = fit(q[:, masked], f[:, masked], config, "logits").correction
+    corrected = result.correction(wide_q)
+    assert torch.equal(corrected[:, ~masked], wide_q[:, ~masked])
+    torch.testing.assert_close(corrected[:, masked], narrow(q[:, masked].contiguous()))
+
+
+def test_nothing_but_marks_is_refused():
+    rows = torch.full((20, 3), LOWEST)
+    with pytest.raises(ValueError, match=r"all outputs are beyond 1e\+15"):
+        fit(rows, rows, CatConfig(), "logits")
+
+
+def test_a_model_that_masks_a_class():
+    class Masked(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).index_fill(-1, torch.tensor([2]), LOWEST)
+
+    torch.manual_seed(0)
+    teacher = nn.Sequential(Masked(8, 5))
+    model = nn.Sequential(Masked(8, 5))
+    with torch.no_grad():
+        model[0].weight.copy_(0.5 * teacher[0].weight)
+        model[0].bias.copy_(teacher[0].bias + 1)
+    data = list(torch.randn(200, 8).split(20))
+    config = CatConfig(at="0")
+    report = fit_correction(model, teacher, [{"input": batch} for batch in data], config, num_samples=200)
+    assert report["0"]["clusters"] == 1
+    assert bool((model(data[0])[:, 2] == LOWEST).all())
