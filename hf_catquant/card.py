@@ -53,6 +53,7 @@ _REQUEST = (
     "low_rank",
     "rotation",
     "average_bits",
+    "target_bytes",
 )
 
 

@@ -20,7 +20,7 @@ from .correction import CatConfig
 from .entries import check_checksums, check_corrections, check_modules
 from .formats import FORMATS, get_format
 from .layers import Scheme
-from .request_checks import OVERRIDABLE, check_average_bits, check_choice, check_count, check_names, check_overrides
+from .request_checks import OVERRIDABLE, check_budget, check_choice, check_count, check_names, check_overrides
 
 QUANT_METHOD = "catquant"
 FORMAT_VERSION = 1
@@ -59,6 +59,8 @@ class CatQuantConfig(QuantizationConfigMixin):
             inputs are not rounded, unless calibration finds that the layer's output is nearer to float without it.
         average_bits: None, or how many bits a weight inside the repeated blocks may take on average, scales and offsets
             included: layers that matter most get wider formats than ``weights``.
+        target_bytes: the same for all tensors of the quantized model together, a share for the correction included; one of
+            these two at most.
 
     Raises:
         ValueError, TypeError: a value breaks its rule, or a field is unknown.
@@ -84,6 +86,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         low_rank: int = 0,
         rotation: str | None = "auto",
         average_bits: float | None = None,
+        target_bytes: int | None = None,
         *,
         quant_method: str = QUANT_METHOD,
         bits: int | None = None,
@@ -109,6 +112,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.low_rank = low_rank
         self.rotation = rotation
         self.average_bits = average_bits
+        self.target_bytes = target_bytes
         self.solver = solver
         self.solver_options = solver_options or {}
         self.correction = _correction(correction)
@@ -157,8 +161,13 @@ class CatQuantConfig(QuantizationConfigMixin):
                 fields.update(values)
         return fields
 
+    @property
+    def budget(self) -> str | None:
+        """The field that says how much mixed formats may take, None if formats are not mixed."""
+        return next((name for name in ("average_bits", "target_bytes") if getattr(self, name) is not None), None)
+
     def leaves_free(self, name: str, edge: bool) -> bool:
-        """Whether ``average_bits`` may choose the format of the layer called ``name``."""
+        """Whether a budget may choose the format of the layer called ``name``."""
         set_by_hand = any("weights" in v and re.search(pattern, name) for pattern, v in self.overrides.items())
         return not edge and not set_by_hand
 
@@ -169,8 +178,8 @@ class CatQuantConfig(QuantizationConfigMixin):
             reasons.append(f'solver="{self.solver}"')
         if self.correction is not None:
             reasons.append("correction")
-        if self.average_bits is not None:
-            reasons.append("average_bits")
+        if self.budget is not None:
+            reasons.append(self.budget)
         return reasons
 
     def check_data(self) -> None:
@@ -252,7 +261,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         check_count("num_samples", self.num_samples, 2)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed)
-        check_average_bits(self.average_bits)
+        check_budget(self.average_bits, self.target_bytes)
         check_names(self.modules_to_not_convert)
         check_overrides(self.overrides)
         if not isinstance(self.strict, bool):

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import CatQuantConfig
-from .fitting import output_of, placed, tensor_of
+from .fitting import SHARE, output_of, placed, resolve_sites, tensor_of
 from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
 from .logits import divergences, logits_site
-from .model import Selection, Site, replace_module
+from .model import Selection, Site, parameter_count, replace_module, stacks
 from .samples import Batches, padding_mask
 from .shelf import resident
+from .sizes import output_bytes
 from .solvers import rtn
 
 JUDGES = 32  # samples that every format of every layer is tried on
@@ -41,14 +42,21 @@ def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data:
     """Set the formats of the sites that ``config`` leaves free, in ``selection``; returns in words what was chosen.
 
     Raises:
-        ValueError: ``average_bits`` is less than ``config.weights`` takes everywhere, or no layer is free.
+        ValueError: the budget is less than ``config.weights`` takes everywhere, or no layer is free.
     """
     free = [site for site in selection.sites if site.is_free and site.tied_to is None]
     names = [name for name, fmt in FORMATS.items() if _size(fmt) >= _size(get_format(config.weights))]
     bits = {site.name: {name: _bits(site, name) for name in names} for site in free}
     count = sum(layer.rows_ * layer.columns for layer in (_empty(site, config.weights) for site in free))
-    budget = _budget(config, sum(sizes[config.weights] for sizes in bits.values()), count)
+    if not count:
+        raise ValueError(f"{config.budget}: no layer inside the blocks is left to choose a format for; drop it")
     losses = _Losses(model, data)
+    least = sum(sizes[config.weights] for sizes in bits.values())
+    budget = (
+        _bits_left(config, least, count)
+        if config.target_bytes is None
+        else _bytes_left(model, selection, config, losses)
+    )
     steps: list[_Step] = []
     for number, site in enumerate(free, start=1):
         steps += _hull(site.name, bits[site.name], {name: losses.alone(site, name) for name in names})
@@ -72,17 +80,32 @@ def _size(fmt: Format) -> tuple[float, bool]:
     return fmt.storage_bits, fmt.affine
 
 
-def _budget(config: CatQuantConfig, least: int, count: int) -> int:
-    """Bits to spend beyond the ``least``."""
+def _bits_left(config: CatQuantConfig, least: int, count: int) -> int:
+    """Bits to spend beyond the ``least`` of ``count`` weights."""
     assert config.average_bits is not None
-    if not count:
-        raise ValueError("average_bits: no layer inside the blocks is left to choose a format for; drop it")
     if config.average_bits * count < least:
         raise ValueError(
             f"average_bits must be at least {least / count:.3f}, what weights={config.weights!r} and group_size="
             f"{config.group_size} take, got {config.average_bits}: raise it, or choose fewer bits or larger groups"
         )
     return int(config.average_bits * count) - least
+
+
+def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, losses: _Losses) -> int:
+    """Bits to spend beyond what the whole model takes in the formats of ``selection``, and corrections at most."""
+    assert config.target_bytes is not None
+    blocks = [block for names in stacks(model).values() for block in names]
+    corrections = len(resolve_sites(model, config.correction, blocks, losses.site))
+    # One cluster is fitted whatever its share: gamma, beta and a basis of one column.
+    share = max(parameter_count(model) // SHARE, 4 * (3 * losses.wanted[0].shape[-1] + 1))
+    least = output_bytes(model, selection) + corrections * share
+    if config.target_bytes < least:
+        raise ValueError(
+            f"target_bytes must be at least {least}, what weights={config.weights!r}, edge_weights={config.edge_weights!r}, "
+            f"group_size={config.group_size} and {corrections} corrections take, got {config.target_bytes}: raise it, or "
+            "choose fewer bits, larger groups or correction=None"
+        )
+    return 8 * (config.target_bytes - least)
 
 
 class _Losses:

@@ -31,7 +31,7 @@ class Site:
         module: the float module.
         scheme: how it will be stored.
         tied_to: name of the site whose packed weight it shares, or None.
-        is_free: whether ``average_bits`` may choose its format.
+        is_free: whether a budget may choose its format.
         tries_rotation: whether it does without its scheme's rotation where calibration data says so.
     """
 

@@ -79,9 +79,9 @@ def collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
 def _mixed_formats(
     model: nn.Module, selection: Selection, config: CatQuantConfig, batches: samples.Batches, journal: Journal | None
 ) -> list[str]:
-    """Set the formats that ``average_bits`` leaves free; in words what was chosen."""
+    """Set the formats that a budget leaves free; in words what was chosen."""
     step = "formats"
-    if config.average_bits is None:
+    if config.budget is None:
         return []
     if journal is not None and journal.has(step):
         _, record = journal.read(step)

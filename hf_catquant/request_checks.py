@@ -59,14 +59,20 @@ def check_rotation(name: str, value: Any) -> None:
         check_choice(name, value, ("auto", *ROTATIONS), "None or ")
 
 
-def check_average_bits(bits: Any) -> None:
-    """Refuse what is neither None nor a positive number.
+def check_budget(average_bits: Any, target_bytes: Any) -> None:
+    """Refuse what is no budget of mixed formats: None, a positive number of bits a weight, or of bytes in all.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: one is neither, or both are given.
     """
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < 100):
-        raise ValueError(f"average_bits must be None or a positive number, got {bits!r}")
+    bits_are_number = isinstance(average_bits, int | float) and not isinstance(average_bits, bool)
+    if average_bits is not None and not (bits_are_number and 0 < average_bits < 100):
+        raise ValueError(f"average_bits must be None or a positive number, got {average_bits!r}")
+    bytes_are_count = isinstance(target_bytes, int) and not isinstance(target_bytes, bool)
+    if target_bytes is not None and not (bytes_are_count and target_bytes > 0):
+        raise ValueError(f"target_bytes must be None or a positive integer, got {target_bytes!r}")
+    if None not in (average_bits, target_bytes):
+        raise ValueError(f"average_bits {average_bits} and target_bytes {target_bytes} are both given: choose one")
 
 
 def check_names(names: Any) -> None:

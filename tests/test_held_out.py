@@ -1,4 +1,4 @@
-"""Judgement of corrections: whole samples are held out and drawn again, and columns that are never answered are left alone."""
+"""Judgement of corrections: whole samples are held out and drawn again; columns that are never answered are left alone."""
 
 from __future__ import annotations
 

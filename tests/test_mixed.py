@@ -68,6 +68,21 @@ def test_bits_stay_within_the_budget_and_go_where_they_are_needed(average_bits):
     assert any(f"{used:.3f} bits a weight" in note for note in report(model).notes)
 
 
+@pytest.mark.parametrize("correction", [None, "cat"])
+def test_a_size_to_meet(correction):
+    """Of the whole model: the same bytes as reported, corrections included, and close to what was allowed."""
+    samples = tiny_models.samples("bert", 32, seed=0)
+    least, most = (
+        report(quantize(tiny_models.build("bert"), request(dataset=samples, weights=weights))).bytes_after
+        for weights in ("ternary", "int8")
+    )
+    target = (least + most) // 2
+    config = request(dataset=samples, weights="ternary", target_bytes=target, correction=correction)
+    found = report(quantize(tiny_models.build("bert"), config))
+    assert 0.85 * target < found.bytes_after <= target
+    assert len({layer.weights for layer in found.layers}) > 1
+
+
 @pytest.mark.parametrize(("weights", "tried"), [("ternary", False), ("ternary_symmetric", True)])
 def test_only_what_takes_no_fewer_bits_is_tried(weights, tried, monkeypatch):
     names = []
@@ -113,6 +128,13 @@ def test_what_is_set_by_hand_stays(tmp_path):
             {"average_bits": 2.0},
             r"average_bits must be at least 4\.\d+, what weights='ternary' and group_size=16 take, got 2",
         ),
+        (
+            {"target_bytes": 100},
+            r"target_bytes must be at least \d+, what .* edge_weights='int8', group_size=16 and 0 corrections",
+        ),
+        ({"target_bytes": 1.5}, r"target_bytes must be None or a positive integer, got 1\.5"),
+        ({"target_bytes": 9000, "average_bits": 5}, "average_bits 5 and target_bytes 9000 are both given"),
+        ({"target_bytes": 9000, "dataset": None, "solver": "rtn"}, "target_bytes needs calibration data"),
         ({"average_bits": -1}, "average_bits must be None or a positive number, got -1"),
         ({"average_bits": "2"}, "average_bits must be None or a positive number, got '2'"),
         ({"average_bits": 5, "dataset": None, "solver": "rtn"}, "average_bits needs calibration data"),

@@ -58,6 +58,9 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--average-bits", type=float, help="bits a weight may take on average: layers that matter most get more"
     )
+    parser.add_argument(
+        "--target-bytes", type=int, help="the same, for all tensors together: the size that the model file may have"
+    )
     parser.add_argument("--edge-weights", choices=("same", *FORMATS), default="int8", help="format outside the blocks")
     parser.add_argument("--solver", choices=names(), default="gptq", help="how codes are found; rtn needs no data")
     parser.add_argument(
@@ -122,6 +125,7 @@ def request(args: argparse.Namespace, processor: Any, auto: Any) -> CatQuantConf
         low_rank=args.low_rank,
         rotation=None if args.rotation == "none" else args.rotation,
         average_bits=args.average_bits,
+        target_bytes=args.target_bytes,
         solver=args.solver,
         solver_options=dict(_option(text) for text in args.solver_options),
         correction=None if args.correction == "none" else args.correction,
