@@ -1,9 +1,9 @@
-"""Tables and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
+"""Every table and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
 
-    pip install --no-deps optimum-quanto hqq        # the peers
+    pip install --no-deps optimum-quanto hqq auto-round torchao bitsandbytes        # the peers
     python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]
 
-FOLDER as in ``realdata.py``. Hours on two cores: every case is a process of its own, what is in the results already is not
+FOLDER as in ``realdata.py``. A day on two cores: every case is a process of its own, what is in the results already is not
 run again unless ``--again`` is given, and the pages and the plot are drawn after each case.
 """
 
@@ -23,10 +23,12 @@ import peers
 import realdata
 from common import CASES, ROOT, chosen, read
 
+RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "accuracy.png"
 CURVE = ROOT / "docs" / "w2a2.png"
 STEPS = "--solver-options"
 OWN_TEXTS = ("--generate", "340", STEPS, "model_steps=1200", "model_rate=0.6")
+TRANSFORMERS = ("minilm", "deit", "kwt1", "stories")
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,67 @@ class Setting:
     """One way to quantize, and the models (parts of their names) that it is run on."""
 
     weights: str
-    solver: str
+    solver: str = "gptq"
     models: tuple[str, ...] = ("",)
     group_size: int = 128
     activations: str = "none"
     more: tuple[str, ...] = ()
+    rotation: str = "auto"
+
+    def words(self) -> list[str]:
+        """The options of ``realdata.py``."""
+        how = ["--weights", self.weights, "--solver", self.solver, "--group-size", str(self.group_size)]
+        return [*how, "--activations", self.activations, "--rotation", self.rotation, *self.more]
 
     def label(self) -> str:
         """What the results call the solver and its options."""
+        rotation = [] if self.rotation == "auto" else [f"rotation {self.rotation}"]
         named = [word for word in self.more if "=" in word]
-        texts = self.more[self.more.index("--generate") + 1] if "--generate" in self.more else None
-        return ", ".join([self.solver, *named, *([f"{texts} own texts"] if texts else [])])
+        texts = [f"{self.more[self.more.index('--generate') + 1]} own texts"] if "--generate" in self.more else []
+        return ", ".join([self.solver, *rotation, *named, *texts])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Another benchmark of this folder, its results, and the models (parts of their names) that it is run on."""
+
+    script: str
+    models: tuple[str, ...] = ("",)
+    takes_model: bool = True
+
+    def results(self) -> Path:
+        """The file that it writes."""
+        return RESULTS / self.script.replace(".py", ".json")
 
 
 # Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
 W2A2 = ((25, 40), (50, 75), (100, 150))
 PLAN = (
-    *(Setting(weights, "gptq", group_size=64) for weights in ("ternary", "int4")),
-    Setting("int3", "gptq"),
+    *(Setting(weights, group_size=64) for weights in ("ternary", "int4")),
+    Setting("int3"),
     # Ternary in at most 1.85 bits: without offsets, which narrow layers pay dearly for.
     Setting("ternary_symmetric", "reconstruct", ("minilm", "deit", "kwt1")),
-    Setting("ternary_symmetric", "gptq", ("mobilenet",), 384),
+    Setting("ternary_symmetric", models=("mobilenet",), group_size=384),
     Setting("ternary_symmetric", "reconstruct", ("stories",), 192, more=OWN_TEXTS),
-    Setting("ternary_symmetric", "gptq", ("resnet",)),
+    Setting("ternary_symmetric", models=("resnet",)),
+    Setting("ternary", "reconstruct", ("minilm",), 192),
     *(
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
     ),
-    Setting("int4", "gptq", ("deit",), 128, "int4"),
-    Setting("int4", "reconstruct", ("deit",), 64, more=(STEPS, "block_steps=60", "model_steps=100")),
+    Setting("int4", models=("deit",), activations="int4"),
+    # What choosing rotations layer by layer is worth.
+    *(Setting("ternary", models=TRANSFORMERS, group_size=64, rotation=how) for how in ("none", "hadamard")),
+    *(Setting("int3", models=TRANSFORMERS, rotation=how) for how in ("none", "hadamard")),
+)
+TABLES = (
+    Table("peers.py"),
+    Table("ablation.py", ("minilm", "stories", "kwt1", "deit")),
+    Table("cat_curves.py", ("resnet", "mobilenet", "deit")),
+    Table("plugin.py"),
+    Table("solver_time.py", ("minilm", "resnet")),
+    Table("autoround.py", ("stories",), takes_model=False),
+    Table("larger_llama.py", ("stories",), takes_model=False),
 )
 
 
@@ -75,36 +109,37 @@ def main() -> None:
     args = parser.parse_args()
     for case in chosen(args.only):
         for setting in PLAN:
-            if any(part in case.model for part in setting.models) and (
-                args.again or not is_there(case.model, setting)
-            ):
-                process("realdata.py", args.data, case.model, words(setting))
+            if is_of(case.model, setting) and (args.again or not is_measured(case.model, setting)):
+                process("realdata.py", args.data, ["--only", case.model, *setting.words()])
                 plot()
-        if args.again or not any(r["model"] == case.model for r in read(peers.RESULTS)):
-            process("peers.py", args.data, case.model, [])
+        for table in TABLES:
+            if is_of(case.model, table) and (args.again or not is_drawn(case.model, table)):
+                process(table.script, args.data, ["--only", case.model] if table.takes_model else [])
     realdata.write_page()
     peers.write_page()
     plot()
 
 
-def words(setting: Setting) -> list[str]:
-    """The options of ``realdata.py`` for a setting."""
-    how = ["--weights", setting.weights, "--solver", setting.solver, "--group-size", str(setting.group_size)]
-    return [*how, "--activations", setting.activations, *setting.more]
+def is_of(model: str, what: Setting | Table) -> bool:
+    """Whether it is run on this model."""
+    return any(part in model for part in what.models)
 
 
-def process(script: str, data: Path, model: str, options: list[str]) -> None:
-    """Run a benchmark of this folder on one model."""
-    folder = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, script, "--data", str(data.resolve()), "--only", model, *options], check=True, cwd=folder
-    )
+def process(script: str, data: Path, options: list[str]) -> None:
+    """Run a benchmark of this folder."""
+    command = [sys.executable, script, "--data", str(data.resolve()), *options]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent)
 
 
-def is_there(model: str, setting: Setting) -> bool:
+def is_measured(model: str, setting: Setting) -> bool:
     """Whether the results hold this case."""
     wanted = (model, setting.weights, setting.activations, str(setting.group_size), setting.label())
     return any(tuple(str(r[name]) for name in realdata.KEY) == wanted for r in read(realdata.RESULTS))
+
+
+def is_drawn(model: str, table: Table) -> bool:
+    """Whether the results of another benchmark hold this model."""
+    return any(r.get("model", model) == model for r in read(table.results()))
 
 
 def plot() -> None:

@@ -1,8 +1,8 @@
 """The correction at the logits against the number of images it is fitted on: as published, and as it is here.
 
-    python benchmarks/cat_curves.py --data FOLDER [--only deit ...] [--weights ternary]
+    python benchmarks/cat_curves.py --data FOLDER [--only deit ...] [--ways ternary ...]
 
-FOLDER as in ``realdata.py``. Each model is quantized by gptq on 512 calibration images; both estimators are fitted on the
+FOLDER as in ``realdata.py``. Each model is quantized on 512 calibration images; both estimators are fitted on the
 logits of the first 128, 256 and 512 of them, and judged by the paired change of top-1 on 700 test images. Results go to
 ``benchmarks/results/cat_curves.json``, ``docs/cat.md`` and ``docs/cat.png``.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -27,6 +28,20 @@ RESULTS = ROOT / "benchmarks" / "results" / "cat_curves.json"
 PAGE, PLOT = ROOT / "docs" / "cat.md", ROOT / "docs" / "cat.png"
 SIZES = (128, 256, 512)
 ESTIMATORS = {"as published": CatConfig.paper(), "hf_catquant": CatConfig()}
+# How the models are quantized, and which ones (parts of their names).
+WAYS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "ternary": (("",), {"weights": "ternary"}),
+    "int2, inputs int2": (
+        ("resnet",),
+        {
+            "weights": "int2",
+            "activations": "int2",
+            "solver": "reconstruct",
+            "solver_options": {"block_steps": 25, "model_steps": 40},
+        },
+    ),
+    "int4, inputs int4": (("deit",), {"weights": "int4", "activations": "int4"}),
+}
 
 
 def main() -> None:
@@ -34,22 +49,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of model names")
-    parser.add_argument("--weights", default="ternary")
+    parser.add_argument("--ways", nargs="+", default=[""], help="parts of the names of ways to quantize")
     args = parser.parse_args()
     for case in chosen(args.only):
-        if case.calibration == IMAGES[0]:
-            put(RESULTS, run(case, args.weights, args.data), "model", "weights", "estimator", "images")
-            write_page()
+        for way, (models, how) in WAYS.items():
+            is_asked = any(part in case.model for part in models) and any(part in way for part in args.ways)
+            if case.calibration == IMAGES[0] and is_asked:
+                put(RESULTS, run(case, way, how, args.data), "model", "weights", "estimator", "images")
+                write_page()
 
 
 @torch.no_grad()
-def run(case: Case, weights: str, data: Path) -> list[dict]:
+def run(case: Case, way: str, how: dict[str, Any], data: Path) -> list[dict]:
     """Gains of both estimators at all sizes, for one model."""
     bench = Bench(case, data)
     fitting = bench.collected(bench.calibration)
     count = len(bench.calibration)
-    how = {"weights": weights, "group_size": 64, "correction": None, "num_samples": count}
-    model = quantize(bench.load(), CatQuantConfig(dataset=bench.calibration, processor=bench.processor, **how))
+    how = {**how, "group_size": 64, "correction": None, "num_samples": count, "processor": bench.processor}
+    model = quantize(bench.load(), CatQuantConfig(dataset=bench.calibration, **how))
     f_fit, q_fit = logits(bench.teacher, fitting), logits(model, fitting)
     q_test, wanted = logits(model, bench.batches), torch.tensor(bench.labels)
     before = q_test[:, case.label_offset :].argmax(1) == wanted
@@ -59,7 +76,7 @@ def run(case: Case, weights: str, data: Path) -> list[dict]:
             result = fit(q_fit[:size], f_fit[:size], config, "logits")
             corrected = q_test if result.correction is None else result.correction(q_test)
             after = corrected[:, case.label_offset :].argmax(1) == wanted
-            what = {"model": case.model, "weights": weights, "estimator": estimator, "images": size}
+            what = {"model": case.model, "weights": way, "estimator": estimator, "images": size}
             found.append({**what, "clusters": result.clusters, **gain(before, after), **made()})
             print(f"{case.model}: {estimator}, {size} images: {found[-1]['gain']:+.2f}", flush=True)
     return found
@@ -95,9 +112,9 @@ def write_page() -> None:
     lines = [
         "# The correction against the number of images",
         "",
-        "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized by gptq in groups of 64 on 512 images,",
-        "both estimators fitted on the logits of the first n of them; paired change of top-1 on the test images with its",
-        "95 % interval. As published: PCA 50, 64 clusters, least-squares gamma, alpha 0.4. Seed 0.",
+        "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized in groups of 64 on 512 images (by gptq;",
+        "by reconstruct where inputs are int2), both estimators fitted on the logits of the first n of them; paired change of",
+        "top-1 on the test images with its 95 % interval. As published: PCA 50, 64 clusters, least-squares gamma, alpha 0.4. Seed 0.",
         "",
         "![gain against images](cat.png)",
         "",

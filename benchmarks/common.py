@@ -35,6 +35,7 @@ class Case:
     options: tuple[str, ...] = ()
     eval_options: tuple[str, ...] = ()
     batch_size: int = 16
+    second: str | None = None  # more test rows
 
     @property
     def label_offset(self) -> int:
@@ -43,11 +44,12 @@ class Case:
 
 
 IMAGES = ("imagenet/calibration_train.parquet", "imagenet/val_acuity.parquet")
+MORE_IMAGES = "imagenet/nips17.parquet"
 CASES = (
     Case("minilm-l6-sst2", "sst2/calibration_train.parquet", "sst2/validation.parquet", 512, "sentence"),
-    Case("resnet-18-pq", *IMAGES, 512, "image"),
-    Case("mobilenet_v2_1.0_224", *IMAGES, 512, "image", eval_options=("--label-offset", "1")),
-    Case("deit-tiny-patch16-224", *IMAGES, 512, "image"),
+    Case("resnet-18-pq", *IMAGES, 512, "image", second=MORE_IMAGES),
+    Case("mobilenet_v2_1.0_224", *IMAGES, 512, "image", eval_options=("--label-offset", "1"), second=MORE_IMAGES),
+    Case("deit-tiny-patch16-224", *IMAGES, 512, "image", second=MORE_IMAGES),
     Case(
         "kwt1-speech-commands-12",
         "speech_commands/calibration.parquet",

@@ -4,7 +4,8 @@
     python benchmarks/plugin.py --data FOLDER [--only deit ...] [--peers hqq ...]
 
 FOLDER as in ``realdata.py``. Each library quantizes the model in its own way, with its own defaults: bitsandbytes through
-transformers, optimum-quanto and torchao on their own modules, HQQ every linear and convolution inside the blocks. Then
+transformers (NF4 only linears of a multiple of 64 inputs and outputs, its kernel for the CPU refuses others), optimum-quanto
+and torchao on their own modules, HQQ on its own linears inside the blocks. Then
 ``hf_catquant.fit_correction`` is fitted on the calibration samples and judged on the test rows. Results go to
 ``benchmarks/results/plugin.json`` and ``docs/plugin.md``.
 """
@@ -21,20 +22,23 @@ from typing import Any
 import torch
 import transformers
 from common import CASES, ROOT, Bench, chosen, made, put, read, sources, span, table, write
-from peers import hqq, replace_weights
 from torch import nn
 
 from hf_catquant import fit_correction
+from hf_catquant.model import stacks
 
 RESULTS = ROOT / "benchmarks" / "results" / "plugin.json"
 PAGE = ROOT / "docs" / "plugin.md"
 
 
-def bitsandbytes(**options: Any) -> Callable[[Bench], nn.Module]:
-    """As ``from_pretrained`` makes it."""
+def bitsandbytes(multiple: int = 1, **options: Any) -> Callable[[Bench], nn.Module]:
+    """As ``from_pretrained`` makes it, on linears whose sizes are multiples of ``multiple``."""
 
     def make(bench: Bench) -> nn.Module:
-        return bench.load(quantization_config=transformers.BitsAndBytesConfig(**options), device_map="cpu")
+        linears = {name: m for name, m in bench.teacher.named_modules() if isinstance(m, nn.Linear)}
+        skipped = [n for n, m in linears.items() if m.in_features % multiple or m.out_features % multiple]
+        config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=skipped or None, **options)
+        return bench.load(quantization_config=config, device_map="cpu")
 
     return make
 
@@ -71,12 +75,19 @@ def torchao(bits: int) -> Callable[[Bench], nn.Module]:
     return make
 
 
-def hqq_bits(bits: int) -> Callable[[Bench], nn.Module]:
-    """HQQ's weights in groups of 64."""
+def hqq(bits: int) -> Callable[[Bench], nn.Module]:
+    """HQQ's own linears inside the blocks, in groups of 64."""
 
     def make(bench: Bench) -> nn.Module:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
         model = bench.load()
-        replace_weights(model, hqq(bits, 64))
+        config = BaseQuantizeConfig(nbits=bits, group_size=64)
+        blocks = tuple(f"{name}." for names in stacks(model).values() for name in names)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.startswith(blocks):
+                made = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
+                model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], made)
         return model
 
     return make
@@ -84,14 +95,14 @@ def hqq_bits(bits: int) -> Callable[[Bench], nn.Module]:
 
 PEERS: dict[str, tuple[str, Callable[[Bench], nn.Module]]] = {
     "bitsandbytes int8": ("bitsandbytes", bitsandbytes(load_in_8bit=True)),
-    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "bitsandbytes NF4": ("bitsandbytes", bitsandbytes(64, load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "optimum-quanto qint4": ("optimum-quanto", quanto("qint4")),
     "optimum-quanto qint2": ("optimum-quanto", quanto("qint2")),
     "torchao int8": ("torchao", torchao(8)),
     "torchao int4": ("torchao", torchao(4)),
-    "HQQ 4 bits": ("hqq", hqq_bits(4)),
-    "HQQ 3 bits": ("hqq", hqq_bits(3)),
-    "HQQ 2 bits": ("hqq", hqq_bits(2)),
+    "HQQ 4 bits": ("hqq", hqq(4)),
+    "HQQ 3 bits": ("hqq", hqq(3)),
+    "HQQ 2 bits": ("hqq", hqq(2)),
 }
 
 
