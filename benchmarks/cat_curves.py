@@ -114,7 +114,7 @@ def write_page() -> None:
         "",
         "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized in groups of 64 on 512 images (by gptq;",
         "by reconstruct where inputs are int2), both estimators fitted on the logits of the first n of them; paired change",
-        "of top-1 on the test images, its 95 % interval. As published: PCA 50, 64 clusters, least-squares gamma, alpha 0.4. Seed 0.",
+        "of top-1 on the test images, 95 % interval. As published: PCA 50, 64 clusters, least squares, alpha 0.4. Seed 0.",
         "",
         "![gain against images](cat.png)",
         "",
