@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -139,7 +140,9 @@ def run(bench: Bench, name: str) -> dict[str, Any]:
         judged = bench.evaluate(model)
     except (AssertionError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         print(f"{bench.case.model}: {name}: {error}", flush=True)
-        return {**what, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error).splitlines() or [f"{place.name}: {place.line}"]
+        return {**what, "error": f"{type(error).__name__}: {said[0]}"}
     rows = [
         {key: getattr(row, key) for key in ("metric", "low", "high", "kl", "agreement")} for row in judged.rows[1:]
     ]
