@@ -93,7 +93,11 @@ def advice(results: list[Row]) -> list[str]:
             '**No data at hand**: `CatQuantConfig(weights="int4", solver="rtn", correction=None)`,',
             "or `catquant quantize --generate 340` for a language model.",
         ),
-        (True, "**A size to meet**: `average_bits=2.5`", "gives wider formats to the layers that need them."),
+        (
+            True,
+            "**A size to meet**: `average_bits=2.5` or `target_bytes=5_000_000`",
+            "give wider formats to the layers that need them.",
+        ),
         (True, "**Other runtimes**: [exports.md](exports.md)", "says which settings have an exact form elsewhere."),
     )
     for holds, line, _ in found:
