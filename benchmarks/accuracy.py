@@ -93,6 +93,7 @@ TABLES = (
     Table("peers.py"),
     Table("ablation.py", ("minilm", "stories", "kwt1", "deit")),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit")),
+    Table("cat_places.py", TRANSFORMERS),
     Table("plugin.py"),
     Table("solver_time.py", ("minilm", "resnet")),
     Table("autoround.py", ("stories",), takes_model=False),
