@@ -12,8 +12,8 @@ from .discrimination import FEATURE_DISCRIMINATION, FeatureStatistics, feature_d
 from .exports import export
 from .extract import extract_features
 from .features import BinaryQuantizer, TernaryQuantizer
-from .fitting import fit_correction
 from .generate import generate_samples
+from .plugin import fit_correction
 from .quantizer import quantize, register
 from .report import report
 from .version import __version__

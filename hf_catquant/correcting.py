@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
+from .correction import ClusterAffine, attach, detach
 from .fitting import Pairs, correction_dim, output_of, resolve_sites, tensor_of
 from .gather import Gather, Streams
 from .held_out import Kind
+from .judge import Judge
 from .log import logger
 from .swap import Outcome
 from .walk import Unit, Walk, leaf_outputs
@@ -42,7 +44,8 @@ class Corrections:
     ) -> None:
         self.model, self.config, self.gather, self.walk = model, config, gather, walk
         self.batches, self.outcome = batches, outcome
-        self.names = resolve_sites(model, config.correction, blocks, walk.plan.logits_site)
+        self.logits = walk.plan.logits_site
+        self.names = resolve_sites(model, config.correction, blocks, self.logits)
         if config.correction is not None and not self.names:
             self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
 
@@ -76,29 +79,80 @@ class Corrections:
         self._fit(name, pairs)
 
     def float_outputs(self) -> dict[str, list[Any]]:
-        """What the float model puts out where corrections are still to be fitted, by batch."""
-        return {name: self.walk.outputs_of(name, "float") for name in self.names}
+        """What the float model puts out where corrections are still to be fitted, and where they are judged, by batch."""
+        judged = [self.logits] if self._judges() and self.logits not in self.names else []
+        return {name: self.walk.outputs_of(name, "float") for name in [*self.names, *judged] if name is not None}
 
     def fit_model(self, float_outputs: dict[str, list[Any]]) -> None:
-        """Fit what needs the whole quantized model."""
-        for name, outputs in float_outputs.items():
+        """Fit what needs the whole quantized model, and take off what does not help its answers."""
+        judge = self._judge(float_outputs) if self._judges() else None
+        losses = None if judge is None else judge.losses(self._answers())
+        for name in [name for name in self.outcome.corrections if name != self.logits][::-1]:
+            losses = self._keep_if_it_helps(name, judge, losses, detach(self.model, name))
+        for name in list(self.names):
             pairs = Pairs(self.config.seed, len(self.batches))
             for batch in self.batches:
-                self._add(pairs, name, batch, outputs[batch], output_of(self.model, name, self.walk.batches[batch]))
+                self._add(pairs, name, batch, float_outputs[name][batch], self._output(name, batch))
             self._fit(name, pairs)
+            if name != self.logits:
+                losses = self._keep_if_it_helps(name, judge, losses, None)
+
+    def _judges(self) -> bool:
+        """Whether there are logits that corrections inside the model are judged by."""
+        config = self.config.correction
+        inner = [name for name in (*self.names, *self.outcome.corrections) if name != self.logits]
+        return config is not None and config.may_be_off and self.logits is not None and bool(inner)
+
+    def _judge(self, float_outputs: dict[str, list[Any]]) -> Judge:
+        assert self.logits is not None
+        judge = Judge(self.config.seed, len(self.batches))
+        for batch in self.batches:
+            f = tensor_of(float_outputs[self.logits][batch])
+            judge.expect(f, *self._rows(self.logits, batch, f))
+        return judge
+
+    def _keep_if_it_helps(
+        self, name: str, judge: Judge | None, losses: Tensor | None, taken: ClusterAffine | None
+    ) -> Tensor | None:
+        """Judge the correction at ``name``: on trial and ``losses`` without it, or ``taken`` off and ``losses`` with it."""
+        entry = self.outcome.corrections.get(name)
+        if judge is None or losses is None or entry is None:
+            if taken is not None:
+                attach(self.model, name, taken)
+            return losses
+        other = judge.losses(self._answers())
+        before, after = (losses, other) if taken is None else (other, losses)
+        if judge.helps(name, before, after, self.outcome.fits[name]):
+            if taken is not None:
+                attach(self.model, name, taken)
+            return after
+        detach(self.model, name)
+        del self.outcome.corrections[name]
+        return before
+
+    def _answers(self) -> Iterator[Tensor]:
+        assert self.logits is not None
+        for batch in self.batches:
+            yield self._output(self.logits, batch)
+
+    def _output(self, name: str, batch: int) -> Tensor:
+        return tensor_of(output_of(self.model, name, self.walk.batches[batch]))
+
+    def _rows(self, name: str, batch: int, output: Tensor) -> tuple[int, Tensor | None]:
+        """The dimension of features, and what is no padding."""
+        dim = correction_dim(self.model.get_submodule(name), output)
+        return dim, self.gather.mask(batch, name, output) if dim == -1 and output.dim() == 3 else None
 
     def _add(self, pairs: Pairs, name: str, batch: int, float_output: Any, output: Any) -> None:
-        f, q = tensor_of(float_output), tensor_of(output)
-        dim = correction_dim(self.model.get_submodule(name), f)
-        mask = self.gather.mask(batch, name, f) if dim == -1 and f.dim() == 3 else None
-        pairs.add(f, q, dim, mask)
+        f = tensor_of(float_output)
+        pairs.add(f, tensor_of(output), *self._rows(name, batch, f))
 
     def _fit(self, name: str, pairs: Pairs) -> None:
         self.names.remove(name)
         if pairs.count < LEAST_ROWS:
             self.left_out(f"correction at {name}: off, {pairs.count} rows of samples are fewer than {LEAST_ROWS}")
             return
-        kind: Kind = "logits" if name == self.walk.plan.logits_site else "hidden"
+        kind: Kind = "logits" if name == self.logits else "hidden"
         assert self.config.correction is not None
         entry, fit = pairs.fit_and_attach(self.model, name, self.config.correction, kind)
         self.outcome.fits[name] = fit

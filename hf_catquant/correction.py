@@ -82,7 +82,12 @@ class CatConfig:
     @property
     def chooses(self) -> bool:
         """Whether anything is left to the data: the number of clusters, alpha, or how far clusters shrink."""
-        return "auto" in (self.num_clusters, self.alpha, self.gamma) or self.shrinkage > 0
+        return self.may_be_off or self.shrinkage > 0
+
+    @property
+    def may_be_off(self) -> bool:
+        """Whether "off" is among the choices."""
+        return "auto" in (self.num_clusters, self.alpha, self.gamma)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-clean fields."""

@@ -1,4 +1,4 @@
-"""Corrections on models: where they sit, and fitting them on paired outputs of a quantized model and its teacher."""
+"""Fitting corrections on paired outputs of a quantized model and its teacher, and the places on models where they sit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import samples
 from .cluster_fit import fit
-from .correction import CatConfig, attach, detach
+from .correction import CatConfig, attach
 from .correction_file import entry_of
 from .held_out import Kind
+from .judge import quota, rows_of
 from .log import logger
-from .logits import logits_site
-from .model import parameter_count, stacks
+from .model import parameter_count
 from .replay import hooked, run
 
-MAX_VALUES = 1 << 26  # floats of each stream that a fit looks at
 SHARE = 32  # a correction takes at most a SHARE-th of what the weights would take in 8 bits, if clusters are "auto"
 
 
@@ -44,17 +42,13 @@ class Pairs:
     def add(self, teacher: Tensor, quantized: Tensor, dim: int, mask: Tensor | None) -> None:
         """Add one batch of outputs of equal shape; ``dim`` is the corrected dimension, ``mask`` picks rows."""
         self._dim = dim
-        f, q = (t.movedim(dim, -1).reshape(-1, t.shape[dim]).float() for t in (teacher, quantized))
-        count = len(teacher) if teacher.dim() > 1 else 1
-        sample = torch.arange(count, device=f.device).repeat_interleave(len(f) // max(count, 1)) + self._samples
-        self._samples += count
-        if mask is not None:
-            f, q, sample = f[mask], q[mask], sample[mask]
-        quota = max(1, MAX_VALUES // (f.shape[1] * self._batches))
-        if len(f) > quota:
-            chosen = torch.randperm(len(f), generator=self._generator)[:quota].to(f.device)
+        (f, sample), (q, _) = (rows_of(t, dim, mask) for t in (teacher, quantized))
+        most = quota(f.shape[1], self._batches)
+        if len(f) > most:
+            chosen = torch.randperm(len(f), generator=self._generator)[:most].to(f.device)
             f, q, sample = f[chosen], q[chosen], sample[chosen]
-        self._rows.append((f.cpu(), q.cpu(), sample.cpu()))
+        self._rows.append((f.cpu(), q.cpu(), sample.cpu() + self._samples))
+        self._samples += len(teacher) if teacher.dim() > 1 else 1
 
     def fit_and_attach(
         self, model: nn.Module, name: str, config: CatConfig, kind: Kind
@@ -142,52 +136,6 @@ def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str],
     return [name for name in names if name in wanted]
 
 
-@torch.no_grad()
-def fit_correction(
-    model: nn.Module,
-    teacher: nn.Module,
-    dataset: Any,
-    config: CatConfig | None = None,
-    *,
-    processor: Any = None,
-    num_samples: int = 256,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Fit corrections of any quantized model against its float teacher, and attach them to ``model`` in place.
-
-    Sites are fitted in the order of the model, each on outputs that the earlier corrections already changed. A correction
-    that sits there already is replaced; if anything goes wrong, ``model`` keeps those it had.
-
-    Args:
-        model: the quantized model, of any library; its modules are named as the teacher's.
-        teacher: the float model.
-        dataset, processor, num_samples, batch_size, seed: as in ``CatQuantConfig``.
-        config: what to fit and where; None: the default, at the logits.
-
-    Returns:
-        The report of each fit by module name.
-
-    Raises:
-        ValueError: the data cannot be used, a site is not in the model, or no module returns the logits.
-    """
-    config = config or CatConfig()
-    data = samples.collect(
-        dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
-    )
-    with evaluating(model, teacher):
-        logits = logits_site(teacher, placed(data.batches[0], teacher))
-        blocks = [block for names in stacks(teacher).values() for block in names]
-        sites = resolve_sites(model, config, blocks, logits)
-        if not sites:
-            raise ValueError(
-                f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
-            )
-        _check_teacher(teacher, sites)
-        with _replacing(model, sites):
-            return {name: _fit_site(model, teacher, data, config, name, name == logits, seed) for name in sites}
-
-
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of a ``with``; then every module is as it was, one by one."""
@@ -201,29 +149,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def _replacing(model: nn.Module, sites: list[str]) -> Iterator[None]:
-    """No correction at ``sites``, so that a fit does not see what it replaces; the old ones come back on an error."""
-    old = {name: detach(model, name) for name in sites}
-    try:
-        yield
-    except BaseException:
-        for name, correction in old.items():
-            detach(model, name)
-            if correction is not None:
-                attach(model, name, correction)
-        raise
-
-
-def _check_teacher(teacher: nn.Module, sites: list[str]) -> None:
-    names = {name for name, _ in teacher.named_modules()}
-    for name in sites:
-        if name not in names:
-            raise ValueError(
-                f"the teacher {type(teacher).__name__} has no module {name!r}: it must name its modules as the model does"
-            )
-
-
 def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The batch on the device of ``model``, floats in its floating-point dtype."""
     device = _device(model)
@@ -235,21 +160,3 @@ def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _device(model: nn.Module) -> torch.device:
     """Of the first tensor of ``model`` that is in memory; meta ones are offloaded to disk."""
     return next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), torch.device("cpu"))
-
-
-def _fit_site(
-    model: nn.Module,
-    teacher: nn.Module,
-    data: samples.Batches,
-    config: CatConfig,
-    name: str,
-    is_logits: bool,
-    seed: int,
-) -> dict[str, Any]:
-    pairs = Pairs(seed, len(data.batches))
-    for batch in data.batches:
-        f, q = (tensor_of(output_of(m, name, placed(batch, m))) for m in (teacher, model))
-        dim = correction_dim(teacher.get_submodule(name), f)
-        mask = samples.padding_mask(batch, teacher, name, f) if dim == -1 and f.dim() == 3 else None
-        pairs.add(f, q, dim, None if mask is None else mask.flatten().to(f.device))
-    return pairs.fit_and_attach(model, name, config, "logits" if is_logits else "hidden")[1]
