@@ -75,7 +75,8 @@ PLAN = (
     *(Setting(weights, group_size=64) for weights in ("ternary", "int4")),
     Setting("int3"),
     # Ternary in at most 1.85 bits: without offsets, which narrow layers pay dearly for.
-    Setting("ternary_symmetric", "reconstruct", ("minilm", "deit", "kwt1")),
+    Setting("ternary_symmetric", "reconstruct", ("minilm",)),
+    Setting("ternary_symmetric", "reconstruct", ("deit", "kwt1"), rotation="hadamard"),
     Setting("ternary_symmetric", models=("mobilenet",), group_size=384),
     Setting("ternary_symmetric", "reconstruct", ("stories",), 192, more=OWN_TEXTS),
     Setting("ternary_symmetric", models=("resnet",)),
@@ -85,6 +86,7 @@ PLAN = (
         for b, m in W2A2
     ),
     Setting("int4", models=("deit",), activations="int4"),
+    Setting("int3", "reconstruct", ("deit",), more=(STEPS, "block_steps=60", "model_steps=100")),
     # What choosing rotations layer by layer is worth.
     *(Setting("ternary", models=TRANSFORMERS, group_size=64, rotation=how) for how in ("none", "hadamard")),
     *(Setting("int3", models=TRANSFORMERS, rotation=how) for how in ("none", "hadamard")),

@@ -1,0 +1,133 @@
+"""Corrections of hidden features are judged by the answers: what is nearer to float and answers worse is taken off."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_models
+from hf_catquant import CatConfig, CatQuantConfig, fit_correction, quantize, report
+from hf_catquant.correction import corrections
+from hf_catquant.judge import Judge
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Model(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def pair() -> tuple[Model, Model, list[Tensor]]:
+    torch.manual_seed(0)
+    teacher = Model().eval()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.layers[0].linear.weight.mul_(0.6)
+        model.layers[0].linear.bias.add_(0.5)
+    return model, teacher, list(torch.randn(120, 8))
+
+
+def kl(model: nn.Module, teacher: nn.Module, rows: list[Tensor]) -> float:
+    x = torch.stack(rows)
+    with torch.no_grad():
+        log_p, log_q = teacher(x).log_softmax(-1), model(x).log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_what_helps_the_answers_stays():
+    model, teacher, rows = pair()
+    before = kl(model, teacher, rows)
+    fit = fit_correction(model, teacher, rows, CatConfig(at=("layers.0", "logits")), num_samples=120)["layers.0"]
+    assert set(corrections(model)) >= {"layers.0"}
+    assert fit["answers_low"] > 0
+    assert kl(model, teacher, rows) < 0.2 * before
+
+
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every divergence with a new correction seems worse than without."""
+    real, seen = Judge.losses, []
+
+    def losses(self: Judge, outputs: Any) -> Tensor:
+        seen.append(1)
+        return real(self, outputs) + float(len(seen))
+
+    monkeypatch.setattr(Judge, "losses", losses)
+
+
+def test_what_harms_the_answers_is_taken_off(monkeypatch):
+    spoilt(monkeypatch)
+    model, teacher, rows = pair()
+    before = kl(model, teacher, rows)
+    fit = fit_correction(model, teacher, rows, CatConfig(at="layers.0"), num_samples=120)["layers.0"]
+    assert not corrections(model)
+    assert (fit["clusters"], fit["gain"] > 0, fit["answers_high"] < 0) == (0, True, True)
+    assert "off: nearer to float itself" in fit["notes"][-1]
+    assert kl(model, teacher, rows) == pytest.approx(before)
+
+
+def test_a_fixed_correction_is_not_judged(monkeypatch):
+    spoilt(monkeypatch)
+    model, teacher, rows = pair()
+    config = CatConfig(num_clusters=1, alpha=1.0, gamma="ls", at="layers.0")
+    fit_correction(model, teacher, rows, config, num_samples=120)
+    assert set(corrections(model)) == {"layers.0"}
+
+
+@pytest.mark.parametrize(("harm", "kept"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("solver", ["gptq", "reconstruct"])
+def test_while_quantizing(harm, kept, solver, monkeypatch):
+    """On blocks: fitted while the walk passes them, or after all has learned; judged at the end, and not stored if off."""
+    helps = Judge.helps
+
+    def verdict(self: Judge, name: str, before: Tensor, after: Tensor, fit: dict[str, Any]) -> bool:
+        return helps(self, name, before, before + (1 if harm else -1), fit)
+
+    monkeypatch.setattr(Judge, "helps", verdict)
+    samples = tiny_models.samples("bert", 64, seed=0)
+    options = {"block_steps": 2, "model_steps": 2} if solver == "reconstruct" else {}
+    config = CatQuantConfig(
+        "binary", 8, correction=CatConfig(at="blocks"), dataset=samples, solver=solver, solver_options=options,
+        num_samples=64, batch_size=8,
+    )  # fmt: skip
+    model = quantize(tiny_models.build("bert"), config)
+    fits = report(model).corrections
+    assert len(fits) == 2
+    on = {name for name, fit in fits.items() if fit["clusters"]}
+    assert set(corrections(model)) == on
+    assert (len(on) > 0) == bool(kept)
+    assert all("answers_gain" in fit for fit in fits.values() if fit["clusters"] or (harm and fit["gain"]))
+
+
+def test_divergences_are_those_of_the_rows_asked_for():
+    torch.manual_seed(0)
+    f, q = torch.randn(2, 4, 3, 6), torch.randn(2, 4, 3, 6)
+    masks = torch.rand(2, 12) > 0.3
+    judge = Judge(seed=0, batches=2)
+    for batch in range(2):
+        judge.expect(f[batch], -1, masks[batch])
+    rows_f, rows_q = (torch.cat([t[i].flatten(0, 1)[masks[i]] for i in range(2)]) for t in (f, q))
+    log_p = rows_f.log_softmax(-1)
+    wanted = (log_p.exp() * (log_p - rows_q.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(judge.losses(list(q)), wanted)
+    assert len(torch.cat(judge._samples).unique()) == 8
