@@ -131,7 +131,7 @@ def test_bytes_of_other_tools_serve_where_they_are_full():
     other = np.packbits(x > 0, axis=1)  # the first feature in the highest bit: as sentence-transformers' "ubinary"
     signs = 2 * (x > 0).astype(int) - 1
     np.testing.assert_array_equal(PackedIndex(other, 24).scores(other[:5]), signs[:5] @ signs.T)
-    with pytest.raises(ValueError, match="uint8.*got int8"):
+    with pytest.raises(ValueError, match=r"uint8.*got int8"):
         PackedIndex((other.astype(np.int16) - 128).astype(np.int8), 24)
 
 
