@@ -82,6 +82,7 @@ def claims(data: Path | None, wanted: list[str], keep_accuracies: bool) -> None:
         loaders |= {
             "Yale B": lambda: discrimination_vision.faces(data),
             "CIFAR-10": lambda: discrimination_vision.objects(data),
+            "ImageNet animals": lambda: discrimination_vision.animals(data),
             "20 Newsgroups": lambda: discrimination_text.news(data),
             "SST-2": lambda: discrimination_text.films(data),
             "spoken digits speakers": lambda: discrimination_speech.cases(data),

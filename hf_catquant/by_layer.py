@@ -27,7 +27,7 @@ class LayerDiscrimination:
     """D by layer and model.
 
     Attributes:
-        n: rows.
+        n: rows that D is of: those of classes with two or more.
         layers: names of the blocks in order, then "head".
         values: {"float", "quantized", "quantized + CAT": D of every layer}.
     """
@@ -84,7 +84,8 @@ def discrimination_by_layer(
     found = {"float": _measure(teacher, sites, batches, wanted)}
     for name, values, _ in variants(model, lambda: _measure(model, sites, batches, wanted)):
         found[name] = values
-    return LayerDiscrimination(len(wanted), tuple(site.name for site in sites), found)
+    counts = wanted.unique(return_counts=True)[1]
+    return LayerDiscrimination(int(counts[counts >= 2].sum()), tuple(site.name for site in sites), found)
 
 
 def _measure(

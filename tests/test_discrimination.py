@@ -339,6 +339,15 @@ def test_whole_numbers_are_labels_however_they_are_stored(labels):
     assert found["classes"] == [1, 2]
 
 
+def test_strings_are_labels_however_they_are_stored():
+    x, names = [[1.0], [2.0], [2.5], [4.0]], ["no", "no", "yes", "yes"]
+    forms = [names, np.array(names), np.array(names, object)]
+    if hasattr(np.dtypes, "StringDType"):
+        forms.append(np.array(names, np.dtypes.StringDType()))
+    for labels in forms:
+        assert feature_discrimination(x, labels, pairs=True)["classes"] == ["no", "yes"]
+
+
 ONES = np.ones((4, 2))
 
 

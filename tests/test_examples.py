@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,25 @@ def test_d_of_a_study_is_of_rows_that_were_not_learned_from(monkeypatch):
     assert len(study.folds("few", x, np.repeat([0, 1], [86, 4]))) == 2
     with pytest.raises(SystemExit, match="few: every class needs 4 rows, one has 3"):
         study.folds("few", x, np.repeat([0, 1], [87, 3]))
+
+
+def test_groups_of_animals_are_those_of_imagenet(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    vision = importlib.import_module("discrimination_vision")
+    named = {2: "fish", 22: "birds", 100: "birds", 146: "birds", 151: "dogs", 268: "dogs", 281: "other carnivores"}
+    named |= {25: "amphibians and reptiles", 326: "insects", 340: "ungulates", 366: "primates", 393: "fish"}
+    named |= {
+        69: "",
+        101: "",
+        147: "",
+        327: "",
+        386: "",
+        398: "",
+        999: "",
+    }  # trilobite, tusker, whale, ...
+    assert {label: vision.group_of(label) for label in named} == named
+    places = sorted(place for ranges in vision.GROUPS.values() for place in ranges)
+    assert all(one[1] < other[0] for one, other in pairwise(places))
 
 
 def test_choices_of_formats_are_compared_row_by_row(monkeypatch):

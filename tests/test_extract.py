@@ -342,6 +342,7 @@ def test_discrimination_layer_by_layer(tmp_path):
     assert table.values["float"] == pytest.approx(expected, rel=1e-6)
     assert table.values["quantized"] != table.values["float"]
     assert "bert.encoder.layer.1" in str(table)
+    assert "n = 23 rows" in str(table)  # a class of one row has no D
     table.draw(tmp_path / "layers.png")
     with Image.open(tmp_path / "layers.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20

@@ -126,6 +126,15 @@ def test_bits_behind_the_last_feature_are_not_counted(kind):
     np.testing.assert_array_equal(PackedIndex(dirty, 12, ternary=ternary).scores(dirty), expected)
 
 
+def test_bytes_of_other_tools_serve_where_they_are_full():
+    x = embeddings(50, 24)
+    other = np.packbits(x > 0, axis=1)  # the first feature in the highest bit: as sentence-transformers' "ubinary"
+    signs = 2 * (x > 0).astype(int) - 1
+    np.testing.assert_array_equal(PackedIndex(other, 24).scores(other[:5]), signs[:5] @ signs.T)
+    with pytest.raises(ValueError, match=r"uint8.*got int8"):
+        PackedIndex((other.astype(np.int16) - 128).astype(np.int8), 24)
+
+
 def test_embeddings_may_be_rows_or_tensors():
     expected = INDEX.search(CODES, 3, embeddings=X, float_queries=X)
     for form in (X.tolist(), torch.tensor(X)):

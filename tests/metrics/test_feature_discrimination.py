@@ -158,6 +158,21 @@ def test_the_metric_stays_usable_after_bad_input(metric, data):
     assert metric.compute(predictions=data[0], references=data[1]) == pytest.approx(feature_discrimination(*data))
 
 
+@pytest.mark.parametrize(("first", "then"), [([0, 1], ["0", "1"]), (["0", "1"], [0, 1]), ([0, 1], ["a", "b"])])
+def test_integers_and_strings_do_not_mix_over_batches(metric, first, then):
+    x = [[0.0], [1.0]]
+    metric.add_batch(predictions=x, references=first)
+    for add in (
+        lambda: metric.add_batch(predictions=x, references=then),
+        lambda: metric.add(prediction=x[0], reference=then[0]),
+    ):
+        with pytest.raises(ValueError, match="must be all integers or all strings, got both"):
+            add()
+    metric.add_batch(predictions=[[2.0], [3.0]], references=first)
+    assert metric.compute()["n"] == 4
+    assert metric.compute(predictions=[*x, *x], references=[*then, *then])["num_classes"] == 2
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_labels_of_another_length_and_form_leave_nothing_behind(data, tmp_path, kept):
     metric = evaluate.load(FEATURE_DISCRIMINATION, cache_dir=str(tmp_path), keep_in_memory=kept)

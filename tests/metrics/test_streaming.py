@@ -233,6 +233,8 @@ def test_statistics_of_other_codes_do_not_merge():
     for one, other in ((plain, low), (low, plain), (low, high), (low, binary)):
         with pytest.raises(ValueError, match="cannot take in those of"):
             one.merge(other)
+    with pytest.raises(TypeError, match="merge takes FeatureStatistics, got list: merge them one by one"):
+        plain.merge([low])
     again = pickle.loads(pickle.dumps(low))
     low.merge(again)
     assert low.count == 2 * len(x)

@@ -98,7 +98,7 @@ class FeatureDiscrimination(evaluate.Metric):
         """Add rows and their labels, at least one: ``evaluate`` reads the form of the labels off the first."""
         # evaluate itself would drop imaginary parts and read numbers in strings, without a word.
         predictions = checked_features(predictions).astype("float64", copy=False)
-        references = _labels(references)
+        references = self._labels(references)
         first = self.writer is None
         try:
             super().add_batch(predictions=predictions, references=references, **kwargs)
@@ -116,7 +116,14 @@ class FeatureDiscrimination(evaluate.Metric):
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add a row and its label."""
         row = checked_features([prediction])[0].astype("float64")
-        super().add(prediction=row, reference=_labels([reference])[0], **kwargs)
+        super().add(prediction=row, reference=self._labels([reference])[0], **kwargs)
+
+    def _labels(self, references: Any) -> list[Any]:
+        """Labels as integers or strings, of the form of those before: evaluate takes "1" for 1 and 1 for "1"."""
+        labels, form = _labels(references), self.selected_feature_format
+        if form is not None and labels and isinstance(labels[0], str) != (form["references"].dtype == "string"):
+            raise ValueError("labels (references) must be all integers or all strings, got both")
+        return labels
 
     def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
         return measure(predictions, references, **options)

@@ -77,7 +77,7 @@ def checked_labels(labels: Any) -> NDArray[Any]:
         raise ValueError(
             "labels (references) must be (n,) integers or strings, got rows of several lengths"
         ) from error
-    if y.dtype.kind in "OU" and y.ndim == 1:
+    if y.dtype.kind in "OUT" and y.ndim == 1:  # T: strings of any length, from numpy 2 on
         y = _of_objects(labels, y)
     elif y.dtype.kind == "f":
         y = _of_floats(y)
@@ -91,7 +91,7 @@ def _of_objects(labels: Any, y: NDArray[Any]) -> NDArray[Any]:
     """Labels that numpy takes for strings or for objects, as it should have taken them."""
     kinds = [isinstance(label, str) for label in labels]
     if all(kinds):
-        return y.astype(str)
+        return y if y.dtype.kind == "U" else np.array(y.tolist(), str)
     if any(kinds) and all(isinstance(label, str | int | np.integer) for label in labels):
         raise ValueError("labels (references) must be all integers or all strings, got both")
     bad = [label for label in labels if not isinstance(label, str | int | np.integer)]

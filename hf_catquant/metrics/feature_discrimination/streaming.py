@@ -99,8 +99,11 @@ class FeatureStatistics:
         """Add all that ``other`` has seen.
 
         Raises:
+            TypeError: it is something else.
             ValueError: it has seen features of another width, or makes other codes of them.
         """
+        if not isinstance(other, FeatureStatistics):
+            raise TypeError(f"merge takes FeatureStatistics, got {type(other).__name__}: merge them one by one")
         if not _alike(self.coder, other.coder):
             raise ValueError(
                 f"statistics of {_named(self.coder)} cannot take in those of {_named(other.coder)}: merge what was made "
