@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import published
 import torch
 from common import CASES, ROOT, Bench, chosen, made, put, read, span, table, write
 from realdata import RESULTS as OURS
@@ -149,6 +150,7 @@ def write_page() -> None:
         rows = [["float", 32, span(own[0]["evaluation"]["rows"][0]), 100, 0, "-", "-"]]
         rows += [[name, f"{bits:.3g}", *cells] for bits, name, cells in sorted(entries, key=lambda entry: entry[:2])]
         lines += ["", f"## {case.model}", "", *table(HEAD, rows)]
+    lines += published.lines(read(OURS))
     versions = ", ".join(sorted({r["version"] for r in peers}))
     for day, machine in sorted({(r["date"], r["machine"]) for r in peers}):
         lines += ["", f"Peers: {day}: {machine}."]
