@@ -35,7 +35,10 @@ def pack(codes: Tensor, fmt: Format, group_size: int) -> Tensor:
         raise ValueError(f"{fmt.name} codes must be below {fmt.radix}, got {int(codes.max())}")
     rows, columns = codes.shape
     if codes.numel() > _AT_ONCE and rows > 1:
-        return torch.cat([pack(part, fmt, group_size) for part in codes.split(max(1, _AT_ONCE // columns))])
+        out = codes.new_empty(rows, packed_width(fmt, columns, group_size))
+        for start in range(0, rows, step := max(1, _AT_ONCE // columns)):
+            out[start : start + step] = pack(codes[start : start + step], fmt, group_size)
+        return out
     width, groups = group_width(columns, group_size), group_count(columns, group_size)
     words_per_group = -(-width // fmt.digits)
     grouped = _pad(codes, groups * width).view(rows, groups, width)

@@ -109,6 +109,7 @@ def _without_data(model: nn.Module, selection: Selection, journal: Journal | Non
             for name in names:
                 swap.site(name, None)
             steps.keep(step, unit, before)
+            del before  # the float weights go when the shelf is done with them, not when the next unit's are read
             seconds = time.perf_counter() - start
             logger.info("[%d/%d] %s: %d layers, %.1f s", index + 1, len(units), unit, len(names), seconds)
         shelf.done(unit)

@@ -257,10 +257,13 @@ def _alone(held: list[Site], hidden: int, config: CatQuantConfig) -> int:
         assert layer is not None
         rows, columns = layer.matrix_shape(site.module)
         out = hidden * rows // columns
+        weights = float_bytes(site) + rows * columns + packed_bytes(site)  # a code is a byte until it is packed
+        if site.module.weight.dtype != torch.float32 or site.scheme.rotation is not None:
+            weights += 4 * rows * columns  # what is solved is another matrix
         work = 0
         if solvers.get(config.solver).NEEDS_MOMENTS:
             work = 4 * (_SQUARES * columns * columns + _MATRICES * min(rows * columns, AT_ONCE))
-        most = max(most, 2 * float_bytes(site) + 2 * hidden + 2 * out + work)
+        most = max(most, weights + 2 * hidden + 2 * out + work)
     return most
 
 

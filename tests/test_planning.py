@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +117,29 @@ def test_slices_of_rows_are_small_and_cross_no_border(shape, runs):
     for s in slices:
         assert (s.stop - s.start) * shape[1] <= max(SLICE, shape[1])
         assert s.start // each == (s.stop - 1) // each
+
+
+def test_rounding_leaves_no_holes_in_the_heap():
+    """Grids of all pieces that are kept among a piece's temporaries once took half a megabyte a piece."""
+    code = f"""
+import sys, types
+sys.modules["hf_catquant"] = package = types.ModuleType("hf_catquant")  # all of it would import transformers
+package.__path__ = [{str(Path(memory.__file__).parent)!r}]
+import torch
+from hf_catquant import memory
+from hf_catquant.formats import get_format
+from hf_catquant.solvers import _grid
+_grid._SHRINK = ()
+weight, fmt = torch.randn(8192, 1024, generator=torch.Generator().manual_seed(0)), get_format("int8")
+_grid.fit_grid(weight[:128], fmt, 128)
+if not memory.map_large_blocks() or not memory.reset_peak():
+    raise SystemExit("none")
+before = memory.resident()
+_grid.fit_grid(weight, fmt, 128)
+print(memory.peak() - before)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    if "none" in done.stderr:
+        pytest.skip("another C library, or system")
+    assert int(done.stdout) < 16 << 20, done.stderr

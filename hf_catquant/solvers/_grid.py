@@ -45,14 +45,18 @@ def fit_grid(
     width, groups = group_width(columns, group_size), group_count(columns, group_size)
     shares = _shares(torch.ones_like(weight[:1]) if column_weight is None else column_weight, width, groups)
     step = max(1, _CHUNK.get(weight.device.type, _CHUNK["cpu"]) // (groups * width))
-    parts = []
+    # Made before the temporaries: small results that are kept among large blocks that are freed keep the C library's
+    # heap from shrinking, and from using them again.
+    found = torch.empty(2, rows, groups, device=weight.device)
     for start in range(0, rows, step):
         values = weight[start : start + step].float()
         # The filler of a narrow last group repeats one of its values, so that it widens no range.
         values = torch.cat((values, values[:, -1:].expand(-1, groups * width - columns)), -1)
         run = torch.arange(start, start + len(values), device=weight.device) // (rows // len(shares))
-        parts.append(_fit_groups(values.view(-1, width), shares[run].view(-1, width), fmt))
-    scale, offset = (torch.cat(part).view(rows, groups) for part in zip(*parts, strict=True))
+        part = _fit_groups(values.view(-1, width), shares[run].view(-1, width), fmt)
+        for held, new in zip(found, part, strict=True):
+            held[start : start + step] = new.view(-1, groups)
+    scale, offset = found.unbind()
     return scale, offset if fmt.affine else None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..formats import Format, check_group_size, group_width
+from ..formats import Format, check_group_size, group_count, group_width
 from ..weight import QuantizedWeight, expand_groups
 from ._common import AT_ONCE, Moments, check_moments, check_weight
 from ._descent import ColumnGrid, descend, feed_back
@@ -56,7 +56,6 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
     gram = moments.gram * factor
     order = act_order(gram)
     gram, lower = factorise(gram, order)
-    codes, scales, offsets = [], [], []
     share, ridge = trust(moments.count, weight.shape[1])
     # Rows do not know each other.
     pieces = runs.split(max(1, AT_ONCE // (len(runs) * weight.shape[1])), dim=1)
@@ -71,15 +70,18 @@ def solve(weight: Tensor, fmt: Format, group_size: int, moments: Moments | None 
         targets = iter(list(targets))
         del ridged
         lower, _ = _cholesky(_permuted(gram, order))
+    codes = torch.empty(runs.shape, dtype=torch.uint8, device=weight.device)
+    grids = torch.empty(2, *runs.shape[:2], group_count(weight.shape[1], group_size), device=weight.device)
+    start = 0
     for target in targets:
-        levels, scale, offset = _fit(target, gram, lower, order, fmt, group_size)
-        codes.append(level_codes(levels, fmt).mT)
-        scales.append(scale)
-        offsets += [] if offset is None else [offset]
-    joined = torch.cat(offsets, dim=1).flatten(0, 1) if offsets else None
-    return QuantizedWeight(
-        torch.cat(codes, dim=1).reshape(weight.shape), torch.cat(scales, dim=1).flatten(0, 1), joined
-    )
+        rows = slice(start, start := start + target.shape[-1])
+        levels, *grid = _fit(target, gram, lower, order, fmt, group_size)
+        codes[:, rows] = level_codes(levels, fmt).mT
+        for held, found in zip(grids, grid, strict=True):
+            if found is not None:
+                held[:, rows] = found
+    scale, offset = grids.flatten(1, 2)
+    return QuantizedWeight(codes.view(weight.shape), scale, offset if fmt.affine else None)
 
 
 def unit_factor(gram: Tensor) -> Tensor:
