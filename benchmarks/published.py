@@ -1,7 +1,7 @@
 """Figures that papers and their code state for the same architectures: part of ``docs/peers.md``.
 
-They are top-1 on all 50,000 validation images of ImageNet, from the float checkpoints of those papers; what can be set side by
-side with results on other images is the share of float that is left.
+They are top-1 on all 50,000 validation images of ImageNet, from the float checkpoints of those papers; what can be set side
+by side with results on other images is the share of float that is left.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def lines(results: list[dict]) -> list[str]:
         "",
         "## Published figures, on other images",
         "",
-        "Weights and inputs of few bits; first and last layer 8 bits. The papers' figures are of all 50,000 validation images and of",
-        "other float checkpoints, so that only the share of float that is left can be set side by side.",
+        "Weights and inputs of few bits; first and last layer 8 bits. The papers' figures are of all 50,000 validation images and",
+        "of other float checkpoints, so that only the share of float that is left can be set side by side.",
         "",
         *table(("model", "weights, inputs", "method", "float", "quantized", "left"), rows),
     ]
