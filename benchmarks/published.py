@@ -36,8 +36,8 @@ def lines(results: list[dict]) -> list[str]:
         "",
         "## Published figures, on other images",
         "",
-        "Weights and inputs of few bits; first and last layer 8 bits. The papers' figures are of all 50,000 validation images and",
-        "of other float checkpoints, so that only the share of float that is left can be set side by side.",
+        "Weights and inputs of few bits; first and last layer 8 bits. The papers' figures are of all 50,000 validation",
+        "images and of other float checkpoints: only the share of float that is left can be set side by side.",
         "",
         *table(("model", "weights, inputs", "method", "float", "quantized", "left"), rows),
     ]
