@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import peers
 import torch
 from common import ROOT, Bench, Case, chosen, made, put, read, sources, span, table, weight_bits, write
 from torch import Tensor, nn
@@ -75,6 +76,9 @@ BEYOND: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = ("HQQ 2 bits, group 64", "optimum-quanto qint2")  # rows of peers.py, for the cosine that it does not look at
+
+
 def main() -> None:
     """Run the models that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,6 +98,8 @@ def main() -> None:
 def plan() -> Iterable[tuple[str, list[str], dict[str, Any]]]:
     """Every row: its name, the steps that are off, and other fields of the configuration."""
     names = list(STEPS)
+    for name in OTHERS:
+        yield name, [], {"peer": name}
     yield "rounding to nearest, least-squares grid", names, {"solver": "rtn"}
     for done in range(1, len(names) + 1):
         yield f"+ {names[done - 1]}", names[done:], {}
@@ -108,22 +114,40 @@ def run(
 ) -> dict[str, Any]:
     """One row of the table."""
     samples = bench.calibration[:SAMPLES]
-    how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
-    how["rotation"] = None if ROTATION in off else "auto"
-    config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
     start = time.perf_counter()
-    with ExitStack() as stack:
-        for part, instead in [pair for step in off for pair in STEPS[step].items()]:
-            stack.enter_context(patch.object(gptq, part, instead))
-        model = quantize(bench.load(), config)
+    if "peer" in more:
+        model, bits = peer(bench, more["peer"])
+    else:
+        model = ours(bench, case, samples, off, weights, group_size, more)
+        bits = weight_bits([asdict(layer) for layer in report(model).layers])
     seconds = round(time.perf_counter() - start, 1)
     row = bench.evaluate(model).rows[1]
     cosine = embedding_cosine(bench, model) if case.column == "sentence" else None
     print(f"{case.model}: {name}: {row.metric:.2f}, KL {row.kl:.3f}, cosine {cosine}", flush=True)
-    what = {"model": case.model, "weights": weights, "group_size": group_size, "what": name, "off": off}
-    what["bits"] = weight_bits([asdict(layer) for layer in report(model).layers])
+    what = {"model": case.model, "weights": weights, "group_size": group_size, "what": name, "off": off, "bits": bits}
     judged = {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl, "agreement": row.agreement}
     return {**what, **judged, "cosine": cosine, "samples": len(samples), "seed": 0, "seconds": seconds, **made()}
+
+
+def peer(bench: Bench, name: str) -> tuple[nn.Module, float]:
+    """The model with another library's weights, and their bits."""
+    model = bench.load()
+    _, make, bits = peers.PEERS[name]
+    peers.replace_weights(model, make())
+    return model, bits
+
+
+def ours(
+    bench: Bench, case: Case, samples: list[Any], off: list[str], weights: str, group_size: int, more: dict[str, Any]
+) -> nn.Module:
+    """The quantized model, without the steps that are ``off``."""
+    how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
+    how["rotation"] = None if ROTATION in off else "auto"
+    config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
+    with ExitStack() as stack:
+        for part, instead in [pair for step in off for pair in STEPS[step].items()]:
+            stack.enter_context(patch.object(gptq, part, instead))
+        return quantize(bench.load(), config)
 
 
 @torch.no_grad()
@@ -146,7 +170,8 @@ def write_page() -> None:
         f"Made by `python benchmarks/ablation.py --data FOLDER`: {SAMPLES} calibration samples (60 texts for stories260K,",
         "which has no more), seed 0, no correction, layers outside the blocks int8. First the steps of gptq one after the",
         "other, then the whole engine without each of them, then what can follow it. Accuracy in percent on the test rows,",
-        "perplexity for stories260K, 95 % intervals; KL from the float model; cosine of mean-pooled sentence embeddings.",
+        "perplexity for stories260K, 95 % intervals; KL from the float model; cosine of mean-pooled sentence embeddings",
+        "of the test sentences (MiniLM is the one fine-tuned on SST-2 here). Other libraries first, for comparison.",
     ]
     results = read(RESULTS)
     order = [name for name, *_ in plan()]
