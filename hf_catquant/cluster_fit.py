@@ -110,6 +110,7 @@ def fit(
     if len(samples.unique()) < FOLDS:
         notes.append(f"fewer than {FOLDS} samples: their rows were judged as if each were a sample")
         samples = rows
+    samples = samples.unique(return_inverse=True)[1]  # some have no row left; folds are to be of equal size
     # With more channels than rows each channel's own map is mostly noise: the prior counts for as much more.
     config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
     space = ClusterSpace(q, config, notes)
