@@ -117,6 +117,23 @@ def test_classes_that_are_never_answered_stay_as_they_are(projection):
     torch.testing.assert_close(corrected[:, masked], narrow(q[:, masked].contiguous()))
 
 
+def test_columns_that_are_left_alone_count_for_the_size():
+    g = torch.Generator().manual_seed(0)
+    kind = (torch.arange(400) % 2)[:, None]
+    f = torch.randn(400, 4, generator=g) + torch.tensor([[8.0, 0.0, 0.0, 0.0]]) * kind
+    q = f - 3 * kind * torch.tensor([[0.0, 1.0, -1.0, 0.5]])
+    wide_q, wide_f = (torch.cat((t, torch.full((400, 300), LOWEST)), 1) for t in (q, f))
+    config = CatConfig(projection=None)
+    free, bounded = (fit(wide_q, wide_f, config, "hidden", size) for size in (None, 9000))
+    assert free.clusters > 1
+    assert bounded.clusters == 1
+    assert (
+        sum(held.nbytes for held in bounded.correction.buffers())
+        <= 9000
+        < sum(held.nbytes for held in free.correction.buffers())
+    )
+
+
 def test_nothing_but_marks_is_refused():
     rows = torch.full((20, 3), LOWEST)
     with pytest.raises(ValueError, match=r"all outputs are beyond 1e\+15"):
