@@ -80,7 +80,7 @@ PLAN = (
     Setting("ternary_symmetric", models=("mobilenet",), group_size=384),
     Setting("ternary_symmetric", "reconstruct", ("stories",), 192, more=OWN_TEXTS),
     Setting("ternary_symmetric", models=("resnet",)),
-    Setting("ternary", "reconstruct", ("minilm",), 192),
+    Setting("ternary", "reconstruct", ("minilm",), 192, rotation="hadamard"),
     *(
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2

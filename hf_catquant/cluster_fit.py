@@ -110,6 +110,7 @@ def fit(
     if len(samples.unique()) < FOLDS:
         notes.append(f"fewer than {FOLDS} samples: their rows were judged as if each were a sample")
         samples = rows
+    samples = samples.unique(return_inverse=True)[1]  # some have no row left; folds are to be of equal size
     # With more channels than rows each channel's own map is mostly noise: the prior counts for as much more.
     config = replace(config, shrinkage=config.shrinkage * max(1.0, q.shape[1] / len(q)))
     space = ClusterSpace(q, config, notes)
@@ -120,7 +121,7 @@ def fit(
         correction = _fit_all(q, f, space, clusters, alpha, config.gamma, config.shrinkage)
         result = CorrectionFit(correction, clusters, alpha, config.gamma, len(q), _metric(kind), notes=notes)
     else:
-        choices = _cluster_choices(q, space, config, max_bytes)
+        choices = _cluster_choices(q, space, config, max_bytes, len(usable))
         result = _choose(q, f, samples, space, config, kind, choices, notes)
     if result.correction is not None:
         result.correction = result.correction.widened(usable)
@@ -197,11 +198,14 @@ def _choose(
     return result
 
 
-def _cluster_choices(q: Tensor, space: ClusterSpace, config: CatConfig, max_bytes: int | None) -> list[int]:
+def _cluster_choices(
+    q: Tensor, space: ClusterSpace, config: CatConfig, max_bytes: int | None, width: int
+) -> list[int]:
+    """How many clusters may be tried, for a correction that is stored ``width`` wide."""
     if config.num_clusters != "auto":
         return [min(int(config.num_clusters), len(q))]
-    width = q.shape[1]
-    basis = 0 if space.basis is None else space.basis.numel()
+    rank = space.points.shape[1]
+    basis = 0 if rank == width else width * rank
     budget = math.inf if max_bytes is None else max_bytes
     return [
         c
@@ -210,7 +214,7 @@ def _cluster_choices(q: Tensor, space: ClusterSpace, config: CatConfig, max_byte
         or (
             len(q) >= ROWS_PER_CLUSTER * c
             and 5 * FOLDS * c * width <= MAX_SUMS
-            and 4 * (basis + c * (2 * width + space.points.shape[1])) <= budget
+            and 4 * (basis + c * (2 * width + rank)) <= budget
         )
     ]
 

@@ -45,7 +45,7 @@ class Pairs:
         (f, sample), (q, _) = (rows_of(t, dim, mask) for t in (teacher, quantized))
         most = quota(f.shape[1], self._batches)
         if len(f) > most:
-            chosen = torch.randperm(len(f), generator=self._generator)[:most].to(f.device)
+            chosen = torch.randperm(len(f), generator=self._generator)[:most]
             f, q, sample = f[chosen], q[chosen], sample[chosen]
         self._rows.append((f.cpu(), q.cpu(), sample.cpu() + self._samples))
         self._samples += len(teacher) if teacher.dim() > 1 else 1

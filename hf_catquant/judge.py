@@ -23,7 +23,10 @@ def rows_of(output: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tens
     rows = output.movedim(dim, -1).reshape(-1, output.shape[dim]).float()
     count = len(output) if output.dim() > 1 else 1
     sample = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // max(count, 1))
-    return (rows, sample) if mask is None else (rows[mask], sample[mask])
+    if mask is None:
+        return rows, sample
+    mask = mask.to(rows.device)  # that of the float model may be another one
+    return rows[mask], sample[mask]
 
 
 def quota(width: int, batches: int) -> int:
@@ -52,7 +55,7 @@ class Judge:
         """Add the float model's logits of one batch, with their classes at ``dim``; ``mask`` picks rows."""
         rows, sample = rows_of(teacher, dim, mask)
         chosen = torch.randperm(len(rows), generator=self._generator)[: quota(rows.shape[1], self._batches)]
-        chosen = chosen.sort().values.to(rows.device)
+        chosen = chosen.sort().values  # on the CPU, which picks rows on any device
         self._how.append((dim, mask, chosen))
         self._wanted.append(rows[chosen].cpu())
         self._samples.append(sample[chosen].cpu() + self._count)

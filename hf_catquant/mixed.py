@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import CatQuantConfig
-from .fitting import SHARE, output_of, placed, resolve_sites, tensor_of
+from .fitting import SHARE, correction_dim, output_of, placed, resolve_sites, tensor_of
 from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
@@ -21,7 +21,7 @@ from .logits import divergences, logits_site
 from .model import Selection, Site, parameter_count, replace_module, stacks
 from .samples import Batches, padding_mask
 from .shelf import resident
-from .sizes import output_bytes
+from .sizes import correction_bytes, output_bytes
 from .solvers import rtn
 
 JUDGES = 32  # samples that every format of every layer is tried on
@@ -95,14 +95,15 @@ def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, 
     """Bits to spend beyond what the whole model takes in the formats of ``selection``, and corrections at most."""
     assert config.target_bytes is not None
     blocks = [block for names in stacks(model).values() for block in names]
-    corrections = len(resolve_sites(model, config.correction, blocks, losses.site))
-    # One cluster is fitted whatever its share: gamma, beta and a basis of one column.
-    share = max(parameter_count(model) // SHARE, 4 * (3 * losses.wanted[0].shape[-1] + 1))
-    least = output_bytes(model, selection) + corrections * share
+    places = resolve_sites(model, config.correction, blocks, losses.site)
+    share = parameter_count(model) // SHARE
+    least = output_bytes(model, selection)
+    if config.correction is not None:
+        least += sum(correction_bytes(config.correction, losses.width(place), share) for place in places)
     if config.target_bytes < least:
         raise ValueError(
             f"target_bytes must be at least {least}, what weights={config.weights!r}, edge_weights={config.edge_weights!r}, "
-            f"group_size={config.group_size} and {corrections} corrections take, got {config.target_bytes}: raise it, or "
+            f"group_size={config.group_size} and {len(places)} corrections take, got {config.target_bytes}: raise it, or "
             "choose fewer bits, larger groups or correction=None"
         )
     return 8 * (config.target_bytes - least)
@@ -135,10 +136,19 @@ class _Losses:
             replace_module(self.model, site.name, site.module)
         return sum(map(self._loss, self.wanted, found)) / len(found)
 
+    def width(self, name: str) -> int:
+        """How many features the module called ``name`` returns."""
+        output = tensor_of(output_of(self.model, name, placed(self.batches[0], self.model)))
+        return output.shape[correction_dim(self.model.get_submodule(name), output)]
+
     def _answers(self, batch: dict[str, Tensor]) -> Tensor:
         answers = tensor_of(output_of(self.model, self.site or "", placed(batch, self.model))).float()
         mask = padding_mask(batch, self.model, self.site or "", answers) if answers.dim() == 3 else None
-        rows = answers.flatten(0, -2) if self.site is not None else answers.flatten(0, 1).flatten(1)
+        if self.site is None:
+            rows = answers.flatten(0, 1).flatten(1)
+        else:  # classes of a map are no last dimension
+            dim = correction_dim(self.model.get_submodule(self.site), answers)
+            rows = answers.movedim(dim, -1).flatten(0, -2)
         return rows if mask is None else rows[mask.flatten().to(rows.device)]
 
     def _loss(self, wanted: Tensor, found: Tensor) -> float:

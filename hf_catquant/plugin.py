@@ -60,8 +60,14 @@ def fit_correction(
                 f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
             )
         _check_teacher(teacher, sites)
+        judged = logits is not None and config.may_be_off and sites != [logits]
+        if judged and logits not in {name for name, _ in model.named_modules()}:
+            raise ValueError(
+                f"{type(model).__name__} has no module {logits!r}, which returns the teacher's logits and judges "
+                "corrections inside the model: name modules alike, or give num_clusters, alpha and gamma (not judged)"
+            )
         with _replacing(model, sites):
-            return _fit_sites(model, teacher, data, config, sites, logits, seed)
+            return _fit_sites(model, teacher, data, config, sites, logits, judged, seed)
 
 
 @contextmanager
@@ -94,11 +100,12 @@ def _fit_sites(
     config: CatConfig,
     sites: list[str],
     logits: str | None,
+    judged: bool,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
     fits: dict[str, dict[str, Any]] = {}
     judge, losses = None, None
-    if logits is not None and config.may_be_off and sites != [logits]:
+    if judged and logits is not None:
         judge = Judge(seed, len(data.batches))
         for batch in data.batches:
             judge.expect(*_outputs(teacher, teacher, logits, batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .correction import CatConfig
 from .formats import get_format, group_count
 from .layers import layer_for
 from .model import Selection, Site
@@ -11,14 +12,18 @@ from .packing import packed_width
 
 
 def packed_bytes(site: Site) -> int:
-    """Of one layer: codes, scales, offsets and a low-rank product; none where it shares another's."""
+    """Of one layer: codes, scales, offsets, a low-rank product and a calibrated range; none where it shares another's."""
     layer = layer_for(site.module)
     if site.tied_to is not None or layer is None:
         return 0
     rows, columns = layer.matrix_shape(site.module)
     scheme, fmt = site.scheme, get_format(site.scheme.weights)
     scales = rows * group_count(columns, scheme.group_size) * (2 if fmt.affine else 1)
-    return rows * packed_width(fmt, columns, scheme.group_size) + 2 * scales + 2 * scheme.low_rank * (rows + columns)
+    ranges = 0
+    if scheme.activations is not None and layer.static_activations:
+        ranges = 4 * (2 if get_format(scheme.activations).affine else 1)
+    product = 2 * scheme.low_rank * (rows + columns)
+    return rows * packed_width(fmt, columns, scheme.group_size) + 2 * scales + product + ranges
 
 
 def float_bytes(site: Site) -> int:
@@ -33,3 +38,13 @@ def output_bytes(model: nn.Module, selection: Selection) -> int:
     replaced = {parameter.data_ptr() for parameter in own}
     kept = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # ties once
     return sum(size for key, size in kept.items() if key not in replaced) + sum(map(packed_bytes, selection.sites))
+
+
+def correction_bytes(config: CatConfig, width: int, share: int) -> int:
+    """That a correction of ``width`` features takes at most; ``share`` bounds it where the number of clusters is chosen."""
+    one = 4 * (3 * width + 1)  # gamma, beta and a basis of one column, whatever the share
+    if config.num_clusters in ("auto", 1):
+        return max(share, one) if config.num_clusters == "auto" else one
+    rank = width if config.projection is None else min(config.projection, width)
+    basis = rank * width if rank < width else 0
+    return 4 * (basis + int(config.num_clusters) * (2 * width + rank))

@@ -8,10 +8,10 @@ import torch
 from scipy import stats
 from torch import nn
 
-from hf_catquant import CatConfig, fit_correction
+from hf_catquant import CatConfig, fit_correction, held_out
 from hf_catquant.cluster_fit import fit
 from hf_catquant.fitting import Pairs
-from hf_catquant.held_out import FOLDS, folds_of, interval, standard_error
+from hf_catquant.held_out import FOLDS, folds_of, interval, losses, standard_error
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -35,6 +35,23 @@ def test_rows_of_a_sample_are_drawn_together():
     assert standard_error(gain.repeat_interleave(40), samples) == pytest.approx(float(gain.std()) / 30**0.5, rel=1e-5)
 
 
+def test_very_many_samples_are_not_drawn_again(monkeypatch):
+    """The normal interval is that of the bootstrap by then, and takes no minutes."""
+    gain = torch.randn(1500, generator=torch.Generator().manual_seed(5)) + 0.1
+    samples = torch.arange(300).repeat_interleave(5)
+    drawn = interval(gain, samples, seed=0)
+    monkeypatch.setattr(held_out, "MANY", 299)
+    monkeypatch.setattr(np.random, "default_rng", None)
+    assert interval(gain, samples, seed=0) == pytest.approx(drawn, rel=0.05)
+
+
+def test_a_class_that_is_never_answered_is_no_divergence():
+    f, q = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    wanted = losses(q, f, "logits")
+    never = torch.full((6, 1), -torch.inf)
+    torch.testing.assert_close(losses(torch.cat((q, never), 1), torch.cat((f, never), 1), "logits"), wanted)
+
+
 def test_folds_hold_whole_samples():
     samples = torch.arange(12).repeat_interleave(7)
     folds = folds_of(samples, seed=1)
@@ -55,6 +72,14 @@ def test_what_only_holds_within_samples_is_no_gain():
     config = CatConfig(num_clusters=1, gamma="ls")
     assert fit(q, f, config, "hidden").clusters == 1
     assert fit(q, f, config, "hidden", samples=samples).clusters == 0
+
+
+def test_samples_without_rows_leave_no_hole_in_the_folds():
+    """Numbers of samples are names: what has no row is in no fold."""
+    q, f, samples = shifted(6, 20, 4)
+    config = CatConfig(num_clusters=1)
+    numbers = torch.tensor([3, 40, 41, 200, 305, 999])[samples]
+    assert fit(q, f, config, "logits", samples=numbers) == fit(q, f, config, "logits", samples=samples)
 
 
 def test_few_samples_are_judged_by_rows_with_a_note():
@@ -90,6 +115,23 @@ def test_classes_that_are_never_answered_stay_as_they_are(projection):
     corrected = result.correction(wide_q)
     assert torch.equal(corrected[:, ~masked], wide_q[:, ~masked])
     torch.testing.assert_close(corrected[:, masked], narrow(q[:, masked].contiguous()))
+
+
+def test_columns_that_are_left_alone_count_for_the_size():
+    g = torch.Generator().manual_seed(0)
+    kind = (torch.arange(400) % 2)[:, None]
+    f = torch.randn(400, 4, generator=g) + torch.tensor([[8.0, 0.0, 0.0, 0.0]]) * kind
+    q = f - 3 * kind * torch.tensor([[0.0, 1.0, -1.0, 0.5]])
+    wide_q, wide_f = (torch.cat((t, torch.full((400, 300), LOWEST)), 1) for t in (q, f))
+    config = CatConfig(projection=None)
+    free, bounded = (fit(wide_q, wide_f, config, "hidden", size) for size in (None, 9000))
+    assert free.clusters > 1
+    assert bounded.clusters == 1
+    assert (
+        sum(held.nbytes for held in bounded.correction.buffers())
+        <= 9000
+        < sum(held.nbytes for held in free.correction.buffers())
+    )
 
 
 def test_nothing_but_marks_is_refused():

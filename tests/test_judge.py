@@ -94,6 +94,23 @@ def test_a_fixed_correction_is_not_judged(monkeypatch):
     assert set(corrections(model)) == {"layers.0"}
 
 
+def test_a_model_that_names_its_head_otherwise_is_refused():
+    class Renamed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = self.head
+            del self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.layers[1](self.layers[0](x)))
+
+    _, teacher, rows = pair()
+    with pytest.raises(ValueError, match="Renamed has no module 'head', which returns the teacher's logits"):
+        fit_correction(Renamed(), teacher, rows, CatConfig(at="layers.0"), num_samples=120)
+    fixed = CatConfig(num_clusters=1, alpha=1.0, gamma="ls", at="layers.0")
+    assert fit_correction(Renamed(), teacher, rows, fixed, num_samples=120)["layers.0"]["clusters"] == 1
+
+
 @pytest.mark.parametrize(("harm", "kept"), [(True, 0), (False, 1)])
 @pytest.mark.parametrize("solver", ["gptq", "reconstruct"])
 def test_while_quantizing(harm, kept, solver, monkeypatch):

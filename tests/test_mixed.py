@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hf_catquant import CatQuantConfig, mixed, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, mixed, quantize, report
 from hf_catquant.formats import get_format
+from hf_catquant.model import select
+from hf_catquant.sizes import output_bytes
 
 
 class Uneven(nn.Module):
@@ -81,6 +84,37 @@ def test_a_size_to_meet(correction):
     found = report(quantize(tiny_models.build("bert"), config))
     assert 0.85 * target < found.bytes_after <= target
     assert len({layer.weights for layer in found.layers}) > 1
+
+
+@pytest.mark.parametrize("projection", [4, None])
+def test_a_fixed_number_of_clusters_is_within_the_size(projection):
+    """It takes what it takes, whatever share of the model that is."""
+    model, samples = uneven()
+    correction = CatConfig(num_clusters=16, alpha=0.4, gamma="ls", projection=projection, at=("blocks", "logits"))
+    fields = {"dataset": samples, "weights": "ternary", "correction": correction}
+    with pytest.raises(ValueError, match="target_bytes must be at least") as refused:
+        quantize(model, request(target_bytes=1, **fields))
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    model, _ = uneven()
+    quantize(model, request(target_bytes=least, **fields))
+    assert len(report(model).corrections) == 4
+    assert report(model).bytes_after == least
+
+
+def test_calibrated_ranges_are_within_the_size():
+    samples = tiny_models.samples("resnet", 8, seed=0)
+    config = request(weights="ternary", activations="int8", dataset=samples, solver="rtn")
+    model = tiny_models.build("resnet")
+    least = output_bytes(model, select(model, config))
+    assert report(quantize(model, config)).bytes_after == least
+
+
+def test_classes_of_a_map_are_compared_class_by_class():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 7, 1))
+    x = torch.randn(8, 3, 5, 6)
+    data = SimpleNamespace(batches=[{"input": x}])
+    wanted = mixed._Losses(model, data).wanted[0]
+    assert torch.equal(wanted, model(x).movedim(1, -1).reshape(-1, 7))
 
 
 @pytest.mark.parametrize(("weights", "tried"), [("ternary", False), ("ternary_symmetric", True)])

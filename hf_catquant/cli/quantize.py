@@ -59,7 +59,9 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--average-bits", type=float, help="bits a weight may take on average: layers that matter most get more"
     )
     parser.add_argument(
-        "--target-bytes", type=int, help="the same, for all tensors together: the size that the model file may have"
+        "--target-bytes",
+        type=int,
+        help="the same, for all tensors of the model together, corrections included, in bytes",
     )
     parser.add_argument("--edge-weights", choices=("same", *FORMATS), default="int8", help="format outside the blocks")
     parser.add_argument("--solver", choices=names(), default="gptq", help="how codes are found; rtn needs no data")
