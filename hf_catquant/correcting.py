@@ -89,7 +89,7 @@ class Corrections:
         losses = None if judge is None else judge.losses(self._answers())
         for name in [name for name in self.outcome.corrections if name != self.logits][::-1]:
             losses = self._keep_if_it_helps(name, judge, losses, detach(self.model, name))
-        for name in list(self.names):
+        for name in sorted(self.names, key=lambda name: name == self.logits):  # what judges comes last
             pairs = Pairs(self.config.seed, len(self.batches))
             for batch in self.batches:
                 self._add(pairs, name, batch, float_outputs[name][batch], self._output(name, batch))

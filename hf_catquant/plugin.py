@@ -31,7 +31,7 @@ def fit_correction(
 ) -> dict[str, dict[str, Any]]:
     """Fit corrections of any quantized model against its float teacher, and attach them to ``model`` in place.
 
-    Sites are fitted in the order of the model, each on outputs that the earlier corrections already changed; one that is
+    Sites are fitted in the order of the model, the logits last, each on outputs that the earlier corrections already changed; one that is
     chosen by cross-validation inside the model stays only if the divergence of the logits falls. A correction
     that sits there already is replaced; if anything goes wrong, ``model`` keeps those it had.
 
@@ -110,7 +110,7 @@ def _fit_sites(
         for batch in data.batches:
             judge.expect(*_outputs(teacher, teacher, logits, batch))
         losses = judge.losses(_answers(model, logits, data))
-    for name in sites:
+    for name in sorted(sites, key=lambda name: name == logits):  # what judges comes last
         pairs = Pairs(seed, len(data.batches))
         for batch in data.batches:
             f, dim, mask = _outputs(teacher, teacher, name, batch)

@@ -238,7 +238,7 @@ def _layer(name: str, module: QuantizedModule, error: float | None, tied_to: str
 
 def _correction_line(fit: dict[str, Any]) -> str:
     if not fit.get("clusters"):
-        return "off: it would not have helped"
+        return next((note for note in fit.get("notes", ()) if note.startswith("off")), "off: it would not have helped")
     return (
         f"{fit['clusters']} clusters, alpha {fit['alpha']}, {fit['metric']} {fit['loss_before']:.5f} -> "
         f"{fit['loss_after']:.5f} (cross-validated)"

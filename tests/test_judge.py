@@ -148,3 +148,37 @@ def test_divergences_are_those_of_the_rows_asked_for():
     wanted = (log_p.exp() * (log_p - rows_q.log_softmax(-1))).sum(-1)
     torch.testing.assert_close(judge.losses(list(q)), wanted)
     assert len(torch.cat(judge._samples).unique()) == 8
+
+
+def test_the_reason_is_in_the_report(monkeypatch):
+    helps = Judge.helps
+    monkeypatch.setattr(
+        Judge, "helps", lambda self, name, before, after, fit: helps(self, name, before, before + 1, fit)
+    )
+    config = CatQuantConfig(
+        "binary", 8, correction=CatConfig(at="blocks"), dataset=tiny_models.samples("bert", 64, seed=0),
+        num_samples=64, batch_size=8,
+    )  # fmt: skip
+    text = str(report(quantize(tiny_models.build("bert"), config)))
+    assert "off: nearer to float itself" in text
+
+
+def test_the_logits_are_corrected_last():
+    """A head that the model holds before its blocks is fitted after them, and the blocks are judged without its correction."""
+
+    class HeadFirst(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = self.layers
+            del self.layers
+            self.layers = layers  # behind the head in the order of modules
+
+    torch.manual_seed(0)
+    teacher = HeadFirst().eval()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.layers[0].linear.bias.add_(0.5)
+        model.head.bias.add_(0.5)
+    rows = list(torch.randn(120, 8))
+    fits = fit_correction(model, teacher, rows, CatConfig(at=("layers.0", "logits")), num_samples=120)
+    assert list(fits) == ["layers.0", "head"]
