@@ -31,9 +31,9 @@ def fit_correction(
 ) -> dict[str, dict[str, Any]]:
     """Fit corrections of any quantized model against its float teacher, and attach them to ``model`` in place.
 
-    Sites are fitted in the order of the model, the logits last, each on outputs that the earlier corrections already changed; one that is
-    chosen by cross-validation inside the model stays only if the divergence of the logits falls. A correction
-    that sits there already is replaced; if anything goes wrong, ``model`` keeps those it had.
+    Sites are fitted in the order of the model, the logits last, each on outputs that the earlier corrections already
+    changed; one that is chosen by cross-validation inside the model stays only if the divergence of the logits falls. A
+    correction that sits there already is replaced; if anything goes wrong, ``model`` keeps those it had.
 
     Args:
         model: the quantized model, of any library; its modules are named as the teacher's.

@@ -164,7 +164,7 @@ def test_the_reason_is_in_the_report(monkeypatch):
 
 
 def test_the_logits_are_corrected_last():
-    """A head that the model holds before its blocks is fitted after them, and the blocks are judged without its correction."""
+    """A head that the model holds before its blocks is fitted after them; they are judged without its correction."""
 
     class HeadFirst(Model):
         def __init__(self) -> None:
