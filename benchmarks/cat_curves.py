@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from hf_catquant import CatConfig, CatQuantConfig, quantize
 from hf_catquant.cluster_fit import fit
+from hf_catquant.fitting import SHARE
+from hf_catquant.model import parameter_count
 
 RESULTS = ROOT / "benchmarks" / "results" / "cat_curves.json"
 PAGE, PLOT = ROOT / "docs" / "cat.md", ROOT / "docs" / "cat.png"
@@ -70,10 +72,11 @@ def run(case: Case, way: str, how: dict[str, Any], data: Path) -> list[dict]:
     f_fit, q_fit = logits(bench.teacher, fitting), logits(model, fitting)
     q_test, wanted = logits(model, bench.batches), torch.tensor(bench.labels)
     before = q_test[:, case.label_offset :].argmax(1) == wanted
+    most = parameter_count(bench.teacher) // SHARE  # bytes that a correction may take by default
     found = []
     for estimator, config in ESTIMATORS.items():
         for size in SIZES:
-            result = fit(q_fit[:size], f_fit[:size], config, "logits")
+            result = fit(q_fit[:size], f_fit[:size], config, "logits", most)
             corrected = q_test if result.correction is None else result.correction(q_test)
             after = corrected[:, case.label_offset :].argmax(1) == wanted
             what = {"model": case.model, "weights": way, "estimator": estimator, "images": size}
