@@ -33,7 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 PAGE = ROOT / "docs" / "ablation.md"
 SAMPLES = 256
 KEY = ("model", "weights", "group_size", "what")
-HEAD = ("what", "bits a weight", "result", "KL", "cosine", "s")
+HEAD = ("what", "bits a weight", "result", "KL", "cosine", "s", "day")
 
 
 def natural_order(gram: Tensor) -> Tensor:
@@ -171,14 +171,15 @@ def write_page() -> None:
         "which has no more), seed 0, no correction, layers outside the blocks int8. First the steps of gptq one after the",
         "other, then the whole engine without each of them, then what can follow it. Accuracy in percent on the test rows,",
         "perplexity for stories260K, 95 % intervals; KL from the float model; cosine of mean-pooled sentence embeddings",
-        "of the test sentences (MiniLM is the one fine-tuned on SST-2 here). Other libraries first, for comparison.",
+        "of the test sentences (MiniLM is the one fine-tuned on SST-2 here). Other libraries first, for comparison. Until",
+        "2026-11-21 a rotation, where it was on, was that of every layer.",
     ]
     results = read(RESULTS)
     order = [name for name, *_ in plan()]
     for key in dict.fromkeys((r["model"], r["weights"], r["group_size"]) for r in results):
         mine = [r for r in results if (r["model"], r["weights"], r["group_size"]) == key]
         rows = [
-            [r["what"], bits(r), span(r), f"{r['kl']:.3f}", cosine(r), r["seconds"]]
+            [r["what"], bits(r), span(r), f"{r['kl']:.3f}", cosine(r), r["seconds"], r["date"]]
             for r in sorted(mine, key=lambda r: order.index(r["what"]))
         ]
         lines += ["", "## {}, {}, group {}".format(*key), "", *table(HEAD, rows)]
