@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .correction import attach, corrections, detach
+from .correction import ClusterAffine, attach, corrections, detach
 from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
 from .extract import Place, catch, head_place
@@ -111,14 +111,21 @@ def _classify(model: nn.Module, site: Place | None, batches: Sequence[dict[str, 
 def variants(model: nn.Module, measure: Callable[[], Any]) -> list[tuple[str, Any, tuple[int, float]]]:
     """Name, measurement and size of the model without and with its corrections, which come back in any case."""
     found = corrections(model)
+    plain = _without(model, found, measure)
+    corrected = measure() if found else None
+    # Sizes come last: reading its state dict changes what a model in NF4 of bitsandbytes 0.50 answers on a CPU.
+    seen = [("quantized", plain, _without(model, found, lambda: _size(model)))]
+    return [*seen, ("quantized + CAT", corrected, _size(model))] if found else seen
+
+
+def _without(model: nn.Module, found: dict[str, ClusterAffine], measure: Callable[[], Any]) -> Any:
     try:
         for name in found:
             detach(model, name)
-        plain = ("quantized", measure(), _size(model))
+        return measure()
     finally:
         for name, correction in found.items():
             attach(model, name, correction)
-    return [plain, ("quantized + CAT", measure(), _size(model))] if found else [plain]
 
 
 def _size(model: nn.Module) -> tuple[int, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_catquant.correction import ClusterAffine, attach, corrections
-from hf_catquant.evaluation import evaluate_classifier, evaluate_language_model
+from hf_catquant.evaluation import evaluate_classifier, evaluate_language_model, variants
 
 
 class Head(nn.Module):
@@ -122,3 +122,17 @@ def test_wilson_interval():
 
     assert _wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
     assert _wilson(0, 10) == pytest.approx((0.0, 27.75), abs=0.01)
+
+
+def test_sizes_are_read_after_all_answers():
+    """A model that answers otherwise once its state dict was read, as NF4 of bitsandbytes does on a CPU."""
+    calls = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+    model = nn.Sequential(model)
+    attach(model, "0", ClusterAffine(3, 1, None))
+    model[0].register_state_dict_pre_hook(lambda *args: calls.append("size"))
+    variants(model, lambda: calls.append("answers"))
+    assert calls[:2] == ["answers", "answers"]
+    assert "size" in calls
