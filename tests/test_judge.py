@@ -132,6 +132,7 @@ def test_while_quantizing(harm, kept, solver, monkeypatch):
     assert len(fits) == 2
     on = {name for name, fit in fits.items() if fit["clusters"]}
     assert set(corrections(model)) == on
+    assert set(model.config.quantization_config.corrections) == on
     assert (len(on) > 0) == bool(kept)
     assert all("answers_gain" in fit for fit in fits.values() if fit["clusters"] or (harm and fit["gain"]))
 

@@ -79,7 +79,7 @@ def test_a_size_to_meet(correction):
         report(quantize(tiny_models.build("bert"), request(dataset=samples, weights=weights))).bytes_after
         for weights in ("ternary", "int8")
     )
-    target = (least + most) // 2
+    target = least + (most - least) // 4
     config = request(dataset=samples, weights="ternary", target_bytes=target, correction=correction)
     found = report(quantize(tiny_models.build("bert"), config))
     assert 0.85 * target < found.bytes_after <= target
