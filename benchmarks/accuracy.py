@@ -3,7 +3,7 @@
     pip install --no-deps optimum-quanto hqq auto-round torchao bitsandbytes        # the peers
     python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]
 
-FOLDER as in ``realdata.py``. Many hours on two cores: every case is a process of its own, what is in the results already is not
+FOLDER as in ``realdata.py``. Hours on two cores: every case is a process of its own, what is in the results already is not
 run again unless ``--again`` is given, and the pages and the plot are drawn after each case.
 """
 

@@ -13,7 +13,7 @@ from .cluster_fit import fit
 from .correction import CatConfig, attach
 from .correction_file import entry_of
 from .held_out import Kind
-from .judge import quota, rows_of
+from .judge import quota, rows_of, sample_count
 from .log import logger
 from .model import parameter_count
 from .replay import hooked, run
@@ -48,7 +48,7 @@ class Pairs:
             chosen = torch.randperm(len(f), generator=self._generator)[:most]
             f, q, sample = f[chosen], q[chosen], sample[chosen]
         self._rows.append((f.cpu(), q.cpu(), sample.cpu() + self._samples))
-        self._samples += len(teacher) if teacher.dim() > 1 else 1
+        self._samples += sample_count(teacher)
 
     def fit_and_attach(
         self, model: nn.Module, name: str, config: CatConfig, kind: Kind

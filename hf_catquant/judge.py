@@ -21,12 +21,17 @@ MAX_VALUES = 1 << 26  # floats of a stream that are looked at
 def rows_of(output: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows (n, D) float32 of an output with its D features at ``dim``, and the sample (n,) of the batch each is of."""
     rows = output.movedim(dim, -1).reshape(-1, output.shape[dim]).float()
-    count = len(output) if output.dim() > 1 else 1
+    count = sample_count(output)
     sample = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // max(count, 1))
     if mask is None:
         return rows, sample
     mask = mask.to(rows.device)  # that of the float model may be another one
     return rows[mask], sample[mask]
+
+
+def sample_count(output: Tensor) -> int:
+    """Samples of a batch that an output is of."""
+    return len(output) if output.dim() > 1 else 1
 
 
 def quota(width: int, batches: int) -> int:
@@ -59,7 +64,7 @@ class Judge:
         self._how.append((dim, mask, chosen))
         self._wanted.append(rows[chosen].cpu())
         self._samples.append(sample[chosen].cpu() + self._count)
-        self._count += len(teacher) if teacher.dim() > 1 else 1
+        self._count += sample_count(teacher)
 
     def losses(self, outputs: Iterable[Tensor]) -> Tensor:
         """Divergence (M,) of a model's logits on the same batches, nats."""
