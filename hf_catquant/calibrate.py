@@ -23,7 +23,7 @@ from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .correcting import Corrections
 from .expert_rows import ExpertRows
-from .fitting import placed, tensor_of
+from .fitting import placed, sample_count, tensor_of
 from .gather import Gather, Streams
 from .journal import Journal
 from .layers import layer_for
@@ -92,7 +92,7 @@ class Calibration:
         self.solve_batches = range(held_out.start if learns else count)
         # A correction is chosen on rows that were not learned from, if they are enough. What solvers merely saw will do:
         # a model that has all of the data is better than a correction that has some of it to itself.
-        enough = sum(len(next(iter(data.batches[batch].values()))) for batch in held_out) >= LEAST_ROWS
+        enough = sum(sample_count(data.batches[batch]) for batch in held_out) >= LEAST_ROWS
         apart = learns and enough and config.correction is not None and config.correction.chooses
         fit_batches = held_out if apart else range(count)
         self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
@@ -113,11 +113,11 @@ class Calibration:
             for index, unit in enumerate(self.walk.plan.units):
                 self.quantize_unit(index, unit)
             self.shelf.finish()
-            float_outputs = self.corrections.float_outputs()
+            self.corrections.expect()
             targets = self._targets()
         finally:
             self.walk.finish()
-        self._finish(targets, float_outputs)
+        self._finish(targets)
         return self.swap.outcome
 
     def _targets(self) -> list[Tensor] | None:
@@ -125,7 +125,7 @@ class Calibration:
         if self.reconstruction is None or not self.reconstruction.options.model_steps:
             return None
         site, count = self.walk.plan.logits_site or "", len(self.walk.batches)
-        first = tensor_of(self.walk.outputs_of(site, "float", [0])[0])
+        first = tensor_of(next(self.walk.outputs_of(site, "float", [0])))
         if first.numel() * count > MAX_TARGETS:
             note = (
                 f"the whole model did not learn: its answers to {count} batches like the first are "
@@ -135,13 +135,13 @@ class Calibration:
             return None
         return [first, *map(tensor_of, self.walk.outputs_of(site, "float", range(1, count)))]
 
-    def _finish(self, targets: list[Tensor] | None, float_outputs: dict[str, list[Any]]) -> None:
+    def _finish(self, targets: list[Tensor] | None) -> None:
         """What needs the whole quantized model: learning all of it, and corrections outside its units."""
         if self.reconstruction is not None:
             if targets is not None:
                 self._learn_model(self.reconstruction, targets)
             self.swap.outcome.learned.update(self.reconstruction.summary())
-        self.corrections.fit_model(float_outputs)
+        self.corrections.fit_model()
 
     def _learn_model(self, reconstruction: Reconstruction, targets: list[Tensor]) -> None:
         step, whole = "model", ""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
-from .fitting import Pairs, correction_dim, output_of, resolve_sites, tensor_of
+from .fitting import Pairs, conv_channels, features_dim, output_of, resolve_sites, sample_count, tensor_of
 from .gather import Gather, Streams
 from .held_out import Kind
 from .judge import Judge
@@ -45,7 +45,12 @@ class Corrections:
         self.model, self.config, self.gather, self.walk = model, config, gather, walk
         self.batches, self.outcome = batches, outcome
         self.logits = walk.plan.logits_site
+        self._pairs: dict[str, Pairs] = {}
+        self._judge: Judge | None = None
         self.names = resolve_sites(model, config.correction, blocks, self.logits)
+        # Now, while all modules are where they are: units that are finished hide what is in them.
+        sites = [*self.names, self.logits]
+        self._channels = {name: conv_channels(model.get_submodule(name)) for name in sites if name is not None}
         if config.correction is not None and not self.names:
             self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
 
@@ -75,27 +80,37 @@ class Corrections:
         for batch in self.batches:
             float_outputs = leaf_outputs(streams.float_unit, inner, streams.float_calls[batch])
             for f, q in zip(float_outputs, leaf_outputs(streams.live, inner, streams.calls[batch]), strict=True):
-                self._add(pairs, name, batch, f, q)
+                pairs.expect(*self._rows(name, batch, f))
+                pairs.add(tensor_of(q))
         self._fit(name, pairs)
 
-    def float_outputs(self) -> dict[str, list[Any]]:
-        """What the float model puts out where corrections are still to be fitted, and where they are judged, by batch."""
-        judged = [self.logits] if self._judges() and self.logits not in self.names else []
-        return {name: self.walk.outputs_of(name, "float") for name in [*self.names, *judged] if name is not None}
+    def expect(self) -> None:
+        """Take what the float model puts out where corrections are still to be fitted, and where they are judged."""
+        if self._judges():
+            self._judge = Judge(self.config.seed, len(self.batches))
+        for name in self.names:
+            self._pairs[name] = Pairs(self.config.seed, len(self.batches))
+        judged = [] if self._judge is None or self.logits is None else [self.logits]
+        for name in dict.fromkeys([*self.names, *judged]):
+            for batch, output in zip(self.batches, self.walk.outputs_of(name, "float", self.batches), strict=True):
+                rows = self._rows(name, batch, output)
+                if name in self._pairs:
+                    self._pairs[name].expect(*rows)
+                if self._judge is not None and name == self.logits:
+                    self._judge.expect(*rows)
 
-    def fit_model(self, float_outputs: dict[str, list[Any]]) -> None:
+    def fit_model(self) -> None:
         """Fit what needs the whole quantized model, and take off what does not help its answers."""
-        judge = self._judge(float_outputs) if self._judges() else None
-        losses = None if judge is None else judge.losses(self._answers())
+        losses = None if self._judge is None else self._judge.losses(self._answers())
         for name in [name for name in self.outcome.corrections if name != self.logits][::-1]:
-            losses = self._keep_if_it_helps(name, judge, losses, detach(self.model, name))
+            losses = self._keep_if_it_helps(name, losses, detach(self.model, name))
         for name in sorted(self.names, key=lambda name: name == self.logits):  # what judges comes last
-            pairs = Pairs(self.config.seed, len(self.batches))
+            pairs = self._pairs.pop(name)
             for batch in self.batches:
-                self._add(pairs, name, batch, float_outputs[name][batch], self._output(name, batch))
+                pairs.add(self._output(name, batch))
             self._fit(name, pairs)
             if name != self.logits:
-                losses = self._keep_if_it_helps(name, judge, losses, None)
+                losses = self._keep_if_it_helps(name, losses, None)
 
     def _judges(self) -> bool:
         """Whether there are logits that corrections inside the model are judged by."""
@@ -103,26 +118,16 @@ class Corrections:
         inner = [name for name in (*self.names, *self.outcome.corrections) if name != self.logits]
         return config is not None and config.may_be_off and self.logits is not None and bool(inner)
 
-    def _judge(self, float_outputs: dict[str, list[Any]]) -> Judge:
-        assert self.logits is not None
-        judge = Judge(self.config.seed, len(self.batches))
-        for batch in self.batches:
-            f = tensor_of(float_outputs[self.logits][batch])
-            judge.expect(f, *self._rows(self.logits, batch, f))
-        return judge
-
-    def _keep_if_it_helps(
-        self, name: str, judge: Judge | None, losses: Tensor | None, taken: ClusterAffine | None
-    ) -> Tensor | None:
+    def _keep_if_it_helps(self, name: str, losses: Tensor | None, taken: ClusterAffine | None) -> Tensor | None:
         """Judge the correction at ``name``: on trial and ``losses`` without it, or ``taken`` off and ``losses`` with it."""
         entry = self.outcome.corrections.get(name)
-        if judge is None or losses is None or entry is None:
+        if self._judge is None or losses is None or entry is None:
             if taken is not None:
                 attach(self.model, name, taken)
             return losses
-        other = judge.losses(self._answers())
+        other = self._judge.losses(self._answers())
         before, after = (losses, other) if taken is None else (other, losses)
-        if judge.helps(name, before, after, self.outcome.fits[name]):
+        if self._judge.helps(name, before, after, self.outcome.fits[name]):
             if taken is not None:
                 attach(self.model, name, taken)
             return after
@@ -138,14 +143,12 @@ class Corrections:
     def _output(self, name: str, batch: int) -> Tensor:
         return tensor_of(output_of(self.model, name, self.walk.batches[batch]))
 
-    def _rows(self, name: str, batch: int, output: Tensor) -> tuple[int, Tensor | None]:
-        """The dimension of features, and what is no padding."""
-        dim = correction_dim(self.model.get_submodule(name), output)
-        return dim, self.gather.mask(batch, name, output) if dim == -1 and output.dim() == 3 else None
-
-    def _add(self, pairs: Pairs, name: str, batch: int, float_output: Any, output: Any) -> None:
-        f = tensor_of(float_output)
-        pairs.add(f, tensor_of(output), *self._rows(name, batch, f))
+    def _rows(self, name: str, batch: int, output: Any) -> tuple[Tensor, int, Tensor | None, int]:
+        """An output as rows are taken of it: the tensor, its dimension of features, what is no padding, its samples."""
+        value = tensor_of(output)
+        dim = features_dim(self._channels[name], value)
+        mask = self.gather.mask(batch, name, value) if dim == -1 and value.dim() == 3 else None
+        return value, dim, mask, sample_count(self.walk.batches[batch])
 
     def _fit(self, name: str, pairs: Pairs) -> None:
         self.names.remove(name)

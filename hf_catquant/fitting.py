@@ -13,54 +13,50 @@ from .cluster_fit import fit
 from .correction import CatConfig, attach
 from .correction_file import entry_of
 from .held_out import Kind
-from .judge import quota, rows_of, sample_count
 from .log import logger
 from .model import parameter_count
 from .replay import hooked, run
+from .site_rows import SiteRows
 
 SHARE = 32  # a correction takes at most a SHARE-th of what the weights would take in 8 bits, if clusters are "auto"
 
 
 class Pairs:
-    """Rows of a site's output in the quantized and in the float stream, token by token the same.
+    """Rows of a site's output in the quantized and in the float stream, token by token the same; see ``site_rows.py``.
 
-    Of very many rows (language model logits) an equal random share of every batch is kept, ``MAX_VALUES`` floats in all.
+    Args:
+        seed: of the choice of rows, where there are very many.
+        batches: how many there will be.
     """
 
     def __init__(self, seed: int, batches: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._batches = batches
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._samples = 0
-        self._dim = -1
+        self._rows = SiteRows(seed, batches)
+        self._quantized: list[Tensor] = []
 
     @property
     def count(self) -> int:
-        """Rows so far."""
-        return sum(len(teacher) for teacher, *_ in self._rows)
+        """Rows that are expected so far."""
+        return self._rows.count
 
-    def add(self, teacher: Tensor, quantized: Tensor, dim: int, mask: Tensor | None) -> None:
-        """Add one batch of outputs of equal shape; ``dim`` is the corrected dimension, ``mask`` picks rows."""
-        self._dim = dim
-        (f, sample), (q, _) = (rows_of(t, dim, mask) for t in (teacher, quantized))
-        most = quota(f.shape[1], self._batches)
-        if len(f) > most:
-            chosen = torch.randperm(len(f), generator=self._generator)[:most]
-            f, q, sample = f[chosen], q[chosen], sample[chosen]
-        self._rows.append((f.cpu(), q.cpu(), sample.cpu() + self._samples))
-        self._samples += sample_count(teacher)
+    def expect(self, teacher: Tensor, dim: int, mask: Tensor | None, count: int) -> None:
+        """Add the float model's output on one batch of ``count`` samples, as :meth:`SiteRows.expect` takes it."""
+        self._rows.expect(teacher, dim, mask, count)
+
+    def add(self, quantized: Tensor) -> None:
+        """Add the quantized model's output on the next of the expected batches."""
+        self._quantized.append(self._rows.of(quantized, len(self._quantized)))
 
     def fit_and_attach(
         self, model: nn.Module, name: str, config: CatConfig, kind: Kind
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
-        teacher, quantized, sample = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
-        result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, sample)
+        quantized, teacher = torch.cat(self._quantized), torch.cat(self._rows.teacher)
+        result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, self._rows.samples)
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:
             return None, result.to_dict()
         correction = result.correction.to(_device(model))
-        correction.dim = self._dim
+        correction.dim = self._rows.dim
         attach(model, name, correction)
         return entry_of(correction), result.to_dict()
 
@@ -98,9 +94,18 @@ def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
 
 def correction_dim(module: nn.Module, output: Tensor) -> int:
     """The dimension of features: 1 for images and for what convolutions return, else the last one."""
-    convolutions = [m for m in module.modules() if hasattr(m, "out_channels") and hasattr(m, "kernel_size")]
-    channels_first = output.dim() > 2 and any(m.out_channels == output.shape[1] for m in convolutions)
-    return 1 if channels_first else -1
+    return features_dim(conv_channels(module), output)
+
+
+def conv_channels(module: nn.Module) -> frozenset[int]:
+    """Numbers of channels that the convolutions in ``module`` return."""
+    convolutions: list[Any] = [m for m in module.modules() if hasattr(m, "out_channels") and hasattr(m, "kernel_size")]
+    return frozenset(m.out_channels for m in convolutions)
+
+
+def features_dim(channels: frozenset[int], output: Tensor) -> int:
+    """As :func:`correction_dim`, of a module whose convolutions return ``channels``."""
+    return 1 if output.dim() > 2 and output.shape[1] in channels else -1
 
 
 def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str], logits: str | None) -> list[str]:
@@ -147,6 +152,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training:
             module.training = training
+
+
+def sample_count(batch: dict[str, Tensor]) -> int:
+    """Samples of a batch."""
+    return len(next(iter(batch.values())))
 
 
 def placed(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

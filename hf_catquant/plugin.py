@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import samples
 from .correction import CatConfig, attach, detach
-from .fitting import Pairs, correction_dim, evaluating, output_of, placed, resolve_sites, tensor_of
+from .fitting import Pairs, correction_dim, evaluating, output_of, placed, resolve_sites, sample_count, tensor_of
 from .judge import Judge
 from .logits import logits_site
 from .model import stacks
@@ -108,13 +108,13 @@ def _fit_sites(
     if judged and logits is not None:
         judge = Judge(seed, len(data.batches))
         for batch in data.batches:
-            judge.expect(*_outputs(teacher, teacher, logits, batch))
+            judge.expect(*_outputs(teacher, logits, batch), sample_count(batch))
         losses = judge.losses(_answers(model, logits, data))
     for name in sorted(sites, key=lambda name: name == logits):  # what judges comes last
         pairs = Pairs(seed, len(data.batches))
         for batch in data.batches:
-            f, dim, mask = _outputs(teacher, teacher, name, batch)
-            pairs.add(f, tensor_of(output_of(model, name, placed(batch, model))), dim, mask)
+            pairs.expect(*_outputs(teacher, name, batch), sample_count(batch))
+            pairs.add(tensor_of(output_of(model, name, placed(batch, model))))
         entry, fits[name] = pairs.fit_and_attach(model, name, config, "logits" if name == logits else "hidden")
         if judge is not None and losses is not None and logits is not None and entry is not None and name != logits:
             after = judge.losses(_answers(model, logits, data))
@@ -125,11 +125,9 @@ def _fit_sites(
     return fits
 
 
-def _outputs(
-    model: nn.Module, teacher: nn.Module, name: str, batch: dict[str, Tensor]
-) -> tuple[Tensor, int, Tensor | None]:
+def _outputs(teacher: nn.Module, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, int, Tensor | None]:
     """What the module called ``name`` returns, the dimension of its features, and what is no padding."""
-    output = tensor_of(output_of(model, name, placed(batch, model)))
+    output = tensor_of(output_of(teacher, name, placed(batch, teacher)))
     dim = correction_dim(teacher.get_submodule(name), output)
     mask = samples.padding_mask(batch, teacher, name, output) if dim == -1 and output.dim() == 3 else None
     return output, dim, None if mask is None else mask.flatten().to(output.device)

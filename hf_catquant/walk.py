@@ -90,17 +90,15 @@ class Walk:
         """What the finished units put out, by index; forgotten tensors are no tensors any more."""
         return self._recorded[stream]
 
-    def outputs_of(self, name: str, stream: str, batches: Sequence[int] | None = None) -> list[Any]:
+    def outputs_of(self, name: str, stream: str, batches: Sequence[int]) -> Iterator[Any]:
         """What the module called ``name`` returns at its last call, by batch, once every unit is recorded."""
-        results = []
-        for batch in range(len(self.batches)) if batches is None else batches:
+        for batch in batches:
             caught: list[Any] = []
             with hooked(
                 self.model.get_submodule(name), after=lambda m, a, k, output, into=caught: into.append(output)
             ):
                 self._run(stream, batch)
-            results.append(own(caught[-1]))
-        return results
+            yield own(caught[-1])
 
     def finish(self) -> None:
         """Put the units themselves back. The walk is over."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from hf_catquant import CatConfig, fit_correction, held_out
 from hf_catquant.cluster_fit import fit
-from hf_catquant.fitting import Pairs
 from hf_catquant.held_out import FOLDS, folds_of, interval, losses, standard_error
 
 LOWEST = torch.finfo(torch.float32).min
@@ -86,18 +85,6 @@ def test_few_samples_are_judged_by_rows_with_a_note():
     q, f, samples = shifted(3, 100, 8)
     assert any("fewer than 5 samples" in note for note in fit(q, f, CatConfig(), "hidden", samples=samples).notes)
     assert fit(q, f, CatConfig(), "hidden").notes == []
-
-
-@pytest.mark.parametrize(("dim", "shape"), [(-1, (4, 5, 3)), (1, (4, 3, 5, 2)), (-1, (4, 3))])
-def test_pairs_know_the_sample_of_a_row(dim, shape):
-    pairs = Pairs(seed=0, batches=2)
-    for _ in range(2):
-        value = torch.arange(4.0).view(4, *[1] * (len(shape) - 1)).expand(shape)
-        pairs.add(value, value, dim, None)
-    numbers = torch.cat([sample for *_, sample in pairs._rows])
-    values = torch.cat([f[:, 0] for f, *_ in pairs._rows])
-    assert torch.equal(numbers % 4, values.long())
-    assert int(numbers.max()) == 7
 
 
 @pytest.mark.parametrize("projection", [None, 3])
