@@ -12,16 +12,21 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import ablation
+import cat_curves
+import cat_places
 import matplotlib.pyplot as plt
 import peers
+import plugin
 import realdata
-from common import CASES, ROOT, chosen, read
+from common import CASES, ROOT, Case, chosen, read
 
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "accuracy.png"
@@ -58,11 +63,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Table:
-    """Another benchmark of this folder, its results, and the models (parts of their names) that it is run on."""
+    """Another benchmark of this folder, and the models (parts of their names) that it is run on.
+
+    Its results on a model are whole when their ``field`` takes every value of ``rows(model)``; without rows, one will do.
+    """
 
     script: str
     models: tuple[str, ...] = ("",)
     takes_model: bool = True
+    field: str = "model"
+    rows: Callable[[str], Iterable[str]] = lambda model: [model]
 
     def results(self) -> Path:
         """The file that it writes."""
@@ -70,7 +80,7 @@ class Table:
 
 
 # Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
-W2A2 = ((25, 40), (50, 75), (100, 150))
+W2A2 = ((10, 15), (25, 40), (50, 75))
 PLAN = (
     *(Setting(weights, group_size=64) for weights in ("ternary", "int4")),
     Setting("int3"),
@@ -81,6 +91,7 @@ PLAN = (
     Setting("ternary_symmetric", "reconstruct", ("stories",), 192, more=OWN_TEXTS),
     Setting("ternary_symmetric", models=("resnet",)),
     Setting("ternary", "reconstruct", ("minilm",), 192, rotation="hadamard"),
+    Setting("int2", "gptq", ("resnet",), 64, "int2"),
     *(
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
@@ -92,11 +103,11 @@ PLAN = (
     *(Setting("int3", models=TRANSFORMERS, rotation=how) for how in ("none", "hadamard")),
 )
 TABLES = (
-    Table("peers.py"),
-    Table("ablation.py", ("minilm", "stories", "kwt1", "deit")),
-    Table("cat_curves.py", ("resnet", "mobilenet", "deit")),
-    Table("cat_places.py", TRANSFORMERS),
-    Table("plugin.py"),
+    Table("peers.py", field="peer", rows=lambda model: peers.PEERS),
+    Table("ablation.py", TRANSFORMERS, field="what", rows=lambda model: [name for name, *_ in ablation.plan()]),
+    Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
+    Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
+    Table("plugin.py", field="peer", rows=lambda model: plugin.PEERS),
     Table("solver_time.py", ("minilm", "resnet")),
     Table("autoround.py", ("stories",), takes_model=False),
     Table("larger_llama.py", ("stories",), takes_model=False),
@@ -112,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     for case in chosen(args.only):
         for setting in PLAN:
-            if is_of(case.model, setting) and (args.again or not is_measured(case.model, setting)):
+            if is_of(case.model, setting) and (args.again or not is_measured(case, setting)):
                 process("realdata.py", args.data, ["--only", case.model, *setting.words()])
                 plot()
         for table in TABLES:
@@ -134,15 +145,19 @@ def process(script: str, data: Path, options: list[str]) -> None:
     subprocess.run(command, check=True, cwd=Path(__file__).parent)
 
 
-def is_measured(model: str, setting: Setting) -> bool:
-    """Whether the results hold this case."""
-    wanted = (model, setting.weights, setting.activations, str(setting.group_size), setting.label())
-    return any(tuple(str(r[name]) for name in realdata.KEY) == wanted for r in read(realdata.RESULTS))
+def is_measured(case: Case, setting: Setting) -> bool:
+    """Whether the results hold this case, judged on all of its test rows."""
+    wanted = (case.model, setting.weights, setting.activations, str(setting.group_size), setting.label())
+    found = [r for r in read(realdata.RESULTS) if tuple(str(r[name]) for name in realdata.KEY) == wanted]
+    return any("second" in r or case.second is None for r in found)
 
 
 def is_drawn(model: str, table: Table) -> bool:
-    """Whether the results of another benchmark hold this model."""
-    return any(r.get("model", model) == model for r in read(table.results()))
+    """Whether the results of another benchmark hold all rows of this model."""
+    found = [r for r in read(table.results()) if r.get("model", model) == model]
+    if not table.takes_model:
+        return bool(found)
+    return set(table.rows(model)) <= {r[table.field] for r in found}
 
 
 def plot() -> None:

@@ -54,11 +54,15 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=[""], help="parts of the names of ways to quantize")
     args = parser.parse_args()
     for case in chosen(args.only):
-        for way, (models, how) in WAYS.items():
-            is_asked = any(part in case.model for part in models) and any(part in way for part in args.ways)
-            if case.calibration == IMAGES[0] and is_asked:
-                put(RESULTS, run(case, way, how, args.data), "model", "weights", "estimator", "images")
-                write_page()
+        ways = ways_of(case.model) if case.calibration == IMAGES[0] else []
+        for way in (way for way in ways if any(part in way for part in args.ways)):
+            put(RESULTS, run(case, way, WAYS[way][1], args.data), "model", "weights", "estimator", "images")
+            write_page()
+
+
+def ways_of(model: str) -> list[str]:
+    """How this model is quantized, by the names of the ways."""
+    return [way for way, (models, _) in WAYS.items() if any(part in model for part in models)]
 
 
 @torch.no_grad()

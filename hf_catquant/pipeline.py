@@ -56,6 +56,8 @@ def quantize_modules(
             outcome = Calibration(model, config, selection, batches, notes, journal).run()
         for name, module in quantized_modules(model).items():  # learning may have settled for another one
             outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
+        if config.budget is not None:
+            outcome.notes += _beyond_budget(model, config)
         return selection, outcome, batches
     except BaseException:
         close_experts(model)
@@ -91,6 +93,21 @@ def _mixed_formats(
     note = mixed.choose(model, selection, config, batches)
     if journal is not None:
         journal.write(step, {}, {"weights": {s.name: s.scheme.weights for s in selection.sites}, "note": note})
+    return [note]
+
+
+def _beyond_budget(model: nn.Module, config: CatQuantConfig) -> list[str]:
+    """A note of layers that take more than formats were chosen by, as their scales had to be stored in 32 bits."""
+    wide = {name: m for name, m in quantized_modules(model).items() if m.scheme.scale_dtype == "float32"}
+    if not wide:
+        return []
+    pairs = [(module.weight_scale, module.weight_offset) for module in wide.values()]
+    extra = sum(tensor.nbytes // 2 for pair in pairs for tensor in pair if tensor is not None)
+    note = (
+        f"{config.budget}: up to {extra} bytes more than that, as scales of {len(wide)} layers ({next(iter(wide))} ...) "
+        "do not fit float16"
+    )
+    logger.warning(note)
     return [note]
 
 

@@ -101,6 +101,21 @@ def test_a_fixed_number_of_clusters_is_within_the_size(projection):
     assert report(model).bytes_after == least
 
 
+def test_scales_that_take_more_than_was_planned_are_told():
+    """Formats are chosen for scales in 16 bits; what is more than that is known when a layer was solved."""
+    model, samples = uneven()
+    with torch.no_grad():
+        model.layers[0].a.weight.mul_(1e-7)
+    fields = {"dataset": samples, "weights": "ternary", "correction": None}
+    with pytest.raises(ValueError, match="target_bytes must be at least") as refused:
+        quantize(model, request(target_bytes=1, **fields))
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    found = report(quantize(model, request(target_bytes=least, **fields)))
+    extra = found.bytes_after - least
+    assert extra > 0
+    assert [n for n in found.notes if f"target_bytes: up to {extra} bytes more" in n and "(layers.0.a ...)" in n]
+
+
 def test_calibrated_ranges_are_within_the_size():
     samples = tiny_models.samples("resnet", 8, seed=0)
     config = request(weights="ternary", activations="int8", dataset=samples, solver="rtn")
