@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--correction", default="none", help="'cat' or 'none'")
     parser.add_argument("--in-memory", action="store_true", help="measure the way without a shelf, too")
     for name, value in (("layers", 22), ("hidden", 2048), ("inner", 5632), ("heads", 32), ("vocab", 32000)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -94,11 +95,12 @@ def main() -> None:
         max_position_embeddings=2048,
         pad_token_id=0,
     )
-    model = args.folder / f"llama-{args.layers}x{args.hidden}"
+    model = args.folder / f"llama-{args.layers}x{args.hidden}x{args.vocab}"
     if not model.exists():
         build(model, config)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    request = ["--weights", args.weights, "--dtype", args.dtype, "--solver", args.mode, "--correction", "none"]
+    request = ["--weights", args.weights, "--dtype", args.dtype, "--solver", args.mode]
+    request += ["--correction", args.correction]
     if args.mode == "gptq":
         rows = args.folder / "rows.jsonl"
         draws = torch.Generator().manual_seed(1)
@@ -115,6 +117,8 @@ def main() -> None:
         "dtype": args.dtype,
         "layers": args.layers,
         "hidden": args.hidden,
+        "vocab": args.vocab,
+        "correction": args.correction,
         "samples": f"{args.samples} x {args.length}" if args.mode == "gptq" else None,
         "float_bytes": size,
         "limit": int(0.4 * size + 1e9),
@@ -135,7 +139,7 @@ def main() -> None:
         "plan_off_by": round(plan["peak_ram"] / result["peak"] - 1, 4),
         "within_limit": result["peak"] < result["limit"],
     }
-    put(RESULTS, [result | made()], "mode", "weights", "dtype", "layers", "hidden", "samples")
+    put(RESULTS, [result | made()], "mode", "weights", "dtype", "layers", "hidden", "vocab", "correction", "samples")
     report()
     print(json.dumps(result, indent=1))
 
@@ -146,6 +150,8 @@ def report() -> None:
     head = [
         "solver",
         "layers",
+        "tokens",
+        "correction",
         "samples",
         "float, MB",
         "limit, MB",
@@ -158,6 +164,8 @@ def report() -> None:
         [
             f"{r['mode']}, {r['weights']}",
             f"{r['layers']} of width {r['hidden']}",
+            f"{r['vocab']:,}",
+            r["correction"],
             r["samples"] or "none",
             *(f"{r[name] / 1e6:,.0f}" for name in ("float_bytes", "limit", "peak", "planned_peak")),
             f"{100 * r['plan_off_by']:+.1f} %",

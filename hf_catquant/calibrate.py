@@ -59,6 +59,12 @@ def check_ranges(sites: list[Site], obstacle: str) -> None:
             )
 
 
+def own_weights(module: nn.Module) -> None:
+    """Give ``module`` parameters of its own on the same numbers, which stay when those of the model are put away."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+
+
 class Calibration:
     """The walk over one model with everything that happens at a unit."""
 
@@ -168,14 +174,24 @@ class Calibration:
         """Solve the unit, or take it from the journal, and let both streams pass it."""
         step = f"unit-{index:04d}"
         self.shelf.take(unit.name)
-        float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")
+        too_wide = self.walk.is_too_wide(index)
+        float_outputs: Outputs = []
+        if too_wide:
+            float_calls = self.walk.inputs(index, "float")
+        else:
+            float_calls, float_outputs = self.walk.inputs_and_outputs(index, "float")
         float_unit = self._float_copy(unit)
+        if too_wide:
+            own_weights(float_unit)
         record = self.steps.restore(step, unit.name)
         if record is None:
             self._solve(index, unit, float_unit, float_calls, float_outputs)
         else:
             self._take_over(unit, float_unit, record)
         self.shelf.done(unit.name)
+        if too_wide:
+            self.walk.run_again(index, float_unit)
+            return
         outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
 

@@ -27,6 +27,7 @@ from .sizes import float_bytes, output_bytes, packed_bytes
 from .solvers import AT_ONCE
 from .steps import tensors_of
 from .swap import Swap
+from .walk import KEPT_BYTES
 
 # What a solver of output errors holds at once, in float32: matrices (K, K), and of the rows in work (n, K). Measured.
 _SQUARES, _MATRICES = 6, 10
@@ -217,12 +218,13 @@ def _plan_with_data(
                 "",
             )
         else:
-            guess, words = after + done_then + _alone(inside[unit.name], hidden, config), ""
+            guess, words = after + done_then + _alone(inside[unit.name], hidden, config, len(data.batches)), ""
         if guess > most:
             most, phase = guess, f"calibrating {unit.name}{words}"
     heads = _head_rows(calibration, hidden) if config.correction is not None else 0
+    kept = _kept(heads, len(data.batches))
     for guess, words in (
-        (after + packed + heads * 3 + _FIT * min(heads, _FIT_ROWS), "fitting the correction"),
+        (after + packed + kept * 3 + _FIT * min(heads, _FIT_ROWS), "fitting the correction"),
         (base + packed + total, "saving"),
     ):
         if guess > most:
@@ -249,14 +251,14 @@ def _held(calibration: Calibration) -> int:
     return sum(t.nbytes for t in pytree.tree_leaves(last) if isinstance(t, Tensor))
 
 
-def _alone(held: list[Site], hidden: int, config: CatQuantConfig) -> int:
+def _alone(held: list[Site], hidden: int, config: CatQuantConfig, batches: int) -> int:
     """Bytes that one layer outside the blocks takes, which was not tried: weights, both streams in and out, the solver."""
     most = 0
     for site in held:
         layer = layer_for(site.module)
         assert layer is not None
         rows, columns = layer.matrix_shape(site.module)
-        out = hidden * rows // columns
+        out = _kept(hidden * rows // columns, batches)
         weights = float_bytes(site) + rows * columns + packed_bytes(site)  # a code is a byte until it is packed
         if site.module.weight.dtype != torch.float32 or site.scheme.rotation is not None:
             weights += 4 * rows * columns  # what is solved is another matrix
@@ -265,6 +267,11 @@ def _alone(held: list[Site], hidden: int, config: CatQuantConfig) -> int:
             work = 4 * (_SQUARES * columns * columns + _MATRICES * min(rows * columns, AT_ONCE))
         most = max(most, weights + 2 * hidden + 2 * out + work)
     return most
+
+
+def _kept(size: int, batches: int) -> int:
+    """Bytes of a head's outputs, ``size`` over all batches, that are in memory at once: the walk keeps no more."""
+    return size if size <= KEPT_BYTES else size // batches
 
 
 def _head_rows(calibration: Calibration, hidden: int) -> int:

@@ -45,6 +45,14 @@ class Replay(nn.Module):
         return self._recall(self.call - 1)
 
 
+class Rerun(Replay):
+    """Stands where a finished unit was whose outputs are too large to keep: runs the module that is recalled."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What that module returns."""
+        return self._recall(0)(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Forgotten:
     """What is left of a tensor that nobody reads any more."""

@@ -21,12 +21,14 @@ from torch.utils import _pytree as pytree
 
 from .model import replace_module
 from .probe import Leaf, Unit, make_plan
-from .replay import Call, Replay, Stop, forget, hooked, own, own_random_numbers, revived, run
+from .replay import Call, Replay, Rerun, Stop, forget, hooked, own, own_random_numbers, revived, run
 
 __all__ = ["Call", "Leaf", "Outputs", "Unit", "Walk", "leaf_inputs", "leaf_outputs", "run_unit"]
 
 Outputs = list[list[Any]]  # by batch, by call
-KEPT_BYTES = 1 << 30  # arguments of a unit over all batches that are larger than this are caught again when asked for
+# Arguments of a unit over all batches that are larger than this are caught again when asked for, and outputs that only the
+# model itself reads (logits) are computed again.
+KEPT_BYTES = 1 << 30
 
 
 class Walk:
@@ -74,15 +76,34 @@ class Walk:
         pairs = [first, *(self._catch(index, stream, batch, until="output") for batch in rest)]
         return [calls for calls, _ in pairs], [outputs for _, outputs in pairs]
 
+    def is_too_wide(self, index: int) -> bool:
+        """Whether unit ``index`` is a layer whose outputs are too large to keep, and only the model's output reads them."""
+        is_layer = [leaf.name for leaf in self.plan.units[index].leaves] == [""]
+        if not is_layer or self._last_read[index] < len(self.plan.units):
+            return False
+        outputs = self._catch(index, "float", 0, until="output")[1]
+        return _nbytes(outputs) * len(self.batches) > KEPT_BYTES
+
+    def run_again(self, index: int, float_unit: nn.Module) -> None:
+        """Let unit ``index`` run whenever its outputs are asked for, in the float stream ``float_unit`` in its place."""
+        unit = self.plan.units[index]
+        live = self.model.get_submodule(unit.name)
+        for read in unit.reads:
+            self._last_read[read] = len(self.plan.units)
+        self._put(index, Rerun(live, lambda call: float_unit if self._stream == "float" else live))
+
     def record(self, index: int, outputs: dict[str, Outputs]) -> None:
         """Put a :class:`Replay` in the place of unit ``index``; forget outputs that nobody reads any more."""
         name = self.plan.units[index].name
         for stream, values in outputs.items():
             self._recorded[stream][index] = values
-        replay = Replay(self.model.get_submodule(name), lambda call: self._recall(index, call))
+        self._put(index, Replay(self.model.get_submodule(name), lambda call: self._recall(index, call)))
+
+    def _put(self, index: int, replay: Replay) -> None:
+        """Put ``replay`` in the place of unit ``index``; forget outputs that nobody reads any more."""
         self._replays[index] = replay
-        replace_module(self.model, name, replay)
-        for past in [i for i in self._replays if self._last_read[i] <= index]:
+        replace_module(self.model, self.plan.units[index].name, replay)
+        for past in [i for i in self._recorded["float"] if self._last_read[i] <= index]:
             for stream in self._recorded:
                 self._recorded[stream][past] = pytree.tree_map_only(Tensor, forget, self._recorded[stream][past])
 

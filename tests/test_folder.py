@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tiny_models
-from hf_catquant import CatQuantConfig, folder, quantize_folder
+from hf_catquant import CatQuantConfig, folder, quantize_folder, walk
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
 from hf_catquant.walk import Walk
@@ -80,11 +80,17 @@ def test_killed_at_any_flush_it_gives_the_same_bytes(tmp_path, model, config, th
     assert (found["different"], found["left"]) == ([], [])
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "resnet"])
-def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name):
+@pytest.mark.parametrize(("name", "kept"), [("llama_tied", None), ("resnet", None), ("llama", 0)])
+def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypatch):
+    """Also where the answers are too large to keep while the weights that make them are put away."""
     source = tiny_models.folder_of(name, str(tmp_path / "float"))
+    learned = {} if kept is None else {k: v for k, v in RECONSTRUCT.items() if k != "correction"}
     for stream in (True, False):
-        quantize_folder(source, tmp_path / str(stream), request(name), stream=stream, dtype=torch.float32)
+        with monkeypatch.context() as patch:
+            if stream and kept is not None:
+                patch.setattr(walk, "KEPT_BYTES", kept)
+            out = tmp_path / str(stream)
+            quantize_folder(source, out, request(name, **learned), stream=stream, dtype=torch.float32)
         assert not (tmp_path / f"{stream}.journal").exists()
     assert digests(tmp_path / "True") == digests(tmp_path / "False")
 
