@@ -23,7 +23,7 @@ ROWS = [
     "solvers bench similarity",
     "moments bench_plot",
     "correction",
-    "correction_file cluster_space cluster_sums held_out",
+    "correction_file cluster_space cluster_sums held_out site_rows",
     "cluster_fit judge",
     "layers",
     "entries lora modules",
