@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from helpers import global_rng_untouched
-from hf_catquant import CatConfig
+from hf_catquant import CatConfig, cluster_fit
 from hf_catquant.cluster_fit import fit
 from hf_catquant.cluster_sums import Sums, solve
 
@@ -248,3 +248,37 @@ def test_unusable_rows():
             fit(broken, f, CatConfig(), "logits")
         with pytest.raises(ValueError, match="teacher outputs have values that are not finite"):
             fit(f, broken, CatConfig(), "logits")
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "kept"), [(1, 0, True), (4, 2, True), (60, 58, True), (5, 0, False), (60, 40, False)]
+)
+def test_a_handful_of_answers_that_turn_is_chance(lost, won, kept):
+    change = torch.zeros(512)
+    change[:lost], change[lost : lost + won] = -1, 1
+    assert cluster_fit._keeps_answers(change, torch.arange(512)) == kept
+
+
+def test_answers_of_one_sample_are_one_witness():
+    """Sixty-four tokens of one text that turn are no more than chance; those of many texts are a loss."""
+    change = torch.zeros(512)
+    change[:64] = -1
+    assert cluster_fit._keeps_answers(change, torch.arange(512) // 64)
+    assert not cluster_fit._keeps_answers(change, torch.arange(512))
+
+
+def test_divergence_is_not_bought_with_answers(monkeypatch):
+    """The line that brings the logits nearest turns the many rows that are nearly undecided."""
+    kind = torch.tensor([0] * 7 + [1] + [2] * 2).repeat(60)
+    noise = 0.01 * torch.randn(600, generator=torch.Generator().manual_seed(0))
+    q = torch.stack((torch.tensor([0.5, 3.0, -1.0])[kind] + noise, torch.zeros(600)), 1)
+    f = torch.stack((torch.tensor([0.1, 6.0, -6.0])[kind], torch.zeros(600)), 1)
+
+    def kept() -> float:
+        correction = fit(q, f, CatConfig(num_clusters=1, gamma="ls"), "logits").correction
+        answers = q if correction is None else correction(q)
+        return float((answers.argmax(1) == f.argmax(1)).float().mean())
+
+    assert kept() == 1
+    monkeypatch.setattr(cluster_fit, "AGREEMENT_LOSS", 1.0)
+    assert kept() < 0.5
