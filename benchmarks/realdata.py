@@ -154,6 +154,11 @@ def write_page() -> None:
         "",
         *table(HEAD, map(cells, results)),
         *all_images(results),
+        "",
+        "Top-1 of ResNet-18 with 2-bit weights and inputs against the time it took, by gptq alone and with the steps that",
+        "`reconstruct` then learns for each block and for the model (`python benchmarks/accuracy.py` draws it):",
+        "",
+        "![accuracy against time](w2a2.png)",
         *sources(results),
     ]
     write(PAGE, lines)
