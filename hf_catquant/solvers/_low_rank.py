@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..weight import QuantizedWeight
 from ._common import Moments, check_moments
+from ._threads import one_thread
 from .gptq import aim, drifted, factorise, trust, unit_factor
 
 _ROUNDS = 3
@@ -38,7 +39,8 @@ def solve_with_product(
     target, root = _target(weight, moments)
     quantized = solve(weight)
     for left in reversed(range(_ROUNDS)):
-        out, into = _leading(target - values(quantized), root, rank)
+        with one_thread():  # products of few rows with many columns are split by threads, too
+            out, into = _leading(target - values(quantized), root, rank)
         if left:
             quantized = solve(weight - out.float() @ into.float())
     return quantized, out, into
@@ -54,7 +56,8 @@ def _target(weight: Tensor, moments: Moments | None) -> tuple[Tensor, Tensor]:
     gram, _ = factorise(gram, torch.arange(weight.shape[1], device=weight.device).expand(gram.shape[:2]))
     runs = weight.view(len(gram), -1, weight.shape[1])
     target = aim(runs, drifted(runs, moments, factor), gram, *trust(moments.count, weight.shape[1]))
-    return target.reshape(weight.shape), torch.linalg.cholesky(gram.mean(0))
+    with one_thread():
+        return target.reshape(weight.shape), torch.linalg.cholesky(gram.mean(0))
 
 
 def _leading(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:

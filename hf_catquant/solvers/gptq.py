@@ -24,6 +24,7 @@ from ._common import AT_ONCE, Moments, check_moments, check_weight
 from ._descent import ColumnGrid, descend, feed_back
 from ._grid import fit_grid, level_codes
 from ._refit import refit
+from ._threads import one_thread
 
 NEEDS_MOMENTS = True
 
@@ -234,4 +235,5 @@ def _cholesky(gram: Tensor, check_errors: bool = False) -> tuple[Tensor, Tensor]
     LAPACK works column by column: it is given the transpose, which holds the same numbers, and so needs no copy.
     """
     columns, failed = gram.mT, torch.empty(len(gram), dtype=torch.int32, device=gram.device)
-    return torch.linalg.cholesky_ex(columns, check_errors=check_errors, out=(columns, failed))
+    with one_thread():
+        return torch.linalg.cholesky_ex(columns, check_errors=check_errors, out=(columns, failed))

@@ -461,3 +461,21 @@ def test_inputs_however_small_are_no_obstacle(size, generator):
     if size > 1e-30:
         assert torch.equal(large.codes, small.codes)
     assert torch.isfinite(small.scale).all()
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    """LAPACK splits a factorization by it; a last bit in the factor turns most codes."""
+    moments, weight = moments_of(correlated(1500, 704)), random_weight(64, 704)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            factor = gptq.ridge_factor(moments.gram, 0.01)
+            found.append((factor, gptq.solve(weight, FORMATS["ternary"], 64, moments)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    (factor, one), (other, two) = found
+    assert torch.equal(factor, other)
+    assert torch.equal(one.codes, two.codes)
+    assert torch.equal(one.scale, two.scale)

@@ -1,0 +1,27 @@
+"""The same bits with any number of threads.
+
+Products of matrices, solutions with a triangle and sums along a dimension come out the same whatever the number of
+threads. Factorizations do not: LAPACK splits a matrix by it, and a solver that chooses levels one after the other turns a
+last bit into other codes. So they run on one thread, which costs little beside the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch for the time of a ``with``."""
+    count = torch.get_num_threads()
+    if count == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
