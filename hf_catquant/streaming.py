@@ -117,8 +117,8 @@ def _load(
     if kind.config_class is not None and not isinstance(config, kind.config_class):
         config = config.get_text_config()
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model: Any
-    model, found = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    loaded: Any = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model, found = loaded
     check_whole(model, name, found)
     model.config.name_or_path = name
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):

@@ -164,7 +164,6 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
     verify_entries(modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(modules, config.checksums)
     check_depth(raw, len(config.checksums))
-    check_labels(raw, sum(path.stat().st_size for path in files))
     verify_files(files, config.checksums)
     headers: dict[str, Stored] = {}
     for path in files:
@@ -173,6 +172,8 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
         if both:
             raise ValueError(f"{path}: tensor {both[0]!r} is in another file of the checkpoint too")
         headers |= header
+    shapes = [stored.shape for stored in headers.values()] + [tuple(entry["shape"]) for entry in modules.values()]
+    check_labels(raw, max((shape[0] for shape in shapes if shape), default=0))
     formats = match(modules, headers)
     for path in files:
         _check_values(path, formats)

@@ -127,6 +127,7 @@ def test_tensors_that_cannot_be_are_named(folder, tensors, message):
         ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most"),
         ({"num_labels": 10**12}, "num_labels must be at most"),  # transformers would write a table of them
+        ({"num_labels": 2000}, "num_labels must be at most 1024 for this checkpoint, got 2000"),
         ({"text_config": {"num_labels": 1e300}}, "num_labels must be at most"),
         ({"quantization_config": None}, "not a quantized model"),
         ({"quantization_config": {"quant_method": "catquant"}}, "it is a request, not a quantized model"),

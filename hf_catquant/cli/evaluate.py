@@ -30,7 +30,7 @@ from ..tasks import (
     read_rows,
 )
 from ..whole import check_whole, load_whole
-from .arguments import count
+from .arguments import count, natural
 
 NAME = "eval"
 PLOTS = (".png", ".pdf", ".svg")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument("--label-column", default="label", help="column of the classes")
     parser.add_argument(
-        "--label-offset", type=int, default=0, help="outputs before class 0 (1 for a background class)"
+        "--label-offset", type=natural, default=0, help="outputs before class 0 (1 for a background class)"
     )
     parser.add_argument("--limit", type=count, help="use the first rows only")
     parser.add_argument("--batch-size", type=count, default=32, help="rows in one forward")

@@ -22,7 +22,7 @@ from ..rotation import ROTATIONS
 from ..solvers import names
 from ..tasks import as_samples, auto_class, float_config, load_processor, read_rows
 from ..whole import load_whole
-from .arguments import count, seed
+from .arguments import count, natural, seed
 
 NAME = "quantize"
 
@@ -48,7 +48,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--activations", choices=("none", *ACTIVATION_FORMATS), default="none", help="format of the inputs"
     )
     parser.add_argument(
-        "--low-rank", type=int, default=0, help="rank of a float16 product that is added to the weights"
+        "--low-rank", type=natural, default=0, help="rank of a float16 product that is added to the weights"
     )
     parser.add_argument(
         "--rotation",
@@ -74,7 +74,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument(
         "--generate",
-        type=int,
+        type=natural,
         default=0,
         metavar="N",
         help="calibrate on N more texts, which the language model writes",
