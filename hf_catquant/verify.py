@@ -143,9 +143,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    names = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    index = read_object(folder / INDEX) if (folder / INDEX).is_file() else {}
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{folder}: there is neither {WEIGHTS} nor an {INDEX} with a weight_map")
+    if not isinstance(index.get("metadata"), dict):  # as transformers asks for it
+        raise ValueError(f"{folder / INDEX}: metadata must be an object, got {index.get('metadata')!r:.100}")
     files = []
     for name in sorted({str(value) for value in names.values()}):
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():

@@ -1,8 +1,8 @@
 """Checkpoints with something wrong in them: every one follows from a seed, so that each can be made again.
 
-A case changes config.json, the header of the safetensors file or its payload, or the index of shards, as values of the JSON
-tree or as bytes, once or a few times. Some are signed afterwards: their checksums are made right, as an attacker would, so that the checks
-behind the checksums are reached.
+A case changes config.json, the header of the safetensors file or its payload, or an index of shards, as values of the
+JSON tree or as bytes, once or a few times. Some are signed afterwards: their checksums are made right, as an attacker
+would, so that the checks behind the checksums are reached.
 """
 
 from __future__ import annotations
