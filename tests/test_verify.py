@@ -159,6 +159,8 @@ def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
     content["weight_map"][name] = target
     index.write_text(json.dumps(content))
     assert "is no safetensors file of this folder" in str(verify(folder))
+    index.write_text(json.dumps({"weight_map": content["weight_map"]}))
+    assert "metadata must be an object, got None" in str(verify(folder))  # transformers would raise a KeyError
 
 
 def test_a_careful_user_is_told_what_lies_beside(folder):
