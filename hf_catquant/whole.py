@@ -41,8 +41,8 @@ def check_whole(model: PreTrainedModel, name: str, found: Mapping[str, Collectio
     """
     kind = type(model).__name__
     way_out = (
-        "fetch or save the model again; if it was saved from another class than "
-        f"{', '.join(model.config.architectures or [kind])}, that belongs into architectures of its config.json"
+        f"fetch or save the model again; if its class is not {kind}, name that in architectures of its config.json, or "
+        "load it with that class in Python and pass it to hf_catquant.quantize"
     )
     missing = sorted(key for key in found["missing_keys"] if not _TRAINING.search(key))
     if missing:
