@@ -108,6 +108,7 @@ def campaign(args: argparse.Namespace, earlier: dict | None = None) -> None:
         "peak_bytes_of_a_worker": peak,
         "seconds": round(time.perf_counter() - start),
         "workers": args.workers,
+        "commits": [commit()],
         **made(),
     }
     save(result if earlier is None else added(earlier, result))
@@ -125,9 +126,17 @@ def added(earlier: dict, more: dict) -> dict:
         "cases": earlier["cases"] + more["cases"],
         "outcomes": dict(sorted(outcomes.items())),
         "finds": earlier["finds"] + more["finds"],
+        "commits": list(dict.fromkeys([*earlier.get("commits", []), *more["commits"]])),
         "peak_bytes_of_a_worker": max(earlier["peak_bytes_of_a_worker"], more["peak_bytes_of_a_worker"]),
         "seconds": earlier["seconds"] + more["seconds"],
     }
+
+
+def commit() -> str:
+    """What was judged: the commit of the working tree, and whether something in it was changed since."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def judge_again(loads: int) -> None:
@@ -254,6 +263,7 @@ def save(result: dict) -> None:
         f"[SECURITY.md](../SECURITY.md) says what is mutated and judged. {result['cases']:,} cases from number",
         f"{result['first']:,} on, one in {result['loads_one_in']} loaded as well;",
         f"cases with a find that is left: {len({find['case'] for find in result['finds']})}.",
+        *([f"Judged at commit {', '.join(result['commits'])}."] if result.get("commits") else []),
         "",
         *table(["judge and outcome", "cases"], [[name, f"{n:,}"] for name, n in result["outcomes"].items()]),
         "",

@@ -53,7 +53,7 @@ class CatQuantConfig(QuantizationConfigMixin):
             expression is searched in the module's name, later entries win.
         strict: raise if any layer with a weight would be skipped.
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
-            it costs 16 r (N + K) bits.
+            it costs 16 r (N + K) bits. A layer of fewer rows or columns takes as many as it has.
         rotation: "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over many weights
             and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16; where
             inputs are not rounded, unless calibration finds that the layer's output is nearer to float without it.

@@ -40,7 +40,8 @@ def evaluate_classifier(
         offset: classes before class 0 of the labels (1 where the first output is "background").
 
     Raises:
-        ValueError: labels and rows differ in number, a label has no output, or the models do not return logits (B, C).
+        ValueError: labels and rows differ in number, a label has no output, the offset leaves none, or the models do not
+            return logits (B, C) of one C.
     """
     wanted = torch.as_tensor(labels)
     head = head_place(teacher, batches[0])
@@ -57,6 +58,9 @@ def evaluate_classifier(
         (name, model, out, size)
         for name, out, size in variants(model, lambda: _classify(model, site, batches, offset))
     ]
+    classes = [out.logits.shape[1] for _, _, out, _ in seen]
+    if len(set(classes)) > 1:
+        raise ValueError(f"the float model has {classes[0]} classes and the quantized one {classes[1]}: they differ")
     rows = tuple(_class_row(name, out, truth, wanted, size) for name, _, out, size in seen)
     if len(seen) < 3:
         return Evaluation("accuracy", len(wanted), rows)
@@ -102,6 +106,11 @@ def _classify(model: nn.Module, site: Place | None, batches: Sequence[dict[str, 
             shape = "no logits" if found is None else f"logits {tuple(found.shape)}"
             raise ValueError(
                 f"evaluation needs a model that classifies whole rows, {type(model).__name__} has {shape}"
+            )
+        if not 0 <= offset < found.shape[1]:
+            raise ValueError(
+                f"the label offset must be in 0 ... {found.shape[1] - 1}, as {type(model).__name__} has "
+                f"{found.shape[1]} outputs, got {offset}"
             )
         logits.append(found[:, offset:].float().cpu())
         features += caught.values()

@@ -35,6 +35,8 @@ _FREE = {
     "transformers_version",
     "use_cache",
 }
+# Classes that a model without a head may say it has, and that one with a float head may have (ImageNet has 21,841).
+_FEW_LABELS, _MANY_LABELS = 1 << 10, 1 << 17
 # How many modules a model builds follows from fields like num_hidden_layers, n_layer and depths.
 _DEPTH = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$")
 
@@ -79,24 +81,47 @@ def check_depth(config: Mapping[str, Any], tensors: int) -> None:
                 )
 
 
-def check_labels(config: Mapping[str, Any], size: int) -> None:
-    """Refuse a config that asks for more classes than the checkpoint has bytes: transformers writes a table of them.
+def check_labels(config: Mapping[str, Any], rows: int) -> None:
+    """Refuse a config.json that asks for more classes than any tensor has rows: transformers writes a table of them.
 
     Args:
-        config: of the model, as it is in the file; configs inside it are looked at too.
-        size: of all files of weights, bytes.
+        config: of the model, as it is in the file; configs inside it are looked at too. What transformers wrote has the
+            table itself and no number.
+        rows: of the tensor that has most.
 
     Raises:
         ValueError: naming the value.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_labels(value, size)
-        elif name == "num_labels" and isinstance(value, int | float) and value > size:
-            raise ValueError(
-                f"config.json: num_labels must be at most the {size} bytes of the checkpoint, got {value}: "
-                "the config.json was changed or damaged after the save, fetch it again"
-            )
+            check_labels(value, rows)
+        elif name == "num_labels" and isinstance(value, int | float) and value > max(_FEW_LABELS, rows):
+            raise ValueError(_too_many(value, max(_FEW_LABELS, rows)))
+
+
+def check_tables(config: Any, rows: int) -> None:
+    """Refuse a config that has a table of more classes than a model has, before one is built.
+
+    Args:
+        config: of the model, as transformers read it; configs inside it are looked at too.
+        rows: of the largest quantized layer, which may be the head. It may be in float as well, so many are let in anyway.
+
+    Raises:
+        ValueError: naming the number of classes.
+    """
+    table = getattr(config, "id2label", None) or {}
+    if len(table) > max(_MANY_LABELS, rows):
+        raise ValueError(_too_many(len(table), max(_MANY_LABELS, rows)))
+    for value in vars(config).values():
+        if hasattr(value, "id2label"):
+            check_tables(value, rows)
+
+
+def _too_many(found: float, most: int) -> str:
+    return (
+        f"config.json: num_labels must be at most {most} for this checkpoint, got {found}: the config.json was changed or "
+        "damaged after the save, fetch it again"
+    )
 
 
 def _kept(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

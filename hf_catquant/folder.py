@@ -33,7 +33,8 @@ from .quantizer import quantize
 from .report import library_versions, report
 from .sizes import output_bytes
 from .streaming import open_on_shelf, weight_files
-from .tasks import auto_class, load_config
+from .tasks import auto_class, float_config, load_config
+from .whole import load_whole
 
 REPORT = "report.json"
 _WRITTEN = "written"  # in the manifest: the files of a finished output
@@ -100,9 +101,7 @@ def quantize_folder(
 def _quantized(
     source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
 ) -> PreTrainedModel:
-    found = load_config(str(source), trust)
-    if getattr(found, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is quantized already: start from the float model")
+    float_config(str(source), trust)
     folder = local_folder(str(source))
     files = weight_files(folder)
     request = {k: v for k, v in config.to_dict().items() if k not in ("modules", "checksums", "provenance")}
@@ -137,12 +136,16 @@ def _backing_off(
 
 
 def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """The float model: on a shelf, or whole in memory if ``stream`` is not set or it has no safetensors files."""
-    auto = auto_class(load_config(str(source), trust_remote_code))
+    """The float model: on a shelf, or whole in memory if ``stream`` is not set or it has no safetensors files.
+
+    Raises:
+        ValueError: it is quantized already, or lacks tensors.
+    """
+    auto = auto_class(float_config(str(source), trust_remote_code))
     files = weight_files(local_folder(str(source))) if stream else []
     if files:
         return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)
-    return auto.from_pretrained(str(source), dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_whole(auto, str(source), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -94,6 +94,7 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
                 scheme = replace(scheme, low_rank=0)
             is_free, tries = config.leaves_free(name, edge), config.tries_rotation(name, edge)
             selection.sites.append(Site(name, module, scheme, is_free=is_free, tries_rotation=tries))
+    selection.sites = _ranks_that_fit(selection.sites)
     _resolve_ties(model, selection)
     _skip_loose_parameters(model, selection, config)
     if not selection.sites:
@@ -101,6 +102,25 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
     if config.strict and selection.skipped:
         raise ValueError(f"strict=True, but these would stay in float: {_listed(selection.skipped)}")
     return selection
+
+
+def _ranks_that_fit(sites: list[Site]) -> list[Site]:
+    """The sites with ranks of at most the smaller side of their matrices: more would only be zeros.
+
+    Raises:
+        ValueError: a rank is more than any layer that it is asked for can have.
+    """
+    sides = {site.name: min(layer_for(site.module).matrix_shape(site.module)) for site in sites}  # type: ignore[union-attr]
+    for rank in {site.scheme.low_rank for site in sites} - {0}:
+        most, name = max((sides[site.name], site.name) for site in sites if site.scheme.low_rank == rank)
+        if rank > most:
+            raise ValueError(
+                f"low_rank must be at most {most}, the smaller side of the largest layer it is for ({name}), got {rank}"
+            )
+    return [
+        replace(site, scheme=replace(site.scheme, low_rank=min(site.scheme.low_rank, sides[site.name])))
+        for site in sites
+    ]
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
 from .entries import check_tensors, entries_checksum, verify_entries
-from .fields import check_depth, field_checksums
+from .fields import check_depth, check_tables, field_checksums
 from .integrity import checksums, verify_files
 from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
@@ -69,12 +69,14 @@ class CatQuantizer(HfQuantizer):
             config.check_data()
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The config as it is: of all hooks this one sees it before a module is built, and refuses endless layers.
+        """The config as it is: of all hooks this one sees it before a module is built; no endless layers or classes.
 
         Raises:
-            ValueError: a field asks for more layers than the checkpoint has tensors.
+            ValueError: a field asks for more layers than the checkpoint has tensors, or for more classes than a head has.
         """
         if self.pre_quantized:
+            entries = self.quantization_config.modules or {}
+            check_tables(config, max(entry["shape"][0] for entry in entries.values()))
             check_depth(config.to_dict(), len(self.quantization_config.checksums))
         return config
 

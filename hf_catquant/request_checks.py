@@ -9,6 +9,8 @@ from typing import Any
 from .formats import ACTIVATION_FORMATS, FORMATS, check_group_size
 from .rotation import ROTATIONS
 
+_MOST_BITS = 100  # of a weight on average: no format with a low-rank product beside it comes near
+
 
 def check_choice(name: str, value: Any, choices: Iterable[str], extra: str = "") -> None:
     """Refuse what is none of ``choices``; ``extra`` says what else would do.
@@ -60,14 +62,14 @@ def check_rotation(name: str, value: Any) -> None:
 
 
 def check_budget(average_bits: Any, target_bytes: Any) -> None:
-    """Refuse what is no budget of mixed formats: None, a positive number of bits a weight, or of bytes in all.
+    """Refuse what is no budget of mixed formats: None, a number of bits a weight, or of bytes in all.
 
     Raises:
         ValueError: one is neither, or both are given.
     """
     bits_are_number = isinstance(average_bits, int | float) and not isinstance(average_bits, bool)
-    if average_bits is not None and not (bits_are_number and 0 < average_bits < 100):
-        raise ValueError(f"average_bits must be None or a positive number, got {average_bits!r}")
+    if average_bits is not None and not (bits_are_number and 0 < average_bits < _MOST_BITS):
+        raise ValueError(f"average_bits must be None or a number above 0 and below {_MOST_BITS}, got {average_bits!r}")
     bytes_are_count = isinstance(target_bytes, int) and not isinstance(target_bytes, bool)
     if target_bytes is not None and not (bytes_are_count and target_bytes > 0):
         raise ValueError(f"target_bytes must be None or a positive integer, got {target_bytes!r}")

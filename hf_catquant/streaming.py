@@ -23,6 +23,7 @@ from .layers.experts import Fused
 from .log import logger
 from .model import stacks
 from .shelf import Shelf, Source, absent
+from .whole import check_whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LEAST = 1 << 16  # values: smaller tensors are read at once
@@ -34,9 +35,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: the index is damaged, or names files that are not there.
     """
+    if (folder / SINGLE).exists():  # which transformers reads, too, where both are there
+        return [folder / SINGLE]
     index = folder / INDEX
     if not index.exists():
-        return [folder / SINGLE] if (folder / SINGLE).exists() else []
+        return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [folder / name for name in names]
@@ -62,7 +65,7 @@ def open_on_shelf(
         least: values from which on a tensor stays on disk.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or the files lack tensors of the model.
     """
     sources = {key: Source(path, stored) for path in files for key, stored in read_header(path).items()}
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -113,7 +116,10 @@ def _load(
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if kind.config_class is not None and not isinstance(config, kind.config_class):
         config = config.get_text_config()
-    model: Any = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model, found = loaded
+    check_whole(model, name, found)
     model.config.name_or_path = name
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):
         where = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))

@@ -66,6 +66,18 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"there is no folder {name}, and the Hub did not give a model of this name") from error
 
 
+def float_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a float model.
+
+    Raises:
+        ValueError: there is none of this name, or it is quantized.
+    """
+    config = load_config(name, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name} is quantized already: name the float model")
+    return config
+
+
 def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
     """Tokenizer, image processor or feature extractor of a model, or None if it ships none."""
     path = Path(folder)

@@ -143,9 +143,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    names = read_object(folder / INDEX).get("weight_map") if (folder / INDEX).is_file() else None
+    index = read_object(folder / INDEX) if (folder / INDEX).is_file() else {}
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{folder}: there is neither {WEIGHTS} nor an {INDEX} with a weight_map")
+    if not isinstance(index.get("metadata"), dict):  # as transformers asks for it
+        raise ValueError(f"{folder / INDEX}: metadata must be an object, got {index.get('metadata')!r:.100}")
     files = []
     for name in sorted({str(value) for value in names.values()}):
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
@@ -164,7 +167,6 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
     verify_entries(modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(modules, config.checksums)
     check_depth(raw, len(config.checksums))
-    check_labels(raw, sum(path.stat().st_size for path in files))
     verify_files(files, config.checksums)
     headers: dict[str, Stored] = {}
     for path in files:
@@ -173,6 +175,8 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
         if both:
             raise ValueError(f"{path}: tensor {both[0]!r} is in another file of the checkpoint too")
         headers |= header
+    shapes = [stored.shape for stored in headers.values()] + [tuple(entry["shape"]) for entry in modules.values()]
+    check_labels(raw, max((shape[0] for shape in shapes if shape), default=0))
     formats = match(modules, headers)
     for path in files:
         _check_values(path, formats)

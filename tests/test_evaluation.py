@@ -93,6 +93,10 @@ def test_label_offset_and_bad_labels(case):
         evaluate_classifier(teacher, model, batches, labels[:-1].tolist())
     with pytest.raises(ValueError, match=r"labels must be in 0 \.\.\. 3, got 0 \.\.\. 9"):
         evaluate_classifier(teacher, model, batches, [9, *labels[1:].tolist()])
+    with pytest.raises(ValueError, match=r"the label offset must be in 0 \.\.\. 3, as Head has 4 outputs, got 4"):
+        evaluate_classifier(teacher, model, batches, labels.tolist(), offset=4)
+    with pytest.raises(ValueError, match="the float model has 3 classes and the quantized one 4"):
+        evaluate_classifier(Head(teacher.head.weight[:3]), model, batches, (labels % 3).tolist())
 
 
 def test_numbers_of_a_language_model(generator):

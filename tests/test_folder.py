@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_models
 from hf_catquant import CatQuantConfig, folder, quantize_folder, walk
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
+from hf_catquant.streaming import weight_files
 from hf_catquant.walk import Walk
 
 RECONSTRUCT = {
@@ -137,6 +139,47 @@ def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
     quantize_folder(source, out, request(), resume=True)
     quantize_folder(source, tmp_path / "whole", request())
     assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            lambda t: t.pop("model.layers.0.self_attn.q_proj.weight"),
+            r"no tensor model\.layers\.0\.self_attn\.q_proj\.wei",
+        ),
+        (lambda t: t.pop("model.norm.weight"), r"no tensor model\.norm\.weight, which LlamaForCausalLM reads"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+            r"other shapes .* model\.norm\.weight \(\[7\] instead of \[32\]\)",
+        ),
+    ],
+)
+def test_random_numbers_are_never_quantized(tmp_path, source, stream, edit, words):
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        quantize_folder(source, tmp_path / "out", request(**ROUND), stream=stream)
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+def test_what_only_training_reads_may_be_missing(tmp_path):
+    path = tiny_models.folder_of("wav2vec2", str(tmp_path / "float"))
+    tensors = load_file(f"{path}/model.safetensors")
+    tensors.pop("wav2vec2.masked_spec_embed")
+    save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+    for stream in (True, False):
+        folder.open_source(path, torch.float32, stream, False)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(tmp_path, source):
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "old.safetensors"}}))
+    assert weight_files(source) == [source / "model.safetensors"]
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names 'old.safetensors', which is not in the folder"):
+        weight_files(source)
 
 
 def test_an_error_of_the_user_leaves_no_journal(tmp_path, source):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
+    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk whole",
     "rotation journal shelf",
     "packing request_checks theory",
     "weight",

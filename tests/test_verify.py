@@ -127,6 +127,7 @@ def test_tensors_that_cannot_be_are_named(folder, tensors, message):
         ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most"),
         ({"num_labels": 10**12}, "num_labels must be at most"),  # transformers would write a table of them
+        ({"num_labels": 2000}, "num_labels must be at most 1024 for this checkpoint, got 2000"),
         ({"text_config": {"num_labels": 1e300}}, "num_labels must be at most"),
         ({"quantization_config": None}, "not a quantized model"),
         ({"quantization_config": {"quant_method": "catquant"}}, "it is a request, not a quantized model"),
@@ -158,6 +159,8 @@ def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
     content["weight_map"][name] = target
     index.write_text(json.dumps(content))
     assert "is no safetensors file of this folder" in str(verify(folder))
+    index.write_text(json.dumps({"weight_map": content["weight_map"]}))
+    assert "metadata must be an object, got None" in str(verify(folder))  # transformers would raise a KeyError
 
 
 def test_a_careful_user_is_told_what_lies_beside(folder):

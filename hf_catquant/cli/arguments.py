@@ -10,6 +10,11 @@ def count(text: str) -> int:
     return _integer(text, 1)
 
 
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    return _integer(text, 0)
+
+
 def seed(text: str) -> int:
     """An integer of at least 0 that fits in 32 bits, as scikit-learn wants its seeds."""
     return _integer(text, 0, (1 << 32) - 1)

@@ -23,12 +23,14 @@ from ..tasks import (
     LANGUAGE_MODELS,
     as_samples,
     auto_class,
+    float_config,
     labels_of,
     load_config,
     load_processor,
     read_rows,
 )
-from .arguments import count
+from ..whole import check_whole, load_whole
+from .arguments import count, natural
 
 NAME = "eval"
 PLOTS = (".png", ".pdf", ".svg")
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument("--label-column", default="label", help="column of the classes")
     parser.add_argument(
-        "--label-offset", type=int, default=0, help="outputs before class 0 (1 for a background class)"
+        "--label-offset", type=natural, default=0, help="outputs before class 0 (1 for a background class)"
     )
     parser.add_argument("--limit", type=count, help="use the first rows only")
     parser.add_argument("--batch-size", type=count, default=32, help="rows in one forward")
@@ -85,21 +87,31 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination 
     rows = read_rows(args.dataset, args.column, args.limit)
     if len(rows) < LEAST:
         raise ValueError(f"an evaluation needs at least {LEAST} rows, --dataset and --limit leave {len(rows)}")
-    config = load_config(args.teacher, trust)
+    config = float_config(args.teacher, trust)
     auto = auto_class(config)
     if auto not in (*LANGUAGE_MODELS, *CLASSIFIERS):
         raise ValueError(
-            f"eval measures classifiers of texts, images and sounds, and causal language models; {args.teacher} is a "
-            f"{(getattr(config, 'architectures', None) or ['model without a task'])[0]}"
+            "eval measures classifiers of texts, images and sounds, and causal language models; "
+            f"{args.teacher} is a {_class_of(config)}"
         )
     if args.discrimination is not None and auto in LANGUAGE_MODELS:
         raise ValueError(f"--discrimination needs classes, and {args.teacher} is a language model: leave it out")
-    if getattr(load_config(args.model, trust), "quantization_config", None) is None:
+    quantized = load_config(args.model, trust)
+    if getattr(quantized, "quantization_config", None) is None:
         raise ValueError(
             f"{args.model} is not quantized: the first model is the quantized one, --float names the other"
         )
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
-    teacher, model = (auto.from_pretrained(name, **options).eval() for name in (args.teacher, args.model))
+    teacher = load_whole(auto, args.teacher, **options).eval()
+    # What is loaded counts: the name in an old float config may be that of another model type's class.
+    saved, loaded = _class_of(quantized), type(teacher).__name__
+    if saved not in (loaded, _class_of(config)):
+        raise ValueError(
+            f"{args.model} is a {saved} and {args.teacher} a {loaded}: --float must name the model that the quantized "
+            "one was made from"
+        )
+    model, found = auto.from_pretrained(args.model, output_loading_info=True, **options)
+    check_whole(model.eval(), args.model, found)
     processor = load_processor(args.teacher, trust)
     # The answer is no input, whatever its column is called.
     asked = rows if args.label_column == args.column else _without(rows, args.label_column)
@@ -117,6 +129,10 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination 
     if args.discrimination is None:
         return table, None
     return table, discrimination_by_layer(teacher, model, data.batches, labels)
+
+
+def _class_of(config: Any) -> str:
+    return (getattr(config, "architectures", None) or ["model without a task"])[0]
 
 
 def _without(rows: Dataset, column: str) -> Dataset:

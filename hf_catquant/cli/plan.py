@@ -13,7 +13,7 @@ import torch
 from ..folder import open_source
 from ..memory import map_large_blocks
 from ..planning import plan_model
-from ..tasks import auto_class, load_config, load_processor
+from ..tasks import auto_class, float_config, load_processor
 from . import quantize
 
 NAME = "plan"
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Try, count and print."""
     map_large_blocks()
-    config = load_config(args.model, args.trust_remote_code)
+    config = float_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)
     request = quantize.request(args, processor, auto_class(config))
     model = open_source(args.model, getattr(torch, args.dtype), not args.in_memory, args.trust_remote_code)

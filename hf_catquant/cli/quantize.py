@@ -20,8 +20,9 @@ from ..memory import map_large_blocks
 from ..report import report
 from ..rotation import ROTATIONS
 from ..solvers import names
-from ..tasks import as_samples, auto_class, load_config, load_processor, read_rows
-from .arguments import count, seed
+from ..tasks import as_samples, auto_class, float_config, load_processor, read_rows
+from ..whole import load_whole
+from .arguments import count, natural, seed
 
 NAME = "quantize"
 
@@ -47,7 +48,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         "--activations", choices=("none", *ACTIVATION_FORMATS), default="none", help="format of the inputs"
     )
     parser.add_argument(
-        "--low-rank", type=int, default=0, help="rank of a float16 product that is added to the weights"
+        "--low-rank", type=natural, default=0, help="rank of a float16 product that is added to the weights"
     )
     parser.add_argument(
         "--rotation",
@@ -73,7 +74,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column of the raw samples")
     parser.add_argument(
         "--generate",
-        type=int,
+        type=natural,
         default=0,
         metavar="N",
         help="calibrate on N more texts, which the language model writes",
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     """Quantize, save and print the report."""
     map_large_blocks()
     out = Path(args.out)
-    config = load_config(args.model, args.trust_remote_code)
+    config = float_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)
     model = quantize_folder(
         args.model,
@@ -150,7 +151,7 @@ def _samples(args: argparse.Namespace, processor: Any, auto: Any) -> Any:
         raise ValueError("--generate adds texts to those of --dataset: --column must name the column of its texts")
     if not hasattr(processor, "batch_decode"):
         raise ValueError("--generate needs a language model with a tokenizer, which this one ships without")
-    model = auto.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    model = load_whole(auto, args.model, trust_remote_code=args.trust_remote_code)
     written = generate_samples(model, args.generate, seed=args.seed)
     texts = processor.batch_decode([row["input_ids"] for row in written], skip_special_tokens=True)
     return texts if rows is None else [*rows[args.column], *texts]

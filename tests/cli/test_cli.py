@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import tiny_models
@@ -112,6 +114,8 @@ def test_calibrated_on_texts_that_the_model_writes(folder, tmp_path, data):
         ),
         (["--solver-options", "block_steps=3"], "solver 'gptq' has no option block_steps"),
         (["--group-size", "20"], "group_size must be -1 or a positive multiple of 8, got 20"),
+        (["--low-rank", "100000"], "low_rank must be at most 32, the smaller side of the largest layer"),
+        (["--average-bits", "100"], "average_bits must be None or a number above 0 and below 100, got 100.0"),
         (["--skip", "nowhere"], "'nowhere' matches no module"),
     ],
 )
@@ -134,6 +138,8 @@ def test_what_is_quantized_already_is_refused(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "one", "--solver", "rtn", "--correction", "none")) == 0
     again = ["quantize", str(tmp_path / "one"), str(tmp_path / "two"), "--weights", "int8", "--solver", "rtn"]
     assert main([*again, "--correction", "none"]) == 1
+    assert "is quantized already" in capsys.readouterr().err
+    assert main(["plan", *again[1:2], "--solver", "rtn", "--correction", "none"]) == 1
     assert "is quantized already" in capsys.readouterr().err
     assert not (tmp_path / "two").exists()
 
@@ -195,6 +201,10 @@ def test_whole_labels_in_floats(folder, rounded, tmp_path):
         (["--limit", "1"], "an evaluation needs at least 2 rows, --dataset and --limit leave 1"),
         (["--json", "/nowhere/t.json"], "/nowhere/t.json cannot be written"),
         (["--float", "nowhere"], "there is no folder nowhere"),
+        (
+            ["--label-offset", "5"],
+            "the label offset must be in 0 ... 4, as BertForSequenceClassification has 5 outputs",
+        ),
         (["--float", "LM"], "eval measures classifiers .* LM is a BertForMaskedLM"),
     ],
 )
@@ -204,6 +214,26 @@ def test_a_mistake_in_eval_is_one_line(folder, rounded, tmp_path, capsys, monkey
     test = ["eval", str(rounded), "--float", str(folder / "bert"), "--dataset", str(folder / "rows.parquet")]
     assert main([*test, "--column", "text", *words]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_eval_compares_a_model_with_the_float_model_that_it_was_made_from(folder, rounded, tmp_path, capsys):
+    """Nothing else: no head is made up for the sake of a table."""
+    torso = shutil.copytree(folder / "bert", tmp_path / "torso")
+    tensors = load_file(torso / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if n.startswith("bert.")}, torso / "model.safetensors", {"format": "pt"}
+    )
+    for other, message in (
+        (
+            folder / "llama_tied",
+            "bert is a BertForSequenceClassification and .*llama_tied a LlamaForCausalLM: --float",
+        ),
+        (rounded, "is quantized already: name the float model"),
+        (torso, "torso has no tensor classifier.bias, classifier.weight, which BertForSequenceClassification reads"),
+    ):
+        test = ["eval", str(rounded), "--float", str(other), "--dataset", str(folder / "rows.parquet")]
+        assert main([*test, "--column", "text", "--limit", "3"]) == 1
+        assert re.search(message, capsys.readouterr().err), message
 
 
 def test_a_float_model_is_not_called_quantized(folder, capsys):
@@ -220,6 +250,8 @@ def test_a_float_model_is_not_called_quantized(folder, capsys):
         ["demo", "--seed", "-1"],
         ["demo", "--weights", "foo"],
         ["quantize", "a", "b", "--batch-size", "x"],
+        ["quantize", "a", "b", "--generate", "-4"],
+        ["eval", "a", "--float", "b", "--dataset", "c", "--label-offset", "-1"],
     ],
 )
 def test_a_number_that_cannot_be_is_refused_at_once(capsys, words):

@@ -197,7 +197,9 @@ def test_an_unknown_tokenizer_is_refused(tmp_path):
 
 def opened(file: Path) -> tuple[Any, Any]:
     """llama.cpp with a file, from the package that has it compiled: the library and the model."""
-    library = pytest.importorskip("cyllama.llama.llama_cpp")
+    # llama-cpp-python is compiled where it is installed, which takes minutes: cyllama has wheels.
+    why = "llama.cpp is not installed: pip install cyllama"
+    library = pytest.importorskip("cyllama.llama.llama_cpp", reason=why)
     library.disable_logging()
 
     class Model(library.LlamaModel):

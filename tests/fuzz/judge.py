@@ -17,7 +17,7 @@ from hf_catquant import CatQuantConfig
 from hf_catquant.integrity import file_checksums
 from hf_catquant.verify import verify
 
-from .mutate import Case, Checkpoint
+from .mutate import SHARDS, Case, Checkpoint
 
 # What users may see; anything else that comes out of the package itself is a check that is missing.
 REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
@@ -100,8 +100,29 @@ def bases(folder: Path) -> list[Base]:
 def write(case: Case, folder: Path) -> None:
     """Put a case where it can be read."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_bytes(case.checkpoint.config)
-    (folder / "model.safetensors").write_bytes(case.checkpoint.weights)
+    made = case.checkpoint
+    single = made.shard is None
+    files = {
+        "config.json": made.config,
+        "model.safetensors": made.weights if single else None,
+        SHARDS[0]: None if single else made.weights,
+        SHARDS[1]: made.shard,
+        "model.safetensors.index.json": made.index,
+    }
+    for name, data in files.items():
+        if data is not None:
+            (folder / name).write_bytes(data)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def tensors_in(folder: Path) -> dict[str, int]:
+    """Checksums of the tensors that a loader reads: of the one file, or of all shards that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return file_checksums(single)
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return {key: value for name in sorted(names) for key, value in file_checksums(folder / name).items()}
 
 
 def judge_verify(base: Base, case: Case, folder: Path) -> tuple[str, str | None]:
@@ -118,7 +139,7 @@ def judge_verify(base: Base, case: Case, folder: Path) -> tuple[str, str | None]
         return "whole, signed", None
     stored = json.loads(case.checkpoint.config)["quantization_config"]
     entries = [stored["modules"], stored.get("corrections") or {}]  # one without corrections need not say so
-    if file_checksums(folder / "model.safetensors") != base.tensors or base.entries != entries:
+    if tensors_in(folder) != base.tensors or base.entries != entries:
         return "wrong", "verify calls whole what is not what was saved"
     return "whole, unchanged", None
 

@@ -1,8 +1,8 @@
 """Checkpoints with something wrong in them: every one follows from a seed, so that each can be made again.
 
-A case changes config.json, the header of the safetensors file or its payload, as values of the JSON tree or as bytes,
-once or a few times. Some are signed afterwards: their checksums are made right, as an attacker would, so that the checks
-behind the checksums are reached.
+A case changes config.json, the header of the safetensors file or its payload, or an index of shards, as values of the
+JSON tree or as bytes, once or a few times. Some are signed afterwards: their checksums are made right, as an attacker
+would, so that the checks behind the checksums are reached.
 """
 
 from __future__ import annotations
@@ -91,12 +91,17 @@ FIELDS = (
 )
 
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
 @dataclass
 class Checkpoint:
-    """The two files of a small model."""
+    """The files of a small model: two, or with an index and a second shard four."""
 
     config: bytes
     weights: bytes
+    shard: bytes | None = None
+    index: bytes | None = None
 
 
 @dataclass
@@ -117,7 +122,7 @@ class Case:
 def mutated(base: Checkpoint, seed: int) -> Case:
     """The case of a seed."""
     rng = random.Random(seed)
-    made = Checkpoint(base.config, base.weights)
+    made = copy.copy(base)
     kinds = []
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         kind = rng.choice(list(MUTATIONS))
@@ -139,14 +144,33 @@ def joined(header: Any, payload: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + payload
 
 
+def sharded(whole: Checkpoint) -> Checkpoint:
+    """The same model with every second tensor in another file, and an index."""
+    header, payload = split(whole.weights)
+    metadata = header.pop("__metadata__", {})
+    files, places = [], {}
+    for first, file in enumerate(SHARDS):
+        entries, data = {}, b""
+        for name in sorted(header)[first::2]:
+            begin, end = header[name]["data_offsets"]
+            entries[name] = {**header[name], "data_offsets": [len(data), len(data) + end - begin]}
+            data += payload[begin:end]
+            places[name] = file
+        files.append(joined({"__metadata__": metadata, **entries}, data))
+    index = {"metadata": {"total_size": len(payload)}, "weight_map": places}
+    return Checkpoint(whole.config, *files, json.dumps(index).encode())
+
+
 def signed(made: Checkpoint) -> Checkpoint:
     """The checkpoint with checksums of what is in it now, where there is anything to sum."""
     try:
         config = json.loads(made.config)
         stored = config["quantization_config"]
-        header, payload = split(made.weights)
-        header.pop("__metadata__", None)
-        stored["checksums"] = {name: _sum(entry, payload) for name, entry in header.items()}
+        stored["checksums"] = {}
+        for weights in (made.weights, made.shard):
+            header, payload = split(weights) if weights is not None else ({}, b"")
+            header.pop("__metadata__", None)
+            stored["checksums"] |= {name: _sum(entry, payload) for name, entry in header.items()}
         stored["entries_checksum"] = entries_checksum(stored["modules"], stored["corrections"], stored["checksums"])
         return Checkpoint(json.dumps(config).encode("utf-8", "surrogatepass"), made.weights)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error, RecursionError, OverflowError):
@@ -337,6 +361,33 @@ def tensor_gone(made: Checkpoint, rng: random.Random) -> None:
     _edit_header(made, change)
 
 
+def shard_index(made: Checkpoint, rng: random.Random) -> None:
+    """Two shards with an index that is wrong in a value or in bytes, or an index beside the one file."""
+    try:
+        if made.shard is None:
+            parts = sharded(made)
+            made.index = parts.index
+            if rng.random() < 0.8:
+                made.weights, made.shard = parts.weights, parts.shard
+        index = json.loads(made.index or b"null")
+        change = rng.randrange(5)
+        if change == 0:
+            made.index = _bytes(made.index or b"", rng)
+            return
+        places = index["weight_map"]
+        if change == 1:
+            name = rng.choice(("../config.json", "/etc/hosts", "model.safetensors", "x.bin", "", ".", *SHARDS))
+            for key in rng.sample(sorted(places), rng.choice((1, len(places)))):
+                places[key] = name
+        elif change == 2:
+            places.pop(rng.choice(sorted(places)))
+        else:
+            index = _tree(index, rng)
+        made.index = json.dumps(index).encode("utf-8", "surrogatepass")
+    except _BROKEN:
+        return
+
+
 def nested(made: Checkpoint, rng: random.Random) -> None:
     """JSON that is nested deeper than a parser's stack."""
     text = b"[" * rng.choice((500, 5_000, 200_000))
@@ -361,6 +412,7 @@ MUTATIONS: dict[str, Callable[[Checkpoint, random.Random], None]] = {
         payload_bytes,
         tensor_values,
         tensor_gone,
+        shard_index,
         nested,
     )
 }

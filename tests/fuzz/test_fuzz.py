@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fuzz.judge import Base, Said, bases, judge_load, judge_verify, write
-from fuzz.mutate import MUTATIONS, mutated
+from fuzz.mutate import MUTATIONS, Case, mutated, sharded
 
 LINUX = Path("/proc/self/statm").exists()
 MEMORY = 3 << 30
@@ -68,11 +68,11 @@ def test_nothing_is_found(made, tmp_path, said):
 
 def test_what_was_saved_is_neither_refused_nor_changed(made, tmp_path, said):
     for base in made:
-        case = mutated(base.checkpoint, 0)
-        case.checkpoint, case.is_signed = base.checkpoint, False
-        write(case, tmp_path)
-        assert judge_verify(base, case, tmp_path) == ("whole, unchanged", None)
-        assert judge_load(base, case, tmp_path, said) == ("loaded, unchanged", None)
+        for checkpoint in (base.checkpoint, sharded(base.checkpoint)):
+            case = Case(checkpoint, [], is_signed=False)
+            write(case, tmp_path)
+            assert judge_verify(base, case, tmp_path) == ("whole, unchanged", None)
+            assert judge_load(base, case, tmp_path, said) == ("loaded, unchanged", None)
 
 
 def test_the_judges_can_find(made, tmp_path, said, monkeypatch):

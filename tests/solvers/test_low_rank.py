@@ -12,6 +12,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
 from hf_catquant.layers import Scheme, layer_for
+from hf_catquant.model import select
 from hf_catquant.moments import MomentSums
 from hf_catquant.solvers import Moments, gptq, output_error, rtn, solve_with_product
 from hf_catquant.weight import QuantizedWeight, dequantize
@@ -141,3 +142,13 @@ def test_stored_and_reported(name, solver, tmp_path):
     assert torch.equal(tiny_models.main_output(again(**inputs)), expected)
     plain = again.dequantize()
     torch.testing.assert_close(tiny_models.main_output(plain(**inputs)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_takes_no_more_ranks_than_it_has_rows_or_columns():
+    model = tiny_models.build("llama")  # the keys have 16 rows, the queries 32
+    ranks = {site.name: site.scheme.low_rank for site in select(model, CatQuantConfig(low_rank=20)).sites}
+    assert (ranks["model.layers.0.self_attn.q_proj"], ranks["model.layers.0.self_attn.k_proj"]) == (20, 16)
+    with pytest.raises(ValueError, match=r"low_rank must be at most 32, the smaller side of the .*, got 33"):
+        select(model, CatQuantConfig(low_rank=33))
+    with pytest.raises(ValueError, match=r"low_rank must be at most 16, the smaller side of .*k_proj\), got 17"):
+        select(model, CatQuantConfig(overrides={"k_proj": {"low_rank": 17}}))
