@@ -111,7 +111,7 @@ def model_card(
         size_after=_megabytes(report.bytes_after),
         usage=_usage(config, task, repo or folder.name),
         evaluation=None if table is None else table.to_markdown(),
-        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.",
+        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}",
         plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
         stored=_stored(quantization, report),
         skipped=[(name, _cell(reason)) for name, reason in report.skipped.items()],
@@ -290,6 +290,13 @@ def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) ->
         found.append("The correction was fitted on the calibration data and is meant for data like it.")
     found += [_cell(note) for note in report.notes]
     return found
+
+
+def _size_note(table: Evaluation | None, report: Report) -> str:
+    """An evaluation computes in float32, in which the float parts of a bfloat16 checkpoint take more."""
+    if table is None or table.rows[-1].bytes == report.bytes_after:
+        return ""
+    return f" Its sizes are those in the dtype of the evaluation; the stored model has {report.bytes_after:,} bytes."
 
 
 def _megabytes(size: int) -> str:

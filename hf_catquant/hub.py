@@ -30,7 +30,7 @@ from .verify import INDEX, PICKLES, WEIGHTS, Verification, read_object, stored_c
 _LEFT_OUT = [*(f"*{suffix}" for suffix in PICKLES), ".*", "*/.*", "*.tmp", "*__pycache__/*"]
 # What transformers calls the weights of a model, whole or in parts, and their index.
 _OF_A_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_CHECKED = ["*.json", "*.safetensors"]
+_CHECKED = ["*.json", "*.safetensors", CARD]
 
 
 def describe(

@@ -7,6 +7,7 @@ reports apart.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,34 @@ def check_kept(folder: Path) -> None:
     Raises:
         ValueError: naming the way out.
     """
-    text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-    found = re.search(r"^\| `config\.json` \| [\d,]+ \| `([0-9a-f]{64})` \|$", text, re.M)
-    if found is not None and found[1] != sha256(folder / "config.json"):
+    if _is_another_card(folder):
         raise ValueError(
-            f"{folder / CARD} is the card of another checkpoint: the SHA-256 of its config.json is {found[1]}; push without "
-            "--keep-card, or correct it by hand"
+            f"{folder / CARD} is the card of another checkpoint: the SHA-256 that it has of config.json is not that of the "
+            "file; push without --keep-card, or correct it by hand"
         )
+
+
+def strangers(folder: Path, config: CatQuantConfig) -> list[str]:
+    """What in a folder speaks of another checkpoint than the one of ``config`` that lies there, a remark each."""
+    found = []
+    for name in (REPORT, EVALUATION):
+        try:
+            raw = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else None
+        except (ValueError, RecursionError):
+            found.append(f"{name} is no JSON")
+            continue
+        if raw is not None and not (isinstance(raw, dict) and is_of(raw, config)):
+            known = isinstance(raw, dict) and _KEY in raw
+            found.append(
+                f"{name} {'speaks of another checkpoint' if known else 'does not say of which checkpoint it is'}"
+            )
+    return found + ([f"{CARD} is the card of another checkpoint"] if _is_another_card(folder) else [])
+
+
+def _is_another_card(folder: Path) -> bool:
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
+    found = re.search(r"^\| `config\.json` \| [\d,]+ \| `([0-9a-f]{64})` \|$", text, re.M)
+    return found is not None and found[1] != sha256(folder / "config.json")
 
 
 def _said(raw: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .entries import Entries, check_tensors, verify_entries
 from .fields import changed_fields, check_depth, check_labels, unknown_fields
 from .formats import get_format, group_count
+from .identity import strangers
 from .integrity import Stored, read_header, sha256, verify_files
 from .packing import check_bytes, packed_width
 
@@ -92,6 +93,7 @@ def verify(folder: str | Path) -> Verification:
     found.files = {path.name: sha256(path) for path in (folder / "config.json", *files)}
     found.tensors, found.modules = len(headers), len(config.modules or {})
     _look_around(folder, files, found)
+    found.remarks += strangers(folder, config)
     _check_fields(folder, raw, config, found)
     _provenance(config, found)
     return found

@@ -129,6 +129,8 @@ def other(folder, tmp_path) -> Path:
 @pytest.mark.usefixtures("undrawn")
 def test_what_speaks_of_another_checkpoint_is_not_on_the_card(other, copy, capsys):
     dry = ["push", str(other), "me/tiny", "--dry-run"]
+    remarks = [f"{name} speaks of another checkpoint" for name in ("report.json", "evaluation.json")]
+    assert verify(other).remarks == remarks
     said = {"evaluation": "evaluate again, catquant eval", "report": "is the report of another checkpoint"}
     for name, message in said.items():
         before = sorted(path.name for path in other.iterdir())
@@ -286,6 +288,7 @@ def test_a_kept_card_of_another_checkpoint_is_refused(copy, hub, capsys):
     model.save_pretrained(copy)
     assert main(["push", str(copy), "me/tiny", "--keep-card"]) == 1
     assert "is the card of another checkpoint" in capsys.readouterr().err
+    assert "README.md is the card of another checkpoint" in verify(copy).remarks
     (copy / "README.md").write_text("# Mine\n")
     assert main(["push", str(copy), "me/tiny", "--keep-card"]) == 0
 
