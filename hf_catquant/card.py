@@ -96,7 +96,9 @@ def model_card(
     data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
     architecture = (config.get("architectures") or ["A model"])[0]
     task = _task(architecture)
-    title = f"{(base or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
+    # A base model that is not quite the float model does not lend it its name.
+    named = base if relation == RELATIONS[0] and origin is None else None
+    title = f"{(named or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
     return ModelCard.from_template(
         _metadata(quantization, title, (base, relation), license, task, table, data),
         template_path=str(TEMPLATE),
