@@ -43,7 +43,7 @@ FACTS = {
         "sentence-transformers/all-MiniLM-L6-v2",
         "apache-2.0",
         relation="finetune",
-        origin="The float model was fine-tuned from that one for this project, on the training part of SST-2; it is on no Hub.",
+        origin="The float model was fine-tuned from that one for this project, on the training part of SST-2.",
     ),
     "resnet-18-pq": Facts(
         IMAGES,
