@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .evaluation_table import Evaluation
+from .identity import EVALUATION, REPORT, checked_evaluation, checked_report
 from .integrity import sha256
 from .report import Report
 from .tasks import SOUND_CLASSIFIERS
 from .verify import read_object, stored_config, weight_files
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-REPORT, EVALUATION = "report.json", "evaluation.json"
 # What the class name of a model ends in, and the Hub's word for its task.
 TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -34,8 +36,9 @@ TASKS = {
     "ForSpeechSeq2Seq": "automatic-speech-recognition",
     "ForCTC": "automatic-speech-recognition",
 }
+# What the base model is to this one: the float model itself, or what the float model was fine-tuned from.
+RELATIONS = ("quantized", "finetune")
 _WORST = 5  # layers of the table of errors
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a request says beside the defaults is on the card; what quantizing found is in the tables.
 _REQUEST = (
     "weights",
@@ -58,7 +61,13 @@ _REQUEST = (
 
 
 def model_card(
-    folder: str | Path, repo: str | None = None, base_model: str | None = None, license: str | None = None
+    folder: str | Path,
+    repo: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    *,
+    relation: str = RELATIONS[0],
+    origin: str | None = None,
 ) -> ModelCard:
     """The card of the quantized model in ``folder``.
 
@@ -67,30 +76,36 @@ def model_card(
         repo: Hub id that the folder is pushed to.
         base_model: Hub id of the float model; None: what ``report.json`` says, if that is an id.
         license: Hub word for the licence of the weights, which is that of the base model.
+        relation: "quantized" if the base model is the float model, "finetune" if the float model was fine-tuned from it.
+        origin: a sentence that says where the float model comes from, where its id does not.
 
     Raises:
-        ValueError: the folder holds no model quantized by this package, a file is missing or has other fields, or
-            ``base_model`` is no Hub id.
+        ValueError: the folder holds no model quantized by this package, a file is missing, has other fields or speaks of
+            another checkpoint, or ``base_model`` is no Hub id or ``relation`` no relation.
     """
+    if relation not in RELATIONS:
+        raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {relation!r}")
     folder = Path(folder)
     config = read_object(folder / "config.json")
     quantization = stored_config(config, folder)
     raw = read_object(folder / REPORT)
-    report = Report.from_dict(raw)
+    report = checked_report(folder / REPORT, raw, quantization)
     base = _base_model(base_model, raw.get("model"))
     raw_table = read_object(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
-    table = None if raw_table is None else Evaluation.from_dict(raw_table)
-    _check_same(table, report)
+    table = None if raw_table is None else checked_evaluation(folder / EVALUATION, raw_table, quantization)
     data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
     architecture = (config.get("architectures") or ["A model"])[0]
     task = _task(architecture)
-    title = f"{(base or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
+    # A base model that is not quite the float model does not lend it its name.
+    named = base if relation == RELATIONS[0] and origin is None else None
+    title = f"{(named or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
     return ModelCard.from_template(
-        _metadata(quantization, title, base, license, task, table, data),
+        _metadata(quantization, title, (base, relation), license, task, table, data),
         template_path=str(TEMPLATE),
         title=title,
         architecture=architecture,
-        base=None if base is None else f"[{base}](https://huggingface.co/{base})",
+        base=None if base is None else _base_link(base, relation),
+        origin=None if origin is None else _cell(origin),
         weights=quantization.weights,
         repo=repo or folder.name,
         bits=f"{report.bits_per_parameter:.2f}",
@@ -98,7 +113,7 @@ def model_card(
         size_after=_megabytes(report.bytes_after),
         usage=_usage(config, task, repo or folder.name),
         evaluation=None if table is None else table.to_markdown(),
-        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.",
+        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}",
         plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
         stored=_stored(quantization, report),
         skipped=[(name, _cell(reason)) for name, reason in report.skipped.items()],
@@ -126,33 +141,47 @@ def files_of(folder: Path) -> list[dict[str, Any]]:
     return [{"name": p.name, "bytes": f"{p.stat().st_size:,}", "sha256": sha256(p)} for p in paths]
 
 
-def _check_same(table: Evaluation | None, report: Report) -> None:
-    """Refuse an evaluation that was made of another checkpoint, an older one of the same folder for instance."""
-    if table is not None and (len(table.rows) < 2 or table.rows[-1].bytes != report.bytes_after):
-        size = f"{table.rows[-1].bytes:,}" if table.rows else "no"
-        raise ValueError(
-            f"{EVALUATION} is of another model: it has {size} bytes, {REPORT} says {report.bytes_after:,}; evaluate again"
-        )
+def check_id(name: str, value: Any) -> None:
+    """Refuse what is no name of a repository on the Hub.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    reason = "" if isinstance(value, str) and value.count("/") == 1 else "it must have an owner and a name"
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        reason = reason or str(error)
+    if reason:
+        raise ValueError(f"{name} must be a Hub id like owner/name, got {value!r}: {reason}")
 
 
 def _base_model(asked: str | None, reported: Any) -> str | None:
-    if asked is not None and not _REPO_ID.fullmatch(asked):
-        raise ValueError(f"base_model must be a Hub id like owner/name, got {asked!r}")
     if asked is not None:
+        check_id("base_model", asked)
         return asked
-    return reported if isinstance(reported, str) and _REPO_ID.fullmatch(reported) else None
+    try:
+        check_id("model", reported)
+    except ValueError:
+        return None
+    return str(reported)
+
+
+def _base_link(base: str, relation: str) -> str:
+    link = f"[{base}](https://huggingface.co/{base})"
+    return link if relation == "quantized" else f"a fine-tune of {link}"
 
 
 def _metadata(
     config: CatQuantConfig,
     title: str,
-    base: str | None,
+    base: tuple[str | None, str],
     license: str | None,
     task: str | None,
     table: Evaluation | None,
     dataset: str | None,
 ) -> ModelCardData:
-    more: dict[str, Any] = {} if base is None else {"base_model": base, "base_model_relation": "quantized"}
+    more: dict[str, Any] = {} if base[0] is None else {"base_model": base[0], "base_model_relation": base[1]}
     results = []
     for row in table.rows if table is not None else ():
         percent = table is not None and table.metric == "accuracy"
@@ -263,6 +292,13 @@ def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) ->
         found.append("The correction was fitted on the calibration data and is meant for data like it.")
     found += [_cell(note) for note in report.notes]
     return found
+
+
+def _size_note(table: Evaluation | None, report: Report) -> str:
+    """An evaluation computes in float32, in which the float parts of a bfloat16 checkpoint take more."""
+    if table is None or table.rows[-1].bytes == report.bytes_after:
+        return ""
+    return f" Its sizes are those in the dtype of the evaluation; the stored model has {report.bytes_after:,} bytes."
 
 
 def _megabytes(size: int) -> str:

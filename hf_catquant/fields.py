@@ -13,17 +13,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-# Names, words for the reader, and switches of what is returned: they change nothing that a model computes.
+# Names, switches of what is returned, and what transformers writes anew: they change nothing that a model computes.
 _FREE = {
     "_attn_implementation_internal",
     "_commit_hash",
     "_experts_implementation_internal",
     "_name_or_path",
-    "architectures",
     "auto_map",
-    "dtype",
-    "id2label",
-    "label2id",
     "name_or_path",
     "num_labels",
     "output_attentions",
@@ -37,19 +33,26 @@ _FREE = {
 }
 # Classes that a model without a head may say it has, and that one with a float head may have (ImageNet has 21,841).
 _FEW_LABELS, _MANY_LABELS = 1 << 10, 1 << 17
+# What the numbers mean to a user: the class that a pipeline builds, the dtype it computes in, the names of its answers. They
+# are compared for the model as a whole; the config of a part has them too, and nothing reads them there.
+_OF_THE_WHOLE = {"architectures", "dtype", "id2label", "label2id"}
+# A load may be asked for another dtype or class, and the file is none the worse: only ``verify`` compares them.
+CHOSEN_AT_LOAD = frozenset({"architectures", "dtype"})
 # How many modules a model builds follows from fields like num_hidden_layers, n_layer and depths.
 _DEPTH = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$")
 
 
 def field_checksums(config: Mapping[str, Any]) -> dict[str, int]:
-    """CRC-32 of every field of a config that can change what the model computes, by name."""
-    return {name: zlib.crc32(json.dumps(value, sort_keys=True, default=str).encode()) for name, value in _kept(config)}
+    """CRC-32 of every field of a config that can change what the model computes or what its answers mean, by name."""
+    found = {**dict(_kept(config)), **{name: config[name] for name in _OF_THE_WHOLE & config.keys()}}
+    return {name: zlib.crc32(_text(value).encode()) for name, value in sorted(found.items())}
 
 
 def changed_fields(config: Mapping[str, Any], stored: Any) -> list[str]:
     """Names of the fields that are not those of ``stored``, which :func:`field_checksums` made when the model was saved.
 
-    A field that this version of transformers does not have, or that the one which saved did not have, is not compared.
+    A field that this version of transformers does not have, or that the one which saved did not have, is not compared;
+    :func:`unknown_fields` are the latter.
 
     Raises:
         ValueError: ``stored`` is no such table.
@@ -57,6 +60,11 @@ def changed_fields(config: Mapping[str, Any], stored: Any) -> list[str]:
     if not isinstance(stored, dict) or not all(isinstance(value, int) for value in stored.values()):
         raise ValueError(f"quantization_config: provenance.fields must be {{field: CRC-32}}, got {stored!r:.200}")
     return sorted(name for name, value in field_checksums(config).items() if stored.get(name, value) != value)
+
+
+def unknown_fields(config: Mapping[str, Any], raw: Mapping[str, Any], stored: Mapping[str, int]) -> list[str]:
+    """Names of the fields in the file, ``raw``, that a model reads, as ``config``, and ``stored`` has no checksum of."""
+    return sorted((field_checksums(config).keys() & raw.keys()) - stored.keys())
 
 
 def check_depth(config: Mapping[str, Any], tensors: int) -> None:
@@ -125,12 +133,17 @@ def _too_many(found: float, most: int) -> str:
 
 
 def _kept(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, _stripped(value)) for name, value in sorted(config.items()) if name not in _FREE]
+    return [(name, _stripped(value)) for name, value in sorted(config.items()) if name not in _FREE | _OF_THE_WHOLE]
 
 
 def _stripped(value: Any) -> Any:
     """A config inside a config without the fields that are free there too."""
     return dict(_kept(value)) if _is_config(value) else value
+
+
+def _text(value: Any) -> str:
+    """JSON of a value as a file would give it back: the numbers that name classes are words there, and sorted as such."""
+    return json.dumps(json.loads(json.dumps(value, default=str)), sort_keys=True)
 
 
 def _is_config(value: Any) -> bool:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
+from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
 from .integrity import sha256
 from .journal import Journal, open_journal
 from .kernels import native
@@ -36,7 +37,6 @@ from .streaming import open_on_shelf, weight_files
 from .tasks import auto_class, float_config, load_config
 from .whole import load_whole
 
-REPORT = "report.json"
 _WRITTEN = "written"  # in the manifest: the files of a finished output
 # What names a set of weights of the same model: shards of an older save must not stay beside new ones.
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -231,7 +231,7 @@ def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[
         model.save_pretrained(staging)
         if hasattr(processor, "save_pretrained"):
             processor.save_pretrained(staging)
-        text = json.dumps({**report(model).to_dict(), **made}, indent=2)
+        text = json.dumps({**report(model).to_dict(), **made, **identity(model)}, indent=2)
         (staging / REPORT).write_text(text, encoding="utf-8")
         sync_folder(staging)
     files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
@@ -265,4 +265,19 @@ def _install(journal: Journal, out: Path) -> None:
         for path in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
             if path.name not in wanted:
                 path.unlink()
+        _drop_measured(out)
         sync_folder(out)
+
+
+def _drop_measured(out: Path) -> None:
+    """Take away the evaluation of the model that was here before, and its plots: they would pass for the new one's."""
+    try:
+        config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        measured = json.loads((out / EVALUATION).read_text(encoding="utf-8"))
+        kept = is_of(measured, CatQuantConfig.from_dict(config))  # type: ignore[arg-type]
+    except (OSError, ValueError, TypeError, AttributeError):
+        kept = False
+    for path in [] if kept else [out / name for name in (EVALUATION, *PLOTS)]:
+        if path.is_file():
+            logger.warning("%s is removed: it speaks of the model that was in this folder before", path)
+            path.unlink()

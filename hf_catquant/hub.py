@@ -7,25 +7,30 @@ one that the repository already has, so a repository that was pushed from here s
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import filter_repo_objects
 
-from .card import EVALUATION, REPORT, model_card
+from .card import RELATIONS, check_id, model_card
 from .evaluation_table import Evaluation
+from .identity import CARD, EVALUATION, REPORT, check_kept, checked_evaluation, checked_report, identity
 from .log import logger
 from .report import Report, report
 from .report_page import draw_errors, draw_sizes
 from .tasks import auto_class, load_config
-from .verify import PICKLES, Verification, read_object, verify
+from .verify import INDEX, PICKLES, WEIGHTS, Verification, read_object, stored_config, verify, weight_files
 
-CARD = "README.md"
 # Files of Python objects are never uploaded, nor is what editors and caches leave behind.
-_LEFT_OUT = [*(f"*{suffix}" for suffix in PICKLES), ".*", "*.tmp", "__pycache__/*"]
-_CHECKED = ["*.json", "*.safetensors"]
+_LEFT_OUT = [*(f"*{suffix}" for suffix in PICKLES), ".*", "*/.*", "*.tmp", "*__pycache__/*"]
+# What transformers calls the weights of a model, whole or in parts, and their index.
+_OF_A_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_CHECKED = ["*.json", "*.safetensors", CARD]
 
 
 def describe(
@@ -34,6 +39,9 @@ def describe(
     base_model: str | None = None,
     license: str | None = None,
     evaluation: str | Path | None = None,
+    *,
+    relation: str = RELATIONS[0],
+    origin: str | None = None,
 ) -> Path:
     """Write the plots and the card into a folder of a quantized model; returns the card's path.
 
@@ -42,35 +50,55 @@ def describe(
         repo: Hub id that it will have.
         base_model: Hub id of the float model; None: what ``report.json`` says.
         license: Hub word for the licence of the weights.
+        relation, origin: as in :func:`~hf_catquant.card.model_card`.
         evaluation: what ``catquant eval --json`` wrote; it is copied into the folder. None: what is there already.
 
     Raises:
-        ValueError: a file is missing, or is not one of this model.
+        ValueError: a file is missing, or is not one of this very checkpoint; nothing is written then.
     """
     folder = Path(folder)
-    if evaluation is not None and Path(evaluation).resolve() != (folder / EVALUATION).resolve():
-        shutil.copyfile(evaluation, folder / EVALUATION)
+    for name, value in (("repo", repo), ("base_model", base_model)):
+        if value is not None:
+            check_id(name, value)
+    config = stored_config(read_object(folder / "config.json"), folder)
+    source = folder / EVALUATION if evaluation is None else Path(evaluation)
+    measured = evaluation is not None or source.is_file()
+    table = checked_evaluation(source, read_object(source), config) if measured else None
     if not (folder / REPORT).is_file():
         _write_report(folder)
-    summary = Report.from_dict(read_object(folder / REPORT))
-    mpl.use("Agg")
-    if any(layer.error for layer in summary.layers):
-        draw_errors(summary, folder / "errors.png")
-    if (folder / EVALUATION).is_file():
-        draw_sizes(Evaluation.from_dict(read_object(folder / EVALUATION)), folder / "accuracy.png")
-    card = model_card(folder, repo, base_model, license)
-    if "base_model" not in card.data.to_dict():
+    summary = checked_report(folder / REPORT, read_object(folder / REPORT), config)
+    if measured and source.resolve() != (folder / EVALUATION).resolve():
+        shutil.copyfile(source, folder / EVALUATION)
+    _draw(folder, summary, table)
+    card = model_card(folder, repo, base_model, license, relation=relation, origin=origin)
+    if "base_model" not in card.data.to_dict() and origin is None:
         logger.warning(
-            "the card names no base model: pass its Hub id, so that the Hub lists this one as quantized from it"
+            "the card names no base model: pass its Hub id, so that the Hub lists this one as quantized from it, or say "
+            "with --origin where the float model comes from"
         )
     card.save(folder / CARD)
     return folder / CARD
 
 
+def _draw(folder: Path, summary: Report, table: Evaluation | None) -> None:
+    """The plots of the card; one that cannot be drawn is not left from another model."""
+    mpl.use("Agg")
+    errors, sizes = folder / "errors.png", folder / "accuracy.png"
+    if any(layer.error for layer in summary.layers):
+        draw_errors(summary, errors)
+    else:
+        errors.unlink(missing_ok=True)
+    if table is not None:
+        draw_sizes(table, sizes)
+    else:
+        sizes.unlink(missing_ok=True)
+
+
 def _write_report(folder: Path) -> None:
     """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
     model = auto_class(load_config(str(folder))).from_pretrained(folder)
-    (folder / REPORT).write_text(json.dumps(report(model).to_dict(), indent=2), encoding="utf-8")
+    text = json.dumps({**report(model).to_dict(), **identity(model)}, indent=2)
+    (folder / REPORT).write_text(text, encoding="utf-8")
 
 
 def push(
@@ -80,39 +108,66 @@ def push(
     base_model: str | None = None,
     license: str | None = None,
     evaluation: str | Path | None = None,
+    relation: str = RELATIONS[0],
+    origin: str | None = None,
     private: bool | None = None,
     keep_card: bool = False,
     token: str | None = None,
 ) -> str:
     """Check a folder, describe it, and upload it in one commit; returns the commit's address.
 
+    Weights of another checkpoint that the repository has, and their index, are deleted by the same commit: a loader would
+    read them, or some of them, in the place of the new ones. No other file is deleted.
+
     Args:
-        folder, base_model, license, evaluation: as in :func:`describe`.
+        folder, base_model, license, evaluation, relation, origin: as in :func:`describe`.
         repo: Hub id; it is created if it is not there.
         private: whether a new repository is; None: as the owner's default is.
         keep_card: upload the README.md of the folder as it is.
         token: None: the one that ``hf auth login`` stored.
 
     Raises:
-        ValueError: the folder is not whole, cannot be described, or ``repo`` is no Hub id.
+        ValueError: the folder is not whole, cannot be described, ``repo`` is no Hub id, or the card that is kept is of
+            another checkpoint or has metadata that the Hub does not take.
         RuntimeError: the Hub refused.
     """
+    check_id("repo", repo)
+    folder = Path(folder)
     found = verify(folder)
     if not found.is_whole:
         raise ValueError(f"{folder} is not pushed: {'; '.join(found.problems)}")
-    if not keep_card:
-        describe(folder, repo, base_model, license, evaluation)
+    if keep_card:
+        check_kept(folder)
+    else:
+        describe(folder, repo, base_model, license, evaluation, relation=relation, origin=origin)
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Upload quantized model", ignore_patterns=_LEFT_OUT
-        )
-    except HFValidationError as error:
-        raise ValueError(f"repo must be a Hub id like owner/name, got {repo!r}: {error}") from error
+        # Not upload_folder, which may split a large one into several commits: between two of them nothing would load.
+        operations = _operations(folder, api.list_repo_files(name))
+        commit = api.create_commit(name, operations, commit_message="Upload quantized model")
     except HfHubHTTPError as error:
         raise RuntimeError(f"the Hub did not take {repo}: {error}") from error
     return str(commit.commit_url)
+
+
+def _operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What makes of a repository with the files ``there`` one whose weights are those of ``folder``, and no others."""
+    part = {path.name for path in weight_files(folder)}
+    part |= set() if WEIGHTS in part else {INDEX}
+
+    def stale(name: str) -> bool:
+        return _OF_A_MODEL.fullmatch(name) is not None and name not in part
+
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    kept = [name for name in filter_repo_objects(names, ignore_patterns=_LEFT_OUT) if not stale(name)]
+    gone = [name for name in there if stale(name)]
+    if gone:
+        logger.warning("deleted by the same commit, as weights of another checkpoint: %s", ", ".join(gone))
+    return [
+        *(CommitOperationDelete(name, is_folder=False) for name in gone),
+        *(CommitOperationAdd(name, folder / name) for name in kept),
+    ]
 
 
 def verify_repo(repo: str, revision: str | None = None, token: str | None = None) -> Verification:

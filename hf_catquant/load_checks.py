@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .correction import corrections
-from .fields import changed_fields
+from .fields import CHOSEN_AT_LOAD, changed_fields
 from .log import logger
 from .model import quantized_modules
 
@@ -42,10 +42,20 @@ def check_room(model: nn.Module, size: int) -> None:
 def warn_of_changes(model: PreTrainedModel, fields: Any) -> None:
     """Say which fields of the model's config are not those that were saved: they can change what it computes.
 
+    Args:
+        model: as it is built.
+        fields: what its checkpoint says that they were; None: it does not say, which is told.
+
     Raises:
         ValueError: ``fields`` is no table of checksums.
     """
-    changed = changed_fields(model.config.to_dict(), fields)
+    if fields is None:
+        logger.warning(
+            "provenance of config.json has no fields: whether other fields were changed after the save cannot be told; "
+            "fetch the file again, or save the model again if you trust it"
+        )
+        return
+    changed = [name for name in changed_fields(model.config.to_dict(), fields) if name not in CHOSEN_AT_LOAD]
     if changed:
         logger.warning(
             "%s of config.json are not what was saved: unless you changed them, the file is damaged, and the model does "

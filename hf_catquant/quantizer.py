@@ -111,7 +111,7 @@ class CatQuantizer(HfQuantizer):
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
             check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
-        warn_of_changes(model, config.provenance.get("fields", {}))
+        warn_of_changes(model, config.provenance.get("fields"))
         _untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
@@ -180,7 +180,10 @@ class CatQuantizer(HfQuantizer):
         config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
         config.checksums = checksums(_as_written(model, state))
         config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
-        config.provenance["fields"] = field_checksums(model.config.to_dict())
+        # As save_pretrained writes them, which sets these two only after it has asked for the tensors.
+        name = type(model).__name__.removeprefix("FSDP")
+        written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
+        config.provenance["fields"] = field_checksums(model.config.to_dict() | written)
         model.config.quantization_config = config
         return state, {}
 

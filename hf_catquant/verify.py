@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import Entries, check_tensors, verify_entries
-from .fields import changed_fields, check_depth, check_labels
+from .fields import changed_fields, check_depth, check_labels, unknown_fields
 from .formats import get_format, group_count
+from .identity import strangers
 from .integrity import Stored, read_header, sha256, verify_files
 from .packing import check_bytes, packed_width
 
@@ -92,7 +93,8 @@ def verify(folder: str | Path) -> Verification:
     found.files = {path.name: sha256(path) for path in (folder / "config.json", *files)}
     found.tensors, found.modules = len(headers), len(config.modules or {})
     _look_around(folder, files, found)
-    _check_fields(folder, config, found)
+    found.remarks += strangers(folder, config)
+    _check_fields(folder, raw, config, found)
     _provenance(config, found)
     return found
 
@@ -101,8 +103,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: there is no such file, or something else in it.
+        ValueError: there is no such file, it is none (reading a pipe would wait for ever), or something else is in it.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file, it is a {'folder' if path.is_dir() else 'pipe or a device'}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -261,19 +265,30 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
             found.remarks.append(f"{path.name} is not part of the model")
 
 
-def _check_fields(folder: Path, config: CatQuantConfig, found: Verification) -> None:
+def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:
     """Compare the other fields of config.json with those that were saved, as transformers reads them."""
     fields = config.provenance.get("fields")
     if fields is None:
-        found.remarks.append("provenance has no fields: whether config.json was changed after the save cannot be told")
+        found.problems.append(
+            "provenance has no fields: whether config.json was changed after the save cannot be told; fetch it again, or "
+            "load the model and save it again if you trust it"
+        )
         return
     try:
-        changed = changed_fields(_as_loaded(folder), fields)
+        loaded = _as_loaded(folder)
+        changed, unknown = changed_fields(loaded, fields), unknown_fields(loaded, raw, fields)
     except Exception as error:  # of the model's own config class: whatever it raises, the fields stay unchecked
         found.remarks.append(f"the fields of config.json were not checked: {' '.join(str(error).split())[:200]}")
         return
     if changed:
-        found.problems.append(f"{', '.join(changed)} of config.json are not what was saved")
+        found.problems.append(
+            f"{', '.join(changed)} of config.json are not what was saved: fetch it again; to change them on purpose, set "
+            "them on the config of the loaded model and save it again"
+        )
+    if unknown:
+        found.remarks.append(
+            f"{', '.join(unknown)} of config.json have no checksum: whether they were changed after the save cannot be told"
+        )
 
 
 def _as_loaded(folder: Path) -> dict[str, Any]:

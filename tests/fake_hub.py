@@ -1,6 +1,7 @@
 """A Hub in memory: enough of its HTTP interface to create a repository, commit to it, and load from it.
 
-Only what ``huggingface_hub`` calls for a push (create, preupload, LFS upload, commit) and for a load (info, tree, resolve).
+Only what ``huggingface_hub`` calls for a push (create, check of a card, preupload, LFS upload, commit) and for a load (info,
+tree, resolve). Models and Spaces are kept apart, as there: a Space is ``repos["spaces/owner/name"]``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from fake_card_rules import SDKS, complaints
+
 LFS = (".safetensors", ".png", ".bin")
-KINDS = r"(?:(models|spaces)/)?"
+REPO = r"(models|spaces)/([\w.-]+/[\w.-]+)"
 
 
 @dataclass
@@ -58,12 +62,19 @@ class FakeHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
+    def write(self, name: str, folder: Path) -> Path:
+        """The files of a repository, as a clone of it has them."""
+        for path, data in self.repos[name].files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        return folder
+
 
 @contextmanager
 def running() -> Iterator[FakeHub]:
     """A Hub that answers until the block ends."""
     hub = FakeHub()
-    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -86,12 +97,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server_hub, self.path.split("?")[0]
         hub.requests.append(f"{self.command} {path}")
-        if found := re.fullmatch(rf"/{KINDS}([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
-            return self._resolve(found[2], found[3], found[4])
-        if found := re.fullmatch(r"/api/(?:models|spaces)/([\w.-]+/[\w.-]+)(?:/revision/[^/]+)?", path):
-            return self._info(found[1])
-        if found := re.fullmatch(r"/api/(?:models|spaces)/([\w.-]+/[\w.-]+)/tree/[^/]+(?:/(.*))?", path):
-            return self._tree(found[1], found[2] or "")
+        if found := re.fullmatch(r"/((?:spaces/)?[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve(found[1], found[2], found[3])
+        if found := re.fullmatch(rf"/api/{REPO}(?:/revision/[^/]+)?", path):
+            return self._info(_key(found[1], found[2]), found[2])
+        if found := re.fullmatch(rf"/api/{REPO}/tree/[^/]+(?:/(.*))?", path):
+            return self._tree(_key(found[1], found[2]), found[3] or "")
         return self._answer(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
 
     def do_POST(self) -> None:
@@ -99,27 +110,36 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"POST {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            there = name in hub.repos
-            hub.repos.setdefault(name, Repo())
-            return self._answer(409 if there else 200, {"url": f"{hub.url}/{name}", "name": name, "id": name})
+            return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._answer(200, {"errors": [], "warnings": []})
-        if found := re.fullmatch(r"/api/(?:models|spaces)/([\w.-]+/[\w.-]+)/preupload/[^/]+", path):
+            asked = json.loads(body)
+            errors, warnings = complaints(asked["content"], asked.get("repoType") or "model")
+            said = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
+            return self._answer(400 if errors else 200, said)
+        if found := re.fullmatch(rf"/api/{REPO}/preupload/[^/]+", path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": self._mode(f["path"]), "shouldIgnore": False} for f in files]
             return self._answer(200, {"files": modes})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._answer(200, self._lfs(json.loads(body)), kind="application/vnd.git-lfs+json")
-        if found := re.fullmatch(r"/api/(?:models|spaces)/([\w.-]+/[\w.-]+)/commit/[^/]+", path):
-            return self._commit(found[1], body)
+        if found := re.fullmatch(rf"/api/{REPO}/commit/[^/]+", path):
+            return self._commit(_key(found[1], found[2]), body)
         return self._answer(404, {"error": "not found"})
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server_hub.blobs[self.path.rsplit("/", 1)[1]] = body
         self._answer(200, {})
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        hub, kind = self.server_hub, asked.get("type") or "model"
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if kind == "space" and asked.get("sdk") not in SDKS:
+            return self._answer(400, {"error": "a Space needs an sdk"})
+        key = _key(f"{kind}s", name)
+        there = key in hub.repos
+        hub.repos.setdefault(key, Repo())
+        return self._answer(409 if there else 200, {"url": f"{hub.url}/{key}", "name": name, "id": name})
 
     def _mode(self, path: str) -> str:
         return "lfs" if path.endswith(LFS) else "regular"
@@ -134,7 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, body: bytes) -> None:
         repo = self.server_hub.repos[name]
-        for line in map(json.loads, body.decode().splitlines()):
+        lines = list(map(json.loads, body.decode().splitlines()))
+        gone = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        if missing := [path for path in gone if path not in repo.files]:
+            return self._answer(404, {"error": f"{missing[0]}: a file with this name doesn't exist"})
+        for path in gone:
+            del repo.files[path]
+        for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
@@ -142,10 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
                 repo.files[value["path"]] = self.server_hub.blobs[value["oid"]]
         repo.commits += 1
         url = f"{self.server_hub.url}/{name}/commit/{repo.sha}"
-        self._answer(200, {"success": True, "commitOid": repo.sha, "commitUrl": url})
+        return self._answer(200, {"success": True, "commitOid": repo.sha, "commitUrl": url})
 
-    def _info(self, name: str) -> None:
-        repo = self.server_hub.repos.get(name)
+    def _info(self, key: str, name: str) -> None:
+        repo = self.server_hub.repos.get(key)
         if repo is None:
             return self._answer(404, {"error": "no repository"}, {"X-Error-Code": "RepoNotFound"})
         siblings = [{"rfilename": path, **self._size(path, data)} for path, data in sorted(repo.files.items())]
@@ -160,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, name: str, folder: str) -> None:
         repo = self.server_hub.repos.get(name)
         files = {p: d for p, d in repo.files.items() if p.startswith(folder)} if repo is not None else {}
-        if not files:
+        if repo is None or (folder and not files):
             return self._answer(404, {"error": "no folder"}, {"X-Error-Code": "EntryNotFound"})
         rows = [
             {"type": "file", "path": p, "oid": hashlib.sha1(d).hexdigest(), "size": len(d)} for p, d in files.items()
@@ -192,3 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def _key(kind: str, name: str) -> str:
+    """Where a repository is kept: Spaces have names of their own."""
+    return name if kind == "models" else f"{kind}/{name}"

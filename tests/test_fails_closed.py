@@ -314,10 +314,13 @@ def test_a_changed_field_that_changes_outputs_is_said(folder, caplog, field, val
 
 def test_fields_that_change_no_output_are_not_mentioned(folder, caplog):
     caplog.set_level("WARNING", logger="hf_catquant")
-    names = {i: f"name {i}" for i in range(4)} | {4: "stage"}
-    edit_field(folder, id2label=names, label2id={"stage": 10**6}, use_cache=False, dtype="bfloat16")
+    edit_field(folder, use_cache=False, dtype="bfloat16")
     load(folder)
     assert "not what was saved" not in caplog.text
+    names = {i: f"name {i}" for i in range(4)} | {4: "stage"}
+    edit_field(folder, id2label=names, label2id={"stage": 10**6})  # the name of a class is no number of layers
+    load(folder)
+    assert "id2label, label2id of config.json are not what was saved" in caplog.text
 
 
 def test_layers_without_end_are_refused_before_one_is_built(folder):

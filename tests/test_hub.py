@@ -12,14 +12,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForAudioClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import fake_hub
 import tiny_models
 from hf_catquant.card import _task, model_card
 from hf_catquant.cli import main
+from hf_catquant.hub import push
 from hf_catquant.tasks import auto_class
+from hf_catquant.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(90)]
@@ -45,6 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluate = ["eval", out, "--float", str(root / "float"), *rows, "--dataset-name", "twenty-four rows"]
     assert main([*evaluate, "--json", f"{out}/evaluation.json"]) == 0
     return root / "out"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots that are not looked at are not drawn, which takes a second."""
+    for name in ("draw_errors", "draw_sizes"):
+        monkeypatch.setattr(f"hf_catquant.hub.{name}", lambda content, path: path.write_bytes(b"drawn"))
 
 
 @pytest.fixture
@@ -96,6 +105,7 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_is_missing_is_made_from_the_model(copy):
     before = json.loads((copy / "report.json").read_text())
     (copy / "report.json").unlink()
@@ -105,10 +115,183 @@ def test_a_report_that_is_missing_is_made_from_the_model(copy):
     assert "catquant quantize" not in ModelCard.load(copy / "README.md").content
 
 
-def test_an_evaluation_of_another_model_is_refused(copy, capsys):
-    edit(copy / "evaluation.json", lambda table: table["rows"][-1].update(bytes=1))
+@pytest.fixture
+def other(folder, tmp_path) -> Path:
+    """The same model in the same format and bytes, of other weights, saved over a folder that was evaluated."""
+    out = tmp_path / "other"
+    shutil.copytree(folder, out)
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    model.classifier.bias.data += 1
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_speaks_of_another_checkpoint_is_not_on_the_card(other, copy, capsys):
+    dry = ["push", str(other), "me/tiny", "--dry-run"]
+    remarks = [f"{name} speaks of another checkpoint" for name in ("report.json", "evaluation.json")]
+    assert verify(other).remarks == remarks
+    said = {"evaluation": "evaluate again, catquant eval", "report": "is the report of another checkpoint"}
+    for name, message in said.items():
+        before = sorted(path.name for path in other.iterdir())
+        assert main(dry) == 1
+        printed = capsys.readouterr().err
+        assert f"{name}.json" in printed
+        assert message in printed
+        assert sorted(path.name for path in other.iterdir()) == before
+        (other / f"{name}.json").unlink()
+    assert main([*dry, "--evaluation", str(copy / "evaluation.json")]) == 1
+    assert not (other / "evaluation.json").exists()
+    assert main(dry) == 0
+    assert "It was not evaluated" in (other / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_file_that_does_not_say_its_checkpoint(copy, other, capsys):
+    """What this package wrote before: a report is told by its layers and errors, an evaluation by nothing."""
+    for folder in (copy, other):
+        for name in ("report.json", "evaluation.json"):
+            edit(folder / name, lambda content: content.pop("entries_checksum"))
     assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 1
-    assert "evaluation.json is of another model: it has 1 bytes" in capsys.readouterr().err
+    assert "it has no entries_checksum" in capsys.readouterr().err
+    (copy / "evaluation.json").unlink()
+    assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 0
+    edit(copy / "report.json", lambda report: report["layers"][0].update(error=0.5))
+    assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 1
+    assert "is the report of another checkpoint (it has no entries_checksum" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_overwritten_folder_keeps_no_evaluation_of_what_was_there(copy, folder, caplog):
+    caplog.set_level("WARNING", logger="hf_catquant")
+    words = [
+        "quantize",
+        str(folder.parent / "float"),
+        str(copy),
+        "--overwrite",
+        "--solver",
+        "rtn",
+        "--correction",
+        "none",
+    ]
+    (copy / "accuracy.png").write_bytes(b"of the old one")
+    assert main(words) == 0
+    assert not {"evaluation.json", "accuracy.png"} & {path.name for path in copy.iterdir()}
+    assert "evaluation.json is removed: it speaks of the model that was in this folder before" in caplog.text
+    assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 0
+    checksum = json.loads((copy / "config.json").read_text())["quantization_config"]["entries_checksum"]
+    (copy / "evaluation.json").write_text(json.dumps({"entries_checksum": checksum}))
+    assert main(words) == 0  # the same weights again
+    assert (copy / "evaluation.json").is_file()
+
+
+def test_a_command_that_reads_and_writes_folders_of_one_name_can_be_followed(folder, tmp_path):
+    words = ["--weights", "int4", "--solver", "rtn", "--correction", "none"]
+    assert main(["quantize", str(folder.parent / "float"), str(tmp_path / "float"), *words]) == 0
+    command = json.loads((tmp_path / "float" / "report.json").read_text())["command"]
+    assert command == "catquant quantize float float-int4 --weights int4 --solver rtn --correction none"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_card_says_where_the_float_model_comes_from(copy):
+    words = ["--base-model", "you/parent", "--relation", "finetune", "--origin", "It was fine-tuned on rows."]
+    assert main(["push", str(copy), "me/tiny", "--dry-run", *words]) == 0
+    card = ModelCard.load(copy / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("you/parent", "finetune")
+    assert "of a fine-tune of [you/parent]" in card.content
+    assert card.content.count("It was fine-tuned on rows.") == 1
+    assert "# float, ternary" in card.content
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["noslash", "a/b/c", "no//id", "a/.b", "a/b--c", ""])
+def test_a_name_that_the_hub_would_not_take_is_refused_before_anything_is_written(copy, capsys, name):
+    assert main(["push", str(copy), name, "--dry-run"]) == 1
+    assert f"repo must be a Hub id like owner/name, got {name!r}" in capsys.readouterr().err
+    assert not (copy / "README.md").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub for this very process."""
+    with fake_hub.running() as hub:
+        for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+        yield hub
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_push_leaves_no_weights_of_another_checkpoint(copy, tmp_path, hub):
+    """Parts over whole, fewer parts over more, whole over parts: what loads is what was pushed, and the rest stays."""
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(copy)
+    others = {"notes.md": b"x", "onnx/model.safetensors": b"x", "other.safetensors": b"x"}
+    for at, size in enumerate((None, "8KB", "30KB", None)):
+        pushed = copy
+        if size is not None:
+            pushed = tmp_path / size
+            model.save_pretrained(pushed, max_shard_size=size)
+            shutil.copy(copy / "report.json", pushed)
+        push(pushed, "me/tiny")
+        repo = hub.repos["me/tiny"]
+        assert repo.commits == at + 1
+        there = hub.write("me/tiny", tmp_path / f"clone{at}")
+        weights = {name for name in repo.files if "safetensors" in name} - others.keys()
+        assert weights == {path.name for path in pushed.iterdir() if "safetensors" in path.name}
+        found = verify(there)
+        assert found.is_whole, str(found)
+        assert torch.equal(kind.from_pretrained(there).classifier.bias, model.classifier.bias)
+        if at:
+            assert others.items() <= repo.files.items()
+        repo.files |= others
+        repo.files["pytorch_model.bin"] = b"x"
+    assert not any(name.startswith("model-") for name in repo.files)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_weights_that_an_older_save_left_in_the_folder_are_not_pushed(copy, hub):
+    (copy / "model.safetensors.index.json").write_text("{}")
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    push(copy, "me/tiny")
+    assert [name for name in hub.repos["me/tiny"].files if "safetensors" in name] == ["model.safetensors"]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("license: mit", "license: [1]"), '"license" must be'),
+        (("base_model_relation: quantized", "base_model_relation: smaller"), '"base_model_relation" must be one of'),
+        (("base_model: you/float", "base_model: you//float"), '"base_model" must be a model id'),
+        (("library_name: transformers", "library_name: [transformers"), "bad YAML"),
+        (("tags:", "tags: catquant\nmore:"), '"tags" must be a list of strings'),
+        (("  - type: accuracy", "  - kind: accuracy"), '"model-index" cannot be read'),
+    ],
+)
+def test_a_card_that_the_hub_does_not_take_is_said(copy, hub, capsys, change, message):
+    assert main(["push", str(copy), "me/tiny", "--dry-run", "--base-model", "you/float", "--license", "mit"]) == 0
+    card = copy / "README.md"
+    text = card.read_text()
+    assert change[0] in text
+    assert fake_hub.complaints(text) == ([], [])
+    card.write_text(text.replace(*change, 1))
+    assert main(["push", str(copy), "me/tiny", "--keep-card"]) == 1
+    assert message in capsys.readouterr().err
+    assert not hub.repos["me/tiny"].files
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_kept_card_of_another_checkpoint_is_refused(copy, hub, capsys):
+    assert main(["push", str(copy), "me/tiny", "--dry-run"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(copy)
+    model.classifier.bias.data += 1
+    model.save_pretrained(copy)
+    assert main(["push", str(copy), "me/tiny", "--keep-card"]) == 1
+    assert "is the card of another checkpoint" in capsys.readouterr().err
+    assert "README.md is the card of another checkpoint" in verify(copy).remarks
+    (copy / "README.md").write_text("# Mine\n")
+    assert main(["push", str(copy), "me/tiny", "--keep-card"]) == 0
 
 
 @pytest.mark.parametrize(

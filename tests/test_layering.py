@@ -45,7 +45,7 @@ ROWS = [
     "pipeline",
     "planning",
     "report",
-    "plain",
+    "plain identity",
     "quantizer",
     "evaluation tasks verify",
     "by_layer report_page card exports folder",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 import zlib
@@ -125,6 +127,12 @@ def test_tensors_that_cannot_be_are_named(folder, tensors, message):
     ("fields", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
+        ({"dtype": "float16"}, "dtype of config.json are not what was saved"),
+        ({"architectures": ["BertForMaskedLM"]}, "architectures of config.json are not what was saved"),
+        (
+            {"id2label": {str(i): f"class {4 - i}" for i in range(5)}, "label2id": {}},
+            "id2label, label2id of config.json are not what was saved",
+        ),
         ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most"),
         ({"num_labels": 10**12}, "num_labels must be at most"),  # transformers would write a table of them
         ({"num_labels": 2000}, "num_labels must be at most 1024 for this checkpoint, got 2000"),
@@ -137,6 +145,47 @@ def test_a_config_that_was_changed_is_named(folder, fields, message):
     edit(folder, **fields)
     found = verify(folder)
     assert any(message in problem for problem in found.problems), str(found)
+
+
+def loaded(folder: Path, caplog) -> str:
+    """What loading says."""
+    caplog.clear()
+    logging.getLogger("hf_catquant").addHandler(caplog.handler)
+    type(tiny_models.build("bert")).from_pretrained(folder)
+    logging.getLogger("hf_catquant").removeHandler(caplog.handler)
+    return caplog.text
+
+
+def test_labels_that_were_swapped_are_named_when_they_are_loaded(folder, caplog):
+    assert loaded(folder, caplog) == ""
+    labels = json.loads((folder / "config.json").read_text())["id2label"]
+    edit(folder, id2label={**labels, "0": labels["1"], "1": labels["0"]}, dtype="float16")
+    assert "id2label of config.json are not what was saved" in loaded(folder, caplog)  # its dtype may be asked for
+
+
+def test_a_config_without_its_checksums_is_not_whole(folder, caplog):
+    """They are all that sees a changed field: with them gone, every field may be another one."""
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    fields = stored["provenance"].pop("fields")
+    edit(folder, quantization_config=stored, layer_norm_eps=0.5)
+    assert "provenance has no fields" in verify(folder).problems[0]
+    assert "provenance of config.json has no fields" in loaded(folder, caplog)
+    del fields["layer_norm_eps"], fields["id2label"]
+    stored["provenance"]["fields"] = fields
+    edit(folder, quantization_config=stored)
+    found = verify(folder)
+    assert found.is_whole  # another version may have saved it
+    assert found.remarks == [
+        "id2label, layer_norm_eps of config.json have no checksum: whether they were changed after the save cannot be told"
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    message = "must be a regular file, it is a pipe or a device" if name == "config.json" else "there is neither"
+    assert message in verify(folder).problems[0]
 
 
 def test_what_is_no_checkpoint_is_said(folder, tmp_path):

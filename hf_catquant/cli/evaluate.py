@@ -17,6 +17,7 @@ from datasets import Dataset
 from ..by_layer import LayerDiscrimination, discrimination_by_layer
 from ..evaluation import evaluate_classifier, evaluate_language_model
 from ..evaluation_table import Evaluation
+from ..identity import identity
 from ..samples import collect
 from ..tasks import (
     CLASSIFIERS,
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.json, args.markdown, args.discrimination):
         if path is not None and not (Path(path).resolve().parent.is_dir() and not Path(path).is_dir()):
             raise ValueError(f"{path} cannot be written: it must be a file in a folder that exists")
-    table, layers = evaluate(args)
+    table, layers, checkpoint = evaluate(args)
     print(table)
-    values = {**table.to_dict(), "dataset": args.dataset_name or Path(args.dataset).name}
+    values = {**table.to_dict(), "dataset": args.dataset_name or Path(args.dataset).name, **checkpoint}
     if layers is not None:
         print(f"\n{layers}")
         layers.draw(args.discrimination)
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
             Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination | None]:
-    """The table that the arguments ask for, and discrimination layer by layer if they do."""
+def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination | None, dict[str, int]]:
+    """The table that the arguments ask for, discrimination layer by layer if they do, and which checkpoint it is of."""
     trust = args.trust_remote_code
     rows = read_rows(args.dataset, args.column, args.limit)
     if len(rows) < LEAST:
@@ -124,11 +125,11 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination 
         batch_size=args.batch_size,
     )
     if labels is None:
-        return evaluate_language_model(teacher, model, data.batches), None
+        return evaluate_language_model(teacher, model, data.batches), None, identity(model)
     table = evaluate_classifier(teacher, model, data.batches, labels, args.label_offset)
     if args.discrimination is None:
-        return table, None
-    return table, discrimination_by_layer(teacher, model, data.batches, labels)
+        return table, None, identity(model)
+    return table, discrimination_by_layer(teacher, model, data.batches, labels), identity(model)
 
 
 def _class_of(config: Any) -> str:

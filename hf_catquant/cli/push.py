@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..card import RELATIONS
 from ..hub import describe, push
 
 NAME = "push"
@@ -19,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="what catquant quantize wrote")
     parser.add_argument("repo", help="Hub id, owner/name; it is created if it is not there")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the float model, if report.json does not say it")
+    parser.add_argument(
+        "--relation",
+        choices=RELATIONS,
+        default=RELATIONS[0],
+        help="finetune: the float model is not the base model, it was fine-tuned from it",
+    )
+    parser.add_argument("--origin", metavar="TEXT", help="a sentence for the card: where the float model comes from")
     parser.add_argument(
         "--license", metavar="WORD", help="Hub word for the licence, that of the base model: apache-2.0"
     )
@@ -32,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     """Describe and upload."""
     if args.evaluation is not None and not Path(args.evaluation).is_file():
         raise ValueError(f"--evaluation: there is no file {args.evaluation}")
-    facts = {"base_model": args.base_model, "license": args.license, "evaluation": args.evaluation}
+    facts = {name: getattr(args, name) for name in ("base_model", "license", "evaluation", "relation", "origin")}
     if args.dry_run:
         print(f"card: {describe(args.folder, args.repo, **facts)}")
         return

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         resume=args.resume,
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
-        made={"model": _without_folder(args.model), "command": _command(args.words)},
+        made={"model": _without_folder(args.model), "command": _command(args)},
     )
     print(report(model))
     print(f"saved to {out}")
@@ -157,9 +157,12 @@ def _samples(args: argparse.Namespace, processor: Any, auto: Any) -> Any:
     return texts if rows is None else [*rows[args.column], *texts]
 
 
-def _command(words: list[str]) -> str:
-    """The command as it was given, for the card."""
-    return shlex.join(["catquant", *map(_without_folder, words)])
+def _command(args: argparse.Namespace) -> str:
+    """The command as it was given, for the card; folders that differ in their place alone get names that differ."""
+    out = _without_folder(args.out)
+    if out == _without_folder(args.model):
+        out = f"{out}-{args.weights}"
+    return shlex.join(["catquant", *(out if word == args.out else _without_folder(word) for word in args.words)])
 
 
 def _without_folder(word: str) -> str:
