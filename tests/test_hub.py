@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -346,6 +347,14 @@ def test_the_cards_of_the_repository_are_of_this_template():
         assert {metric["value"] for metric in card.data.to_dict()["model-index"][0]["results"][0]["metrics"]}
         assert all((path.parent / f"{plot}.png").is_file() for plot in ("accuracy", "errors"))
         assert all(f"## {part}" in card.content for part in ("Use", "What it cost", "How it was made", "Limits"))
+
+
+def test_the_next_cards_say_where_their_float_models_come_from(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cards = importlib.import_module("cards")
+    assert cards.FACTS.keys() == {case.model for case in (*cards.CASES, cards.DIGITS)}
+    assert all(facts.base_model or facts.origin for facts in cards.FACTS.values())
+    assert all(facts.origin for facts in cards.FACTS.values() if facts.relation != "quantized")
 
 
 PUSH = """
