@@ -49,9 +49,14 @@ class Pairs:
     def fit_and_attach(
         self, model: nn.Module, name: str, config: CatConfig, kind: Kind
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report."""
-        quantized, teacher = torch.cat(self._quantized), torch.cat(self._rows.teacher)
-        result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, self._rows.samples)
+        """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report.
+
+        The rows are used up.
+        """
+        samples = self._rows.samples
+        # The parts go as soon as they are joined: wide logits would be in memory twice.
+        quantized, teacher = _joined(self._quantized), _joined(self._rows.teacher)
+        result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, samples)
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:
             return None, result.to_dict()
@@ -59,6 +64,13 @@ class Pairs:
         correction.dim = self._rows.dim
         attach(model, name, correction)
         return entry_of(correction), result.to_dict()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All rows of ``parts``, which are emptied."""
+    whole = torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 def tensor_of(output: Any) -> Tensor:
