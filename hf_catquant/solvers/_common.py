@@ -7,6 +7,7 @@ meets only the inputs of its own group, hence only ``gram[b]``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor
 # Values of a matrix that a solver works on at once: a head of many rows must not take many times its size.
 AT_ONCE = 1 << 22
 SLICE = 1 << 20  # values that are rounded or compared at once, where that makes no difference
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for the time of a ``with``: factors of matrices have other last bits, and codes, with another number.
+
+    They are cut into blocks by it. Products and solutions of triangular systems are not, and cost more.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Moments(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..weight import QuantizedWeight
-from ._common import Moments, check_moments
+from ._common import Moments, check_moments, one_thread
 from .gptq import aim, drifted, factorise, trust, unit_factor
 
 _ROUNDS = 3
@@ -54,20 +54,26 @@ def _target(weight: Tensor, moments: Moments | None) -> tuple[Tensor, Tensor]:
     gram, _ = factorise(gram, torch.arange(weight.shape[1], device=weight.device).expand(gram.shape[:2]))
     runs = weight.view(len(gram), -1, weight.shape[1])
     target = aim(runs, drifted(runs, moments, factor), gram, *trust(moments.count, weight.shape[1]))
-    return target.reshape(weight.shape), torch.linalg.cholesky(gram.mean(0))
+    with one_thread():
+        return target.reshape(weight.shape), torch.linalg.cholesky(gram.mean(0))
 
 
 def _leading(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (N, r), B (r, K) float16 with A B nearest to ``error`` under ``root``, both factors of one size."""
     weighted = (error @ root).double()
     if weighted.shape[0] <= weighted.shape[1]:
-        out = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:]
+        out = _eigenvectors(weighted @ weighted.T)[:, -rank:]
         into = out.T @ error.double()
     else:
-        basis = torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:]
+        basis = _eigenvectors(weighted.T @ weighted)[:, -rank:]
         out = weighted @ basis
         into = torch.linalg.solve_triangular(root.double(), basis.T, upper=False, left=False)
     sizes = (out.norm(dim=0) / into.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
     out, into = (out / sizes).half(), (into * sizes[:, None]).half()
     missing = rank - out.shape[1]
     return torch.nn.functional.pad(out, (0, missing)), torch.nn.functional.pad(into, (0, 0, 0, missing))
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    with one_thread():
+        return torch.linalg.eigh(gram).eigenvectors

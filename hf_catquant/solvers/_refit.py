@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._common import one_thread
+
 _RIDGE = 1e-3
 _ELEMENTS = 1 << 25  # of the systems that are held at once: 128 MiB
 
@@ -84,7 +86,8 @@ def _solve(system: Tensor, right: Tensor, theta: Tensor, groups: int) -> Tensor:
     scaled = torch.div(system.mT, scaled, out=scaled).mT
     scaled.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
     failed = torch.empty(scaled.shape[:2], dtype=torch.int32, device=scaled.device)
-    factor, failed = torch.linalg.cholesky_ex(scaled, out=(scaled, failed))
+    with one_thread():
+        factor, failed = torch.linalg.cholesky_ex(scaled, out=(scaled, failed))
     step = torch.cholesky_solve((slope / size).unsqueeze(-1), factor).squeeze(-1) / size
     step[..., :groups] = torch.maximum(step[..., :groups], -theta[..., :groups])
     # f(theta + step) - f(theta); not true of NaN, so a failed system changes nothing

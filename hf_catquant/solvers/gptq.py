@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..formats import Format, check_group_size, group_count, group_width
 from ..weight import QuantizedWeight, expand_groups
-from ._common import AT_ONCE, Moments, check_moments, check_weight
+from ._common import AT_ONCE, Moments, check_moments, check_weight, one_thread
 from ._descent import ColumnGrid, descend, feed_back
 from ._grid import fit_grid, level_codes
 from ._refit import refit
@@ -234,4 +234,5 @@ def _cholesky(gram: Tensor, check_errors: bool = False) -> tuple[Tensor, Tensor]
     LAPACK works column by column: it is given the transpose, which holds the same numbers, and so needs no copy.
     """
     columns, failed = gram.mT, torch.empty(len(gram), dtype=torch.int32, device=gram.device)
-    return torch.linalg.cholesky_ex(columns, check_errors=check_errors, out=(columns, failed))
+    with one_thread():
+        return torch.linalg.cholesky_ex(columns, check_errors=check_errors, out=(columns, failed))
