@@ -206,7 +206,7 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
 
 def _is_begun(folder: Path) -> bool:
     """Whether a step is finished."""
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
+    return folder.is_dir() and any(_STEPS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def check_own(folder: Path) -> None:
@@ -223,7 +223,9 @@ def check_own(folder: Path) -> None:
     elif folder.is_dir():
         found = list(folder.iterdir())
         names = {path.name for path in found}
-        foreign = sorted(path.name for path in found if LOCK not in names or not _is_own(path, names))
+        foreign = sorted(path.name for path in found if not _is_own(path, names))
+        if not foreign and LOCK not in names:
+            foreign = sorted(names)
         what = f"holds {foreign[0]}, which is not a journal's" if foreign else None
     if what is not None:
         raise ValueError(
