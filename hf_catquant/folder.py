@@ -10,10 +10,10 @@ import copy
 import errno
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
 from .integrity import sha256
-from .journal import Journal, open_journal
+from .journal import Journal, check_own, open_journal
 from .kernels import native
 from .log import logger
+from .memory import align
 from .model import select
+from .pipeline import agreed_batches
 from .quantizer import quantize
 from .report import library_versions, report
 from .sizes import output_bytes
@@ -61,10 +63,10 @@ def quantize_folder(
 
     Args:
         source: folder or Hub id of the float model.
-        out: folder to write. It appears whole, at the end.
+        out: folder to write. It appears whole, at the end; a link is followed.
         config: what to do. It is not changed.
         dtype: of the float parts.
-        stream: keep float weights on disk until their turn comes. The result is the same.
+        stream: keep float weights on disk until their turn comes. The result is the same, and a run may go on either way.
         resume: go on with an interrupted run if there is one.
         overwrite: write into a folder that is not empty; without ``resume``, drop an interrupted run.
         trust_remote_code: run modelling code that comes with the model.
@@ -74,18 +76,16 @@ def quantize_folder(
         The quantized model.
 
     Raises:
-        ValueError: ``out`` is not empty, the interrupted run was begun with something else, or ``config`` cannot be done.
+        ValueError: ``out`` or ``OUT.journal`` holds something else, the interrupted run was begun with something else (the
+            number of threads counts), or ``config`` cannot be done.
         RuntimeError: another process works on the same output.
         OSError: something cannot be written; says what and why.
     """
-    out = Path(out)
-    place = out.with_name(f"{out.name}.journal")
-    _check_places(source, out, place, resume, overwrite)
+    out, place = places(source, out, resume, overwrite)
     journal = open_journal(place, resume=resume, overwrite=overwrite)
     try:
-        model = None
-        if journal.settled(_WRITTEN, None) is None:
-            model = _quantized(source, config, journal, dtype, stream, trust_remote_code)
+        model = _quantized(source, config, journal, dtype, stream, trust_remote_code)
+        if model is not None:
             _write(model, config.processor, journal, made or {})
         _install(journal, out)
         journal.drop()
@@ -100,7 +100,8 @@ def quantize_folder(
 
 def _quantized(
     source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
-) -> PreTrainedModel:
+) -> PreTrainedModel | None:
+    """The quantized model; None if an interrupted run of the same request has written it already."""
     float_config(str(source), trust)
     folder = local_folder(str(source))
     files = weight_files(folder)
@@ -110,17 +111,20 @@ def _quantized(
         config={**request, "dtype": str(dtype)},
         versions={**library_versions(), "source": source_digest()},
         machine=f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, kernels {native.PATH}",
+        threads=torch.get_num_threads(),
     )
-    with threads(journal.settled("threads", torch.get_num_threads())):
-        return _backing_off(source, config, journal, dtype, stream, trust)
+    config = copy.deepcopy(config)
+    config.batch_size = journal.settled("batch_size", config.batch_size)
+    if journal.settled(_WRITTEN, None) is not None:
+        agreed_batches(open_source(source, dtype, stream, trust), config, journal)
+        return None
+    return _backing_off(source, config, journal, dtype, stream, trust)
 
 
 def _backing_off(
     source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
 ) -> PreTrainedModel:
     """Quantize at the batch size that fits: where memory runs out it is halved, and finished units stay."""
-    config = copy.deepcopy(config)
-    config.batch_size = journal.settled("batch_size", config.batch_size)
     while True:
         try:
             model = open_source(source, dtype, stream, trust)
@@ -145,7 +149,9 @@ def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remo
     files = weight_files(local_folder(str(source))) if stream else []
     if files:
         return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)
-    return load_whole(auto, str(source), dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_whole(auto, str(source), dtype=dtype, trust_remote_code=trust_remote_code)
+    align(model)
+    return model
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -194,27 +200,28 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """``count`` threads for torch for the time of a ``with``: sums are split by their number, and so are last bits."""
-    before = torch.get_num_threads()
-    if count != before:
-        logger.info("using %d threads, as the run was begun with", count)
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def places(source: str | Path, out: str | Path, resume: bool, overwrite: bool) -> tuple[Path, Path]:
+    """The folder to write, with a link followed, and that of its journal, once both are free to be taken.
 
-
-def _check_places(source: str | Path, out: Path, place: Path, resume: bool, overwrite: bool) -> None:
+    Raises:
+        ValueError: one of them is not; says why and what to do.
+    """
+    out = Path(out)
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if not out.name or os.path.ismount(out):
+        raise ValueError(
+            f"{out} is where a file system begins, and cannot be put in place whole: choose a folder in it"
+        )
+    place = out.with_name(f"{out.name}.journal")
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise ValueError(f"{out} holds the float model: choose another folder to write")
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if occupied and not overwrite and not (resume and place.exists()):
-        raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another folder to write")
+    if out.exists() and any(out.iterdir()) and not overwrite and not (resume and place.exists()):
+        raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
+    check_own(place)
+    return out, place
 
 
 def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -252,7 +259,8 @@ def _install(journal: Journal, out: Path) -> None:
         if not path.is_file() or sha256(path) != digest:
             raise ValueError(f"{path} is not what the interrupted run wrote: begin anew with --overwrite")
     with writing(out):
-        if out.is_dir() and not any(out.iterdir()):
+        # The folder that somebody works in stays: a new one of its name would be another.
+        if out.is_dir() and not any(out.iterdir()) and not out.samefile(Path.cwd()):
             out.rmdir()
         if not out.exists():
             staging.rename(out)

@@ -8,16 +8,18 @@ A folder beside the output holds
     output/                 the checkpoint while it is written; then it is renamed
 
 Every file is written beside, flushed to the disk and renamed: it is whole or not there. A step is read back by its
-checksums. Whoever goes on must have begun with the same fingerprints.
+checksums. Whoever goes on must have begun with the same fingerprints. A folder that holds anything else is no journal: it is
+refused, and what lies in it is never deleted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +38,11 @@ except ImportError:  # Windows
 
 MANIFEST, LOCK, OUTPUT = "manifest.json", "lock", "output"
 _STEP = "catquant"  # the one key of a step's header
+_STEPS = re.compile(r"(unit-\d{4,}|formats|model)\.safetensors")  # names of their files
+# What is named with a fact that differs, beside the journal.
+_WAYS = {
+    "threads": "set OMP_NUM_THREADS={old} (in a program: torch.set_num_threads({old})), as sums are split by their number",
+}
 
 
 class Journal:
@@ -58,15 +65,23 @@ class Journal:
             facts: JSON-clean values by name.
 
         Raises:
-            ValueError: one of them is another one than in the manifest; names it and both values.
+            ValueError: one of them is another one than in the manifest, or there are steps and the manifest does not say;
+                names it, and both values.
         """
+        kinds = {name.partition(",")[0] for name in self._manifest}
         for name, value in facts.items():
             value = json.loads(json.dumps(value))
             if name in self._manifest and self._manifest[name] != value:
                 path, old, new = _difference(name, self._manifest[name], value)
+                way = _WAYS.get(name, "go on with what it was begun with").format(old=old)
                 raise ValueError(
                     f"{self.folder}: the interrupted run was begun with {path} = {old}, this one has {new}: a result of "
-                    "both would be of neither; go on with what it was begun with, or begin anew with --overwrite"
+                    f"both would be of neither; {way}, or begin anew with --overwrite"
+                )
+            if name.partition(",")[0] not in kinds and self.begun():
+                raise ValueError(
+                    f"{self.folder / MANIFEST} does not say with which {name} the finished steps beside it were made: "
+                    "put it back as it was, or begin anew with --overwrite"
                 )
         self._note(facts)
 
@@ -130,9 +145,12 @@ class Journal:
         """Delete the journal: the output is in its place."""
         if not self.folder.exists():
             return
-        clear(self.folder)
+        _clear(self.folder)
         (self.folder / LOCK).unlink()  # last: whoever waits for it finds another file, and looks again
-        self.folder.rmdir()
+        if left := sorted(path.name for path in self.folder.iterdir()):
+            logger.warning("%s stays: %s came into it during the run, and is not the journal's", self.folder, left[0])
+        else:
+            self.folder.rmdir()
         self._lock.close()
 
     def _file(self, step: str) -> Path:
@@ -156,11 +174,13 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
         overwrite: begin anew although there is one.
 
     Raises:
-        ValueError: there is an interrupted run, and neither was asked for.
+        ValueError: there is an interrupted run, and neither was asked for; or the folder is no journal, or one that lost
+            its manifest.
         RuntimeError: another process works there.
         OSError: the folder cannot be made or written; says why and what to do.
     """
     folder = Path(folder)
+    check_own(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder / LOCK)
@@ -170,7 +190,12 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
                 raise ValueError(
                     f"{folder} holds an interrupted run: --resume goes on with it, --overwrite begins anew and drops it"
                 )
-            clear(folder)
+            _clear(folder)
+        elif not (folder / MANIFEST).exists():
+            raise ValueError(
+                f"{folder} holds finished steps, but no {MANIFEST} that says what they are of: put it back, or begin anew "
+                "with --overwrite"
+            )
         for path in folder.glob(".*"):  # what was being written when the process was killed
             path.unlink()
         return Journal(folder, lock)
@@ -181,14 +206,52 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
 
 def _is_begun(folder: Path) -> bool:
     """Whether a step is finished."""
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
+    return folder.is_dir() and any(_STEPS.fullmatch(path.name) for path in folder.iterdir())
 
 
-def clear(folder: Path) -> None:
-    """Forget all steps; the lock stays."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def check_own(folder: Path) -> None:
+    """Refuse a folder that is not a journal's alone: what others put there would be lost with it.
+
+    Raises:
+        ValueError: it is a link or a file, or something in it is none of a journal's files; names it and the way out.
+    """
+    what = None
+    if folder.is_symlink():
+        what = "is a link"
+    elif folder.exists() and not folder.is_dir():
+        what = "is a file"
+    elif folder.is_dir():
+        found = list(folder.iterdir())
+        names = {path.name for path in found}
+        foreign = sorted(path.name for path in found if not _is_own(path, names))
+        if not foreign and LOCK not in names:
+            foreign = sorted(names)
+        what = f"holds {foreign[0]}, which is not a journal's" if foreign else None
+    if what is not None:
+        raise ValueError(
+            f"{folder} {what}: the journal of a run takes this folder for itself, and deletes it at the end; move it away, "
+            "or choose another folder to write"
+        )
+
+
+def _is_own(path: Path, names: Collection[str]) -> bool:
+    """Whether ``path`` is what a journal puts into its folder, where ``names`` lie."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name == OUTPUT and MANIFEST in names
+    return path.name in (LOCK, MANIFEST, f".{MANIFEST}") or _STEPS.fullmatch(path.name.removeprefix(".")) is not None
+
+
+def _clear(folder: Path) -> None:
+    """Forget all steps; the lock, and what is not the journal's, stays.
+
+    The manifest goes last: a process that dies here leaves no step without it.
+    """
+    names = {path.name for path in folder.iterdir()}
+    own = [path for path in folder.iterdir() if path.name != LOCK and _is_own(path, names)]
+    for path in sorted(own, key=lambda path: (path.name == MANIFEST, path.name == OUTPUT)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -16,6 +16,7 @@ from .calibrate import Calibration, check_ranges
 from .config import CatQuantConfig
 from .journal import Journal
 from .log import logger
+from .memory import align
 from .model import Selection, quantized_modules, select, stacks
 from .modules import close_experts
 from .shelf import shelf_of
@@ -44,11 +45,8 @@ def quantize_modules(
     training = model.training
     model.eval()
     try:
-        batches = None if config.dataset is None else collect(model, config)
-        if journal is not None:
-            # Batches of another size are padded otherwise.
-            found = None if batches is None else batches.fingerprint
-            journal.agree(**{f"data, {config.batch_size} a batch": found})
+        align(model)  # as a model on a shelf is, whose weights are read into memory
+        batches = agreed_batches(model, config, journal)
         if batches is None:
             outcome = _without_data(model, selection, journal)
         else:
@@ -64,6 +62,21 @@ def quantize_modules(
         raise
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def agreed_batches(model: nn.Module, config: CatQuantConfig, journal: Journal | None) -> samples.Batches | None:
+    """The calibration data, None without any, once ``journal`` was told of it.
+
+    Raises:
+        ValueError: the data is unusable, or not what the journal's run was begun with.
+    """
+    batches = None if config.dataset is None else collect(model, config)
+    if journal is not None:
+        # Batches of another size are padded otherwise.
+        found = None if batches is None else batches.fingerprint
+        journal.agree(**{f"data, {config.batch_size} a batch": found})
+    return batches
 
 
 def collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:

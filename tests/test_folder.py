@@ -82,7 +82,9 @@ def test_killed_at_any_flush_it_gives_the_same_bytes(tmp_path, model, config, th
     assert (found["different"], found["left"]) == ([], [])
 
 
-@pytest.mark.parametrize(("name", "kept"), [("llama_tied", None), ("resnet", None), ("llama", 0)])
+@pytest.mark.parametrize(
+    ("name", "kept"), [("llama_tied", None), ("resnet", None), ("llama", 0), ("bert", None), ("vit", None)]
+)
 def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypatch):
     """Also where the answers are too large to keep while the weights that make them are put away."""
     source = tiny_models.folder_of(name, str(tmp_path / "float"))
@@ -136,6 +138,15 @@ def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
         quantize_folder(source, out, request(), resume=True)
     weights.write_bytes(kept)
     assert not out.exists()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(
+            ValueError, match=rf"threads = {before}, this one has {before + 1}: .* OMP_NUM_THREADS={before} "
+        ):
+            quantize_folder(source, out, request(), resume=True)
+    finally:
+        torch.set_num_threads(before)
     quantize_folder(source, out, request(), resume=True)
     quantize_folder(source, tmp_path / "whole", request())
     assert digests(out) == digests(tmp_path / "whole")
@@ -180,6 +191,62 @@ def test_one_file_comes_before_an_index_as_in_transformers(tmp_path, source):
     (source / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names 'old.safetensors', which is not in the folder"):
         weight_files(source)
+
+
+def test_once_all_is_written_something_else_is_refused_too(tmp_path, source, monkeypatch):
+    """Killed between writing the output and putting it in its place."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_install", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize_folder(source, out, request())
+    other = tiny_models.samples("llama_tied", 12, seed=5)
+    for config, words in (
+        (request(seed=1), r"config.seed = 0, this one has 1"),
+        (request(dataset=other), r"data, 4 a batch = "),
+        (request(**ROUND), r"config.correction"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            quantize_folder(source, out, config, resume=True)
+    another = Path(tiny_models.folder_of("llama", str(tmp_path / "another")))
+    with pytest.raises(ValueError, match=r"weights.config.json = "):
+        quantize_folder(another, out, request(), resume=True)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "quantize", lambda *args: pytest.fail("it is quantized already"))
+        model = quantize_folder(source, out, request(), resume=True)
+    assert model.config.quantization_config.seed == 0
+    assert not (tmp_path / "out.journal").exists()
+
+
+def test_places_that_cannot_be_taken_are_refused_before_any_work(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(folder, "open_journal", lambda *args, **options: pytest.fail("it has begun"))
+    (tmp_path / "out.journal").mkdir()
+    (tmp_path / "out.journal" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for place, words in (
+        ("out", "out.journal holds notes.txt, which is not a journal's"),
+        ("file", "file is a file: choose another folder"),
+        ("/", "/ is where a file system begins, .*: choose a folder in it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            quantize_folder(source, tmp_path / place, request(**ROUND), overwrite=True)
+    assert (tmp_path / "out.journal" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_is_followed_and_the_folder_of_work_stays(tmp_path, source, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    inode = here.stat().st_ino
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "there").mkdir()
+    quantize_folder(source, tmp_path / "link", request(**ROUND))
+    monkeypatch.chdir(here)
+    quantize_folder(source, ".", request(**ROUND))
+    assert (tmp_path / "link").is_symlink()
+    assert here.stat().st_ino == inode
+    assert digests(here) == digests(tmp_path / "there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "here", "link", "there"]
 
 
 def test_an_error_of_the_user_leaves_no_journal(tmp_path, source):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def test_a_step_comes_back_as_it_was(folder, generator):
         "d": torch.tensor(1.5),
     }
     first = open_journal(folder, resume=False)
+    first.agree(config=1)
     first.write(
         "unit-0000", {**tensors, "same": tensors["c"].clone()}, {"unit": "a", "notes": ["n"], "value": 0.1 + 0.2}
     )
@@ -77,11 +79,19 @@ def test_a_damaged_step_is_named(folder, where):
 def test_other_facts_are_refused_by_name(folder):
     found = open_journal(folder, resume=False)
     found.agree(weights={"model.safetensors": "ab"}, config={"weights": "ternary", "seed": 0})
-    assert found.settled("threads", 2) == 2
+    found.agree(**{"data, 4 a batch": "ef", "threads": 2})
+    assert found.settled("batch_size", 2) == 2
     found.write("unit-0000", {}, {})
     found.close()
     again = open_journal(folder, resume=True)
-    assert again.settled("threads", 7) == 2
+    assert again.settled("batch_size", 7) == 2
+    with pytest.raises(
+        ValueError, match=r"begun with threads = 2, this one has 7: .*; set OMP_NUM_THREADS=2 .*--overwrite"
+    ):
+        again.agree(threads=7)
+    again.agree(**{"data, 2 a batch": "gh"})  # batches were made smaller on the way
+    with pytest.raises(ValueError, match=r"manifest.json does not say with which machine .* --overwrite"):
+        again.agree(machine="m")
     again.agree(weights={"model.safetensors": "ab"})
     with pytest.raises(ValueError, match=r"begun with config.seed = 0, this one has 1: .* --overwrite"):
         again.agree(config={"weights": "ternary", "seed": 1})
@@ -104,6 +114,65 @@ def test_an_interrupted_run_is_neither_mixed_nor_dropped_unasked(folder):
     anew = open_journal(folder, resume=False, overwrite=True)
     assert not anew.has("unit-0000")
     anew.agree(config=2)
+
+
+def test_steps_that_lost_their_manifest_are_refused(folder):
+    found = open_journal(folder, resume=False)
+    found.agree(config=1)
+    found.write("unit-0000", {}, {})
+    found.close()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"but no manifest.json that says what they are of: .* --overwrite"):
+        open_journal(folder, resume=True)
+    assert not open_journal(folder, resume=False, overwrite=True).begun()
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", ".hidden", "model-00001-of-00002.safetensors", "output/", "more/", "lock -> notes"]
+)
+def test_what_others_put_there_is_not_deleted(folder, foreign):
+    """Neither in a folder that looks like a journal, nor in one that is not."""
+    name, _, target = foreign.partition(" -> ")
+    for beside in [(), ("lock",)][: 1 if target else 2]:
+        folder.mkdir()
+        for other in beside:
+            (folder / other).touch()
+        theirs = folder / name.rstrip("/") / "mine" if name.endswith("/") else folder / name
+        theirs.parent.mkdir(exist_ok=True)
+        if target:
+            (folder.parent / target).write_text("mine")
+            theirs.symlink_to(folder.parent / target)
+        else:
+            theirs.write_text("mine")
+        for options in ({"resume": False}, {"resume": True}, {"resume": False, "overwrite": True}):
+            with pytest.raises(
+                ValueError, match=rf"out.journal holds {name.rstrip('/')}, which .*; move it away, or choose"
+            ):
+                open_journal(folder, **options)
+        assert theirs.read_text() == "mine"
+        shutil.rmtree(folder)
+
+
+def test_a_link_or_a_file_is_no_journal(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    folder.symlink_to("other")
+    with pytest.raises(ValueError, match=r"out.journal is a link: .* choose another folder"):
+        open_journal(folder, resume=False, overwrite=True)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+    folder.unlink()
+    folder.write_text("")
+    with pytest.raises(ValueError, match=r"out.journal is a file: .* choose another folder"):
+        open_journal(folder, resume=False, overwrite=True)
+
+
+def test_what_comes_in_during_the_run_stays(folder):
+    found = open_journal(folder, resume=False)
+    found.agree(config=1)
+    found.write("unit-0000", {}, {})
+    (folder / "notes.txt").write_text("mine")
+    found.drop()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_a_second_process_is_told_and_a_dead_one_is_not_waited_for(folder):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import CatQuantConfig
-from ..folder import quantize_folder
+from ..folder import places, quantize_folder
 from ..formats import ACTIVATION_FORMATS, FORMATS
 from ..generate import generate_samples
 from ..memory import map_large_blocks
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     """Quantize, save and print the report."""
     map_large_blocks()
     out = Path(args.out)
+    places(args.model, out, args.resume, args.overwrite)  # before data is read, or written by the model
     config = float_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)
     model = quantize_folder(

@@ -152,3 +152,20 @@ def test_a_layer_takes_no_more_ranks_than_it_has_rows_or_columns():
         select(model, CatQuantConfig(low_rank=33))
     with pytest.raises(ValueError, match=r"low_rank must be at most 16, the smaller side of .*k_proj\), got 17"):
         select(model, CatQuantConfig(overrides={"k_proj": {"low_rank": 17}}))
+
+
+def test_one_and_two_threads_find_the_same():
+    """Factors of matrices from about 200 columns on differ by threads; codes, scales and products must not."""
+    weight, moments = case(8, 384)
+    ridged = moments.gram + moments.gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(384)
+    found, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            factor, _ = gptq._cholesky(ridged.clone())
+            coded, *product = solve_with_product(weight, 4, moments, lambda w: rtn.solve(w, TERNARY, 16), values)
+            found.append([factor, coded.codes, *product])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
