@@ -1,8 +1,8 @@
 """The same bits with another number of threads, as far as it is in our hands.
 
 Products of matrices, solutions with a triangle and sums along a dimension came out the same with one thread and with two,
-at every size that was tried. Factorizations do not: LAPACK splits a matrix by it, and a solver that chooses levels one after the other turns a
-last bit into other codes. So they run on one thread, which costs little beside the products.
+at every size that was tried. Factorizations do not: LAPACK splits a matrix by the number of threads, and a solver that
+chooses levels one after the other turns a last bit into other codes. So they run on one, which costs little beside the rest.
 """
 
 from __future__ import annotations
