@@ -132,9 +132,9 @@ class CatQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
             return
         entries = self.quantization_config.modules or {}
-        for name, entry in entries.items():
-            if entry["tied_to"] is not None:
-                share_weight(model, name, entry["tied_to"])
+        tied = {name: entry["tied_to"] for name, entry in entries.items() if entry["tied_to"] is not None}
+        for name, owner in tied.items():
+            share_weight(model, name, owner)
         for name, module in quantized_modules(model).items():
             check_loaded(name, module)
             module.check_values()
@@ -144,6 +144,10 @@ class CatQuantizer(HfQuantizer):
             check_loaded(f"{name}.correction", correction)
             check_values(name, correction)
         check_complete(model, _parameters_as_written(model), self.quantization_config.checksums)
+        for module in quantized_modules(model).values():
+            module.keep_stored_dtypes()
+        for name, owner in tied.items():
+            share_weight(model, name, owner)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""

@@ -14,6 +14,7 @@ import hf_catquant
 import tiny_models
 from helpers import global_rng_untouched
 from hf_catquant import CatQuantConfig, quantize
+from hf_catquant.integrity import sha256
 from tiny_models import LLAMA, SPEECH, TEXT, VIT, main_output
 
 SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 96, "max_position_embeddings": 32}
@@ -209,6 +210,8 @@ def test_layers_that_stay_float32_do_so_after_a_reload(dtype: torch.dtype, tmp_p
     again = kind.from_pretrained(tmp_path / "saved", dtype=dtype)
     inputs = tiny_models.batch("t5")
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    again.save_pretrained(tmp_path / "twice")
+    assert sha256(tmp_path / "twice" / "model.safetensors") == sha256(tmp_path / "saved" / "model.safetensors")
     plain = model.dequantize()  # after a save the config holds its dtype as a word
     assert plain.lm_head.weight.dtype == dtype
 

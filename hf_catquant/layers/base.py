@@ -233,7 +233,20 @@ class QuantizedModule(nn.Module):
         if quantized.offset is not None:
             self.weight_offset = quantized.offset.detach().contiguous().to(device, dtype, copy=True)
 
-    @torch.no_grad()
+    def keep_stored_dtypes(self) -> None:
+        """Buffers in the dtypes that are stored: transformers widens those of layers that stay in float32."""
+        scale = getattr(torch, self.scheme.scale_dtype)
+        stored = {
+            "weight_scale": scale,
+            "weight_offset": scale,
+            "low_rank_out": torch.float16,
+            "low_rank_in": torch.float16,
+        }
+        for name, dtype in stored.items():
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.dtype != dtype:
+                setattr(self, name, buffer.to(dtype))
+
     def fill_low_rank(self, out: Tensor, into: Tensor) -> None:
         """Set the product (N, r) times (r, K) that is added to the weight, in place."""
         device = self.weight_scale.device
