@@ -89,6 +89,8 @@ def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypa
     """Also where the answers are too large to keep while the weights that make them are put away."""
     source = tiny_models.folder_of(name, str(tmp_path / "float"))
     learned = {} if kept is None else {k: v for k, v in RECONSTRUCT.items() if k != "correction"}
+    if name in ("bert", "vit"):  # they are here for their weights, which lie in the file as no weight in memory does
+        learned = {"correction": None, "solver_options": {}, "rotation": None, "dataset": tiny_models.samples(name, 4)}
     for stream in (True, False):
         with monkeypatch.context() as patch:
             if stream and kept is not None:
