@@ -71,7 +71,7 @@ def test_bits_stay_within_the_budget_and_go_where_they_are_needed(average_bits):
     assert any(f"{used:.3f} bits a weight" in note for note in report(model).notes)
 
 
-@pytest.mark.parametrize("correction", [None, "cat"])
+@pytest.mark.parametrize("correction", [pytest.param(None, marks=pytest.mark.slow), "cat"])
 def test_a_size_to_meet(correction):
     """Of the whole model: the same bytes as reported, corrections included, and close to what was allowed."""
     samples = tiny_models.samples("bert", 32, seed=0)

@@ -49,14 +49,14 @@ def error(model: nn.Module, name: str) -> float:
     return float((found - expected).square().sum() / expected.square().sum())
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("name", [*slow("bert", "vit"), "llama"])
 def test_closer_to_the_float_model_than_its_start(name):
     start, learned = start_and_learned(name, model_steps=160)
     assert learned < 0.95 * start
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", "gpt2", "wav2vec2", "clip", "mobilenet_v2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["t5", "whisper", "gpt2", "wav2vec2", "clip", *slow("mobilenet_v2")])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_runs_on_any_architecture(name, dtype):
     model = build(name).to(dtype)
     options = {"block_steps": 3, "model_steps": 3}
@@ -65,10 +65,15 @@ def test_runs_on_any_architecture(name, dtype):
     assert torch.isfinite(tiny_models.main_output(model(**inputs))).all()
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("name", ["vit", *slow("resnet")])
 def test_activations_of_few_bits(name):
     start, learned = start_and_learned(name, weights="int4", activations="int3")
     assert learned < start
+
+
+def slow(*values):
+    """Cases that only ``make test-all`` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def start_and_learned(name: str, model_steps: int = 80, **fields: Any) -> tuple[float, float]:
@@ -187,6 +192,7 @@ def test_bad_options(solver, options, message):
         CatQuantConfig(solver=solver, solver_options=options)
 
 
+@pytest.mark.slow
 def test_scales_alone_by_the_divergence_are_stage_one_of_cat():
     alone = {"block_steps": 0, "code_rate": 0, "float_rate": 0, "model_steps": 40, "model_rate": 1.0}
     none = {"block_steps": 0, "model_steps": 0}
