@@ -21,6 +21,11 @@ from hf_catquant.solvers.reconstruct import Options
 FEW = {"block_steps": 60, "model_steps": 40}
 
 
+def slow(*values):
+    """Cases that only ``make test-all`` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def request(name: str, count: int = 64, **fields: Any) -> CatQuantConfig:
     defaults = {"weights": "ternary", "group_size": 16, "correction": None, "batch_size": 4}
     return CatQuantConfig(**{**defaults, "dataset": tiny_models.samples(name, count), "num_samples": count, **fields})
@@ -69,11 +74,6 @@ def test_runs_on_any_architecture(name, dtype):
 def test_activations_of_few_bits(name):
     start, learned = start_and_learned(name, weights="int4", activations="int3")
     assert learned < start
-
-
-def slow(*values):
-    """Cases that only ``make test-all`` runs."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def start_and_learned(name: str, model_steps: int = 80, **fields: Any) -> tuple[float, float]:
