@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import samples as data
-from .fitting import correction_dim, evaluating, placed, tensor_of
+from .fitting import correction_dim, evaluating, placed, sample_count, tensor_of
 from .logits import find_logits, named_logits, observed, step_sites
 from .metrics.feature_discrimination.inputs import checked_count
 from .model import stacks
@@ -203,7 +203,7 @@ def _hook(caught: dict[str, Any], site: Place) -> dict[str, Any]:
 
 def _pooled(model: nn.Module, site: Place, value: Any, batch: dict[str, Tensor], pooling: str) -> Tensor:
     try:
-        hidden, rows = tensor_of(value), len(next(iter(batch.values())))
+        hidden, rows = tensor_of(value), sample_count(batch)
     except TypeError as error:
         raise ValueError(f"{site.name!r} gives {type(value).__name__}, and no tensor: name another module") from error
     if hidden.dim() == 2 and len(hidden) != rows and len(hidden) % rows == 0:

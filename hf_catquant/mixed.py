@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import CatQuantConfig
-from .fitting import SHARE, correction_dim, output_of, placed, resolve_sites, tensor_of
+from .fitting import SHARE, correction_dim, output_of, placed, resolve_sites, sample_count, tensor_of
 from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
@@ -119,7 +119,7 @@ class _Losses:
         for batch in data.batches:
             if count < JUDGES:
                 self.batches.append(batch)
-                count += len(next(iter(batch.values())))
+                count += sample_count(batch)
         self.site = logits_site(model, placed(self.batches[0], model))
         self.wanted = [self._answers(batch) for batch in self.batches]
 
