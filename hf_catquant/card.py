@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .evaluation_table import Evaluation
+from .hub_id import check_id
 from .identity import EVALUATION, REPORT, checked_evaluation, checked_report
 from .integrity import sha256
 from .report import Report
@@ -141,21 +140,6 @@ def files_of(folder: Path) -> list[dict[str, Any]]:
     return [{"name": p.name, "bytes": f"{p.stat().st_size:,}", "sha256": sha256(p)} for p in paths]
 
 
-def check_id(name: str, value: Any) -> None:
-    """Refuse what is no name of a repository on the Hub.
-
-    Raises:
-        ValueError: naming the rule.
-    """
-    reason = "" if isinstance(value, str) and value.count("/") == 1 else "it must have an owner and a name"
-    try:
-        validate_repo_id(value)
-    except HFValidationError as error:
-        reason = reason or str(error)
-    if reason:
-        raise ValueError(f"{name} must be a Hub id like owner/name, got {value!r}: {reason}")
-
-
 def _base_model(asked: str | None, reported: Any) -> str | None:
     if asked is not None:
         check_id("base_model", asked)
@@ -169,7 +153,7 @@ def _base_model(asked: str | None, reported: Any) -> str | None:
 
 def _base_link(base: str, relation: str) -> str:
     link = f"[{base}](https://huggingface.co/{base})"
-    return link if relation == "quantized" else f"a fine-tune of {link}"
+    return link if relation == RELATIONS[0] else f"a fine-tune of {link}"
 
 
 def _metadata(

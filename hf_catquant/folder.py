@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from .alignment import align
 from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
@@ -29,7 +30,6 @@ from .integrity import sha256
 from .journal import Journal, check_own, open_journal
 from .kernels import native
 from .log import logger
-from .memory import align
 from .model import select
 from .pipeline import agreed_batches
 from .quantizer import quantize
@@ -150,7 +150,7 @@ def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remo
     if files:
         return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)
     model = load_whole(auto, str(source), dtype=dtype, trust_remote_code=trust_remote_code)
-    align(model)
+    align(model)  # as quantizing does, so that a plan counts what that takes
     return model
 
 

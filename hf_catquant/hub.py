@@ -17,8 +17,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
-from .card import RELATIONS, check_id, model_card
+from .card import RELATIONS, model_card
 from .evaluation_table import Evaluation
+from .hub_id import check_id
 from .identity import CARD, EVALUATION, REPORT, check_kept, checked_evaluation, checked_report, identity
 from .log import logger
 from .report import Report, report

@@ -1,5 +1,4 @@
 """What this process holds in memory, as the system counts it: resident pages, those of libraries and mapped files included.
-And where in memory tensors lie, which decides over last bits.
 
 The peak of a run is the high-water mark of the same count. Linux can set the mark back; elsewhere it only grows.
 """
@@ -12,12 +11,7 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-_ALIGNMENT = 64  # bytes, of torch's own tensors
 _LARGE, _MMAP_THRESHOLD = 2 << 20, -3  # bytes; the GNU C library's name for the option
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -74,19 +68,3 @@ def _field(name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def align(model: nn.Module) -> None:
-    """Move the tensors of ``model`` that lie on the CPU to where torch's own do: addresses that are multiples of 64.
-
-    Loaders map files into memory, and a tensor then lies as it does in its file. Products of matrices add in another order
-    there, so that the same weights would give other last bits than weights that were read.
-    """
-    moved: dict[Any, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_inference()
-        if plain and tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-            key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()  # what is one stays one
-            if key not in moved:
-                moved[key] = tensor.detach().clone()
-            tensor.data = moved[key]

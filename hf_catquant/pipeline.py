@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from . import mixed, samples
+from .alignment import align
 from .calibrate import Calibration, check_ranges
 from .config import CatQuantConfig
 from .journal import Journal
 from .log import logger
-from .memory import align
 from .model import Selection, quantized_modules, select, stacks
 from .modules import close_experts
 from .shelf import shelf_of
