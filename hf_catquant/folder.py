@@ -27,7 +27,8 @@ from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
 from .integrity import sha256
-from .journal import Journal, check_own, open_journal
+from .journal import Journal, open_journal
+from .journal_place import check_own
 from .kernels import native
 from .log import logger
 from .model import select

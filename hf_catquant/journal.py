@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from .disk import beside, writing
 from .integrity import checksums, verify_files
+from .journal_place import LOCK, MANIFEST, OUTPUT, check_own, clear, is_begun
 from .log import logger
 
 try:
@@ -36,9 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST, LOCK, OUTPUT = "manifest.json", "lock", "output"
 _STEP = "catquant"  # the one key of a step's header
-_STEPS = re.compile(r"(unit-\d{4,}|formats|model)\.safetensors")  # names of their files
 # What is named with a fact that differs, beside the journal.
 _WAYS = {
     "threads": "set OMP_NUM_THREADS={old} (in a program: torch.set_num_threads({old})), as sums are split by their number",
@@ -135,7 +132,7 @@ class Journal:
 
     def begun(self) -> bool:
         """Whether there is anything to go on with."""
-        return _is_begun(self.folder)
+        return is_begun(self.folder)
 
     def close(self) -> None:
         """Let another process go on from here."""
@@ -145,7 +142,7 @@ class Journal:
         """Delete the journal: the output is in its place."""
         if not self.folder.exists():
             return
-        _clear(self.folder)
+        clear(self.folder)
         (self.folder / LOCK).unlink()  # last: whoever waits for it finds another file, and looks again
         if left := sorted(path.name for path in self.folder.iterdir()):
             logger.warning("%s stays: %s came into it during the run, and is not the journal's", self.folder, left[0])
@@ -185,12 +182,12 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder / LOCK)
     try:
-        if not resume or not _is_begun(folder):
-            if _is_begun(folder) and not overwrite:
+        if not resume or not is_begun(folder):
+            if is_begun(folder) and not overwrite:
                 raise ValueError(
                     f"{folder} holds an interrupted run: --resume goes on with it, --overwrite begins anew and drops it"
                 )
-            _clear(folder)
+            clear(folder)
         elif not (folder / MANIFEST).exists():
             raise ValueError(
                 f"{folder} holds finished steps, but no {MANIFEST} that says what they are of: put it back, or begin anew "
@@ -202,56 +199,6 @@ def open_journal(folder: str | Path, *, resume: bool, overwrite: bool = False) -
     except BaseException:
         lock.close()
         raise
-
-
-def _is_begun(folder: Path) -> bool:
-    """Whether a step is finished."""
-    return folder.is_dir() and any(_STEPS.fullmatch(path.name) for path in folder.iterdir())
-
-
-def check_own(folder: Path) -> None:
-    """Refuse a folder that is not a journal's alone: what others put there would be lost with it.
-
-    Raises:
-        ValueError: it is a link or a file, or something in it is none of a journal's files; names it and the way out.
-    """
-    what = None
-    if folder.is_symlink():
-        what = "is a link"
-    elif folder.exists() and not folder.is_dir():
-        what = "is a file"
-    elif folder.is_dir():
-        found = list(folder.iterdir())
-        names = {path.name for path in found}
-        foreign = sorted(path.name for path in found if not _is_own(path, names))
-        if not foreign and LOCK not in names:
-            foreign = sorted(names)
-        what = f"holds {foreign[0]}, which is not a journal's" if foreign else None
-    if what is not None:
-        raise ValueError(
-            f"{folder} {what}: the journal of a run takes this folder for itself, and deletes it at the end; move it away, "
-            "or choose another folder to write"
-        )
-
-
-def _is_own(path: Path, names: Collection[str]) -> bool:
-    """Whether ``path`` is what a journal puts into its folder, where ``names`` lie."""
-    if path.is_symlink():
-        return False
-    if path.is_dir():
-        return path.name == OUTPUT and MANIFEST in names
-    return path.name in (LOCK, MANIFEST, f".{MANIFEST}") or _STEPS.fullmatch(path.name.removeprefix(".")) is not None
-
-
-def _clear(folder: Path) -> None:
-    """Forget all steps; the lock, and what is not the journal's, stays.
-
-    The manifest goes last: a process that dies here leaves no step without it.
-    """
-    names = {path.name for path in folder.iterdir()}
-    own = [path for path in folder.iterdir() if path.name != LOCK and _is_own(path, names)]
-    for path in sorted(own, key=lambda path: (path.name == MANIFEST, path.name == OUTPUT)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk whole",
-    "rotation journal shelf alignment hub_id",
+    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk journal_place",
+    "rotation journal shelf alignment hub_id whole",
     "packing request_checks theory",
     "weight",
     "op_checks",
