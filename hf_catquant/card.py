@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .checkpoint import read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
 from .evaluation_table import Evaluation
 from .hub_id import check_id
@@ -19,7 +20,7 @@ from .identity import EVALUATION, REPORT, checked_evaluation, checked_report
 from .integrity import sha256
 from .report import Report
 from .tasks import SOUND_CLASSIFIERS
-from .verify import read_object, stored_config, weight_files
+from .verify import stored_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # What the class name of a model ends in, and the Hub's word for its task.

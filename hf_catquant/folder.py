@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .alignment import align
+from .checkpoint import weight_files
 from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
@@ -36,7 +37,7 @@ from .pipeline import agreed_batches
 from .quantizer import quantize
 from .report import library_versions, report
 from .sizes import output_bytes
-from .streaming import open_on_shelf, weight_files
+from .streaming import open_on_shelf
 from .tasks import auto_class, float_config, load_config
 from .whole import load_whole
 

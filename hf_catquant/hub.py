@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
 from .card import RELATIONS, model_card
+from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
 from .evaluation_table import Evaluation
 from .hub_id import check_id
 from .identity import CARD, EVALUATION, REPORT, check_kept, checked_evaluation, checked_report, identity
@@ -25,7 +26,7 @@ from .log import logger
 from .report import Report, report
 from .report_page import draw_errors, draw_sizes
 from .tasks import auto_class, load_config
-from .verify import INDEX, PICKLES, WEIGHTS, Verification, read_object, stored_config, verify, weight_files
+from .verify import PICKLES, Verification, stored_config, verify
 
 # Files of Python objects are never uploaded, nor is what editors and caches leave behind.
 _LEFT_OUT = [*(f"*{suffix}" for suffix in PICKLES), ".*", "*/.*", "*.tmp", "*__pycache__/*"]

@@ -17,7 +17,7 @@ from torch import nn
 from .config import CatQuantConfig
 from .evaluation_table import Evaluation
 from .integrity import sha256
-from .report import Report, stored_config
+from .report import Report, config_of
 
 CARD, REPORT, EVALUATION, PLOTS = "README.md", "report.json", "evaluation.json", ("accuracy.png", "errors.png")
 _KEY = "entries_checksum"
@@ -25,7 +25,7 @@ _KEY = "entries_checksum"
 
 def identity(model: nn.Module) -> dict[str, int]:
     """What a file about ``model`` says of its checkpoint: nothing if it was never saved, or by another library."""
-    config = stored_config(model)
+    config = config_of(model)
     return {_KEY: config.entries_checksum} if config is not None and config.entries_checksum else {}
 
 

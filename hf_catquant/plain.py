@@ -24,7 +24,7 @@ from .entries import check_tensors, entries_checksum, verify_entries
 from .integrity import checksums, verify_files
 from .load_checks import check_room
 from .model import prepare, quantized_modules
-from .report import stored_config
+from .report import config_of
 
 WEIGHTS, CONFIG = "model.safetensors", "catquant.json"
 
@@ -36,7 +36,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: it was not quantized by this package.
     """
-    config = stored_config(model)
+    config = config_of(model)
     if config is None or not quantized_modules(model):
         raise ValueError(f"{type(model).__name__} is not quantized by hf_catquant: call quantize first")
     config = copy.deepcopy(config)

@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
     modules = quantized_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no layer quantized by hf_catquant: nothing to report")
-    config = stored_config(model)
+    config = config_of(model)
     known = config.provenance if config is not None else {}
     entries = (config.modules or {}) if config is not None else {}
     bytes_after = stored_bytes(model)
@@ -155,7 +155,7 @@ def _skipped(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def stored_config(model: nn.Module) -> CatQuantConfig | None:
+def config_of(model: nn.Module) -> CatQuantConfig | None:
     """The config that quantizing left on the model, or None."""
     holder = getattr(model, "config", None)
     found = getattr(holder, "quantization_config", None) or getattr(model, "quantization_config", None)

@@ -7,7 +7,6 @@ its address. Tensors that the loader would put together from several (fused expe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +24,7 @@ from .model import stacks
 from .shelf import Shelf, Source, absent
 from .whole import check_whole
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LEAST = 1 << 16  # values: smaller tensors are read at once
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model in ``folder``, none if it has no such files.
-
-    Raises:
-        ValueError: the index is damaged, or names files that are not there.
-    """
-    if (folder / SINGLE).exists():  # which transformers reads, too, where both are there
-        return [folder / SINGLE]
-    index = folder / INDEX
-    if not index.exists():
-        return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: {error}") from error
-    missing = [file.name for file in files if not file.is_file() or file.parent != folder]
-    if missing:
-        raise ValueError(f"{index} names {missing[0]!r}, which is not in the folder: the model is incomplete")
-    return files
 
 
 def open_on_shelf(

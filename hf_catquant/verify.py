@@ -6,7 +6,6 @@ its model, and no code that comes with it runs. Loading checks the same and, bey
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import Entries, check_tensors, verify_entries
 from .fields import changed_fields, check_depth, check_labels, unknown_fields
@@ -25,7 +25,6 @@ from .identity import strangers
 from .integrity import Stored, read_header, sha256, verify_files
 from .packing import check_bytes, packed_width
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
 _SCALES = {"float16": "F16", "float32": "F32"}
@@ -86,6 +85,8 @@ def verify(folder: str | Path) -> Verification:
         raw = read_object(folder / "config.json")
         config = stored_config(raw, folder)
         files = weight_files(folder)
+        if not files:
+            raise ValueError(f"{folder}: there is neither {WEIGHTS} nor {INDEX}")
         headers = check_stored(config, raw, files)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         found.problems.append(" ".join(str(error).split()))
@@ -96,25 +97,6 @@ def verify(folder: str | Path) -> Verification:
     found.remarks += strangers(folder, config)
     _check_fields(folder, raw, config, found)
     _provenance(config, found)
-    return found
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: there is no such file, it is none (reading a pipe would wait for ever), or something else is in it.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a regular file, it is a {'folder' if path.is_dir() else 'pipe or a device'}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: it is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: it must hold a JSON object, got {found!r:.100}")
     return found
 
 
@@ -137,28 +119,6 @@ def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:
             f"{folder}: quantization_config: provenance must be an object, got {config.provenance!r:.100}"
         )
     return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers would read.
-
-    Raises:
-        ValueError: there are none, or the index names something that is no file of this folder.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = read_object(folder / INDEX) if (folder / INDEX).is_file() else {}
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{folder}: there is neither {WEIGHTS} nor an {INDEX} with a weight_map")
-    if not isinstance(index.get("metadata"), dict):  # as transformers asks for it
-        raise ValueError(f"{folder / INDEX}: metadata must be an object, got {index.get('metadata')!r:.100}")
-    files = []
-    for name in sorted({str(value) for value in names.values()}):
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX}: {name!r:.100} is no safetensors file of this folder")
-        files.append(folder / name)
-    return files
 
 
 def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path]) -> dict[str, Stored]:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from hf_catquant import CatQuantConfig, folder, quantize_folder, walk
+from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
-from hf_catquant.streaming import weight_files
 from hf_catquant.walk import Walk
 
 RECONSTRUCT = {
@@ -188,10 +188,11 @@ def test_what_only_training_reads_may_be_missing(tmp_path):
 
 
 def test_one_file_comes_before_an_index_as_in_transformers(tmp_path, source):
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "old.safetensors"}}))
+    index = {"metadata": {}, "weight_map": {"x": "old.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weight_files(source) == [source / "model.safetensors"]
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"names 'old.safetensors', which is not in the folder"):
+    with pytest.raises(ValueError, match=r"'old.safetensors' is no safetensors file of this folder"):
         weight_files(source)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForAudioClassification, AutoModelForCausalLM
 
 import tiny_models
 from hf_catquant import streaming
+from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import read_header
 from hf_catquant.shelf import Shelf, Source, absent, resident, shelf_of
 from hf_catquant.tasks import auto_class, load_config
@@ -20,7 +22,7 @@ from hf_catquant.tasks import auto_class, load_config
 def opened(name, root, dtype=torch.float32):
     folder = tiny_models.folder_of(name, str(root))
     auto = AutoModelForAudioClassification if name == "wav2vec2" else auto_class(load_config(folder))
-    files = streaming.weight_files(streaming.Path(folder))
+    files = weight_files(Path(folder))
     return streaming.open_on_shelf(auto, folder, files, dtype=dtype, least=1), auto.from_pretrained(
         folder, dtype=dtype
     )
@@ -111,7 +113,7 @@ def test_experts_that_the_loader_puts_together(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
-    files = streaming.weight_files(tmp_path / "m")
+    files = weight_files(tmp_path / "m")
     kwargs = {"dtype": torch.float32}
     shelved = streaming.open_on_shelf(AutoModelForCausalLM, str(tmp_path / "m"), files, least=1, **kwargs)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", **kwargs)
@@ -123,13 +125,14 @@ def test_experts_that_the_loader_puts_together(tmp_path):
 def test_a_damaged_index_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for text, words in (
-        ("{", "is damaged"),
-        ('{"weight_map": {"a": "../x"}}', "not in the folder"),
-        ("[]", "is damaged"),
+        ("{", "it is no JSON"),
+        ('{"weight_map": {"a": "../x"}, "metadata": {}}', "no safetensors file of this folder"),
+        ('{"weight_map": {"a": "x.safetensors"}}', "metadata must be an object"),
+        ("[]", "must hold a JSON object"),
     ):
         index.write_text(text)
         with pytest.raises(ValueError, match=words):
-            streaming.weight_files(tmp_path)
+            weight_files(tmp_path)
 
 
 def is_there(model, name):

@@ -184,8 +184,7 @@ def test_a_config_without_its_checksums_is_not_whole(folder, caplog):
 def test_a_pipe_is_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    message = "must be a regular file, it is a pipe or a device" if name == "config.json" else "there is neither"
-    assert message in verify(folder).problems[0]
+    assert "must be a regular file, it is a pipe or a device" in verify(folder).problems[0]
 
 
 def test_what_is_no_checkpoint_is_said(folder, tmp_path):

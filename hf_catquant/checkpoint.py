@@ -1,0 +1,57 @@
+"""The files of a checkpoint's folder: its JSON, and the safetensors files that hold its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: there is no such file, it is no regular one, or something else is in it.
+    """
+    _check_regular(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must hold a JSON object, got {found!r:.100}")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, none if the folder has no such files.
+
+    Raises:
+        ValueError: the index is damaged, something is no regular file, or the index names no file of this folder.
+    """
+    _check_regular(folder / WEIGHTS)
+    if (folder / WEIGHTS).exists():  # which transformers reads, too, where an index is there as well
+        return [folder / WEIGHTS]
+    path = folder / INDEX
+    if not path.exists():
+        return []
+    index = read_object(path)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{path} is damaged: weight_map must be an object of file names, got {names!r:.100}")
+    if not isinstance(index.get("metadata"), dict):  # as transformers asks for it
+        raise ValueError(f"{path} is damaged: metadata must be an object, got {index.get('metadata')!r:.100}")
+    for name in sorted({str(value) for value in names.values()}):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise ValueError(f"{path}: {name!r:.100} is no safetensors file of this folder: the model is incomplete")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _check_regular(path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file, it is a {'folder' if path.is_dir() else 'pipe or a device'}")
