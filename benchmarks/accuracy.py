@@ -107,7 +107,7 @@ TABLES = (
     Table("ablation.py", TRANSFORMERS, field="what", rows=lambda model: [name for name, *_ in ablation.plan()]),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
-    Table("plugin.py", field="peer", rows=lambda model: plugin.PEERS),
+    Table("plugin.py", field="peer", rows=plugin.peers_of),
     Table("solver_time.py", ("minilm", "resnet")),
     Table("autoround.py", ("stories",), takes_model=False),
     Table("larger_llama.py", ("stories",), takes_model=False),
