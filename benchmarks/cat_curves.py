@@ -80,7 +80,7 @@ def run(case: Case, way: str, how: dict[str, Any], data: Path) -> list[dict]:
     found = []
     for estimator, config in ESTIMATORS.items():
         for size in SIZES:
-            result = fit(q_fit[:size], f_fit[:size], config, "logits", most)
+            result = fit(q_fit[:size], f_fit[:size], config, "classes", most)
             corrected = q_test if result.correction is None else result.correction(q_test)
             after = corrected[:, case.label_offset :].argmax(1) == wanted
             what = {"model": case.model, "weights": way, "estimator": estimator, "images": size}

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .answers import divergences
 from .fitting import output_of, tensor_of
 from .formats import get_format
 from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
-from .logits import divergences
 from .model import quantized_modules, replace_module
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
