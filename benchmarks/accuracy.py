@@ -85,6 +85,8 @@ class Table:
 
 # Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
 W2A2 = ((10, 15), (25, 40), (50, 75))
+FEW_BITS = (("int2", "int2"), ("int2", "int4"), ("int4", "int2"), ("int3", "int3"), ("int4", "int4"))
+STAGE_1 = ("block_steps=0", "code_rate=0", "float_rate=0", "scale_pull=0.1")
 PLAN = (
     *(Setting(weights, group_size=64) for weights in ("ternary", "int4")),
     Setting("int3"),
@@ -100,9 +102,14 @@ PLAN = (
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
     ),
+    # Inputs of few bits in a transformer, learned.
+    *(Setting(weights, "reconstruct", ("kwt1",), 64, inputs) for weights, inputs in FEW_BITS),
     Setting("int4", models=("deit",), activations="int4"),
     Setting("int3", models=("deit",), group_size=64),
     Setting("int3", "reconstruct", ("deit",), more=(STEPS, "block_steps=60", "model_steps=100")),
+    # All that is learned, and scales and offsets alone, as the first stage of CAT has it.
+    Setting("ternary", "reconstruct", ("stories",), 64),
+    Setting("ternary", "reconstruct", ("stories",), 64, more=(STEPS, *STAGE_1)),
     # What choosing rotations layer by layer is worth.
     *(Setting("ternary", models=TRANSFORMERS, group_size=64, rotation=how) for how in ("none", "hadamard")),
     *(Setting("int3", models=TRANSFORMERS, rotation=how) for how in ("none", "hadamard")),
