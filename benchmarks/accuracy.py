@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import ablation
+import autoround
 import cat_curves
 import cat_places
 import matplotlib.pyplot as plt
@@ -126,7 +127,13 @@ TABLES = (
     Table("plugin.py", field="peer", rows=plugin.peers_of),
     Table("batch_norm.py", ("resnet",), takes_model=False),
     Table("solver_time.py", ("minilm", "resnet")),
-    Table("autoround.py", ("stories",), takes_model=False),
+    Table(
+        "autoround.py",
+        tuple(autoround.SUBJECTS),
+        True,
+        "what",
+        lambda model: autoround.plan(2, autoround.SUBJECTS[model]),
+    ),
     Table("larger_llama.py", ("stories",), takes_model=False),
 )
 
