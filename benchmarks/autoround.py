@@ -127,9 +127,7 @@ def rows_of(bench: Bench, subject: Subject) -> list[dict[str, Tensor]]:
         options = {"padding": "max_length", "truncation": True, "max_length": subject.tokens, "return_tensors": "pt"}
         found = [bench.processor(text, **options) for text in texts]
         return [{name: row[name] for name in ("input_ids", "attention_mask")} for row in found]
-    return runs_of(
-        [bench.processor(text, return_tensors="pt")["input_ids"] for text in texts], subject.tokens
-    )
+    return runs_of([bench.processor(text, return_tensors="pt")["input_ids"] for text in texts], subject.tokens)
 
 
 def runs_of(texts: list[Tensor], tokens: int) -> list[dict[str, Tensor]]:
