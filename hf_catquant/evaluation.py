@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .answers import divergences
+from .answers import answer_kind, divergences, problem_of
 from .correction import ClusterAffine, attach, corrections, detach
 from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
@@ -41,12 +41,18 @@ def evaluate_classifier(
 
     Raises:
         ValueError: labels and rows differ in number, a label has no output, the offset leaves none, or the models do not
-            return logits (B, C) of one C.
+            return logits (B, C) of one C that name one class of several.
     """
     wanted = torch.as_tensor(labels)
     head = head_place(teacher, batches[0])
     site = head if head.entering else None
     truth = _classify(teacher, site, batches, offset)
+    kind = answer_kind(problem_of(teacher), truth.logits.shape[1] + offset)
+    if kind != "classes":
+        raise ValueError(
+            f"evaluation counts right classes, the logits of {type(teacher).__name__} are {kind} (problem_type="
+            f"{problem_of(teacher)!r}, {truth.logits.shape[1] + offset} outputs): use a metric of your own on its answers"
+        )
     if len(truth.logits) != len(wanted):
         raise ValueError(f"there are {len(wanted)} labels for {len(truth.logits)} rows")
     if wanted.min() < 0 or wanted.max() >= truth.logits.shape[1]:

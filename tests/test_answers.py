@@ -13,6 +13,7 @@ from torch import nn
 import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, fit_correction, quantize, report
 from hf_catquant.answers import agreement, answer_kind, divergences
+from hf_catquant.evaluation import evaluate_classifier
 
 
 def bert(**fields: Any) -> nn.Module:
@@ -131,3 +132,11 @@ def test_a_correction_is_asked_for_as_in_a_request(config):
 def test_what_is_no_request_is_refused(config, seed, message):
     with pytest.raises(ValueError, match=message):
         fit_correction(bert(num_labels=3), bert(num_labels=3), DATA[:16], config, seed=seed)
+
+
+@pytest.mark.parametrize(("fields", "kind"), [({"num_labels": 1}, "values"), (LABELS, "labels")])
+def test_answers_that_name_no_class_have_no_accuracy(fields, kind):
+    model = bert(**fields)
+    batches = [{"input_ids": torch.stack([row["input_ids"] for row in DATA[:4]])}]
+    with pytest.raises(ValueError, match=f"the logits of BertForSequenceClassification are {kind}"):
+        evaluate_classifier(model, model, batches, [0, 0, 0, 0])
