@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk journal_place",
-    "rotation journal shelf alignment hub_id whole checkpoint",
+    "rotation answers journal shelf alignment hub_id whole checkpoint",
     "packing request_checks theory",
     "weight",
     "op_checks",
