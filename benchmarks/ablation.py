@@ -83,7 +83,7 @@ def main() -> None:
     """Run the models that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
-    parser.add_argument("--only", nargs="+", default=["minilm", "stories", "deit"], help="parts of model names")
+    parser.add_argument("--only", nargs="+", default=["minilm", "kwt1", "stories"], help="parts of model names")
     parser.add_argument("--weights", default="ternary", help="format")
     parser.add_argument("--group-size", default=64, type=int)
     parser.add_argument("--rows", nargs="+", default=[""], help="parts of the names of rows")
@@ -132,9 +132,8 @@ def run(
 def peer(bench: Bench, name: str) -> tuple[nn.Module, float]:
     """The model with another library's weights, and their bits."""
     model = bench.load()
-    _, make, bits = peers.PEERS[name]
-    peers.replace_weights(model, make())
-    return model, bits
+    _, make, width = peers.PEERS[name]
+    return model, peers.replace_weights(model, make(), width)[1]
 
 
 def ours(

@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import ablation
+import autoround
 import cat_curves
 import cat_places
 import matplotlib.pyplot as plt
@@ -34,6 +35,8 @@ CURVE = ROOT / "docs" / "w2a2.png"
 STEPS = "--solver-options"
 OWN_TEXTS = ("--generate", "340", STEPS, "model_steps=1200", "model_rate=0.6")
 TRANSFORMERS = ("minilm", "deit", "kwt1", "stories")
+ABLATED = ("minilm", "kwt1", "stories")
+RANK_1, RANK_1_OF = "all steps, low rank 1", ("--weights", "int2", "--group-size", "192")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Table:
     takes_model: bool = True
     field: str = "model"
     rows: Callable[[str], Iterable[str]] = lambda model: [model]
+    more: tuple[str, ...] = ()
+    weights: str | None = None  # of the results that count, where there are others
 
     def results(self) -> Path:
         """The file that it writes."""
@@ -81,6 +86,8 @@ class Table:
 
 # Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
 W2A2 = ((10, 15), (25, 40), (50, 75))
+FEW_BITS = (("int2", "int2"), ("int2", "int4"), ("int4", "int2"), ("int3", "int3"), ("int4", "int4"))
+STAGE_1 = ("block_steps=0", "code_rate=0", "float_rate=0", "scale_pull=0.1")
 PLAN = (
     *(Setting(weights, group_size=64) for weights in ("ternary", "int4")),
     Setting("int3"),
@@ -96,20 +103,37 @@ PLAN = (
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
     ),
+    # Inputs of few bits in a transformer, learned.
+    *(Setting(weights, "reconstruct", ("kwt1",), 64, inputs) for weights, inputs in FEW_BITS),
     Setting("int4", models=("deit",), activations="int4"),
+    Setting("int3", models=("deit",), group_size=64),
     Setting("int3", "reconstruct", ("deit",), more=(STEPS, "block_steps=60", "model_steps=100")),
+    # All that is learned, and scales and offsets alone, as the first stage of CAT has it.
+    Setting("ternary", "reconstruct", ("stories",), 64),
+    Setting("ternary", "reconstruct", ("stories",), 64, more=(STEPS, *STAGE_1)),
     # What choosing rotations layer by layer is worth.
     *(Setting("ternary", models=TRANSFORMERS, group_size=64, rotation=how) for how in ("none", "hadamard")),
     *(Setting("int3", models=TRANSFORMERS, rotation=how) for how in ("none", "hadamard")),
 )
 TABLES = (
     Table("peers.py", field="peer", rows=lambda model: peers.PEERS),
-    Table("ablation.py", TRANSFORMERS, field="what", rows=lambda model: [name for name, *_ in ablation.plan()]),
+    Table(
+        "ablation.py", ABLATED, True, "what", lambda model: [name for name, *_ in ablation.plan()], weights="ternary"
+    ),
+    # The most that 2.3 bits keep of the text encoder.
+    Table("ablation.py", ("minilm",), True, "what", lambda model: [RANK_1], (*RANK_1_OF, "--rows", RANK_1), "int2"),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
     Table("plugin.py", field="peer", rows=plugin.peers_of),
+    Table("batch_norm.py", ("resnet",), takes_model=False),
     Table("solver_time.py", ("minilm", "resnet")),
-    Table("autoround.py", ("stories",), takes_model=False),
+    Table(
+        "autoround.py",
+        tuple(autoround.SUBJECTS),
+        True,
+        "what",
+        lambda model: autoround.plan(2, autoround.SUBJECTS[model]),
+    ),
     Table("larger_llama.py", ("stories",), takes_model=False),
 )
 
@@ -128,7 +152,7 @@ def main() -> None:
                 plot()
         for table in TABLES:
             if is_of(case.model, table) and (args.again or not is_drawn(case.model, table)):
-                process(table.script, args.data, ["--only", case.model] if table.takes_model else [])
+                process(table.script, args.data, [*(["--only", case.model] if table.takes_model else []), *table.more])
     realdata.write_page()
     peers.write_page()
     plot()
@@ -155,6 +179,7 @@ def is_measured(case: Case, setting: Setting) -> bool:
 def is_drawn(model: str, table: Table) -> bool:
     """Whether the results of another benchmark hold all rows of this model."""
     found = [r for r in read(table.results()) if r.get("model", model) == model]
+    found = [r for r in found if table.weights in (None, r["weights"])]
     if not table.takes_model:
         return bool(found)
     return set(table.rows(model)) <= {r[table.field] for r in found}

@@ -1,93 +1,139 @@
-"""AutoRound on the language model, beside hf_catquant on the very same layers, rows and bits.
+"""AutoRound beside hf_catquant, on the very same layers and rows of the models that it takes.
 
     pip install auto-round
-    python benchmarks/autoround.py --data FOLDER
+    python benchmarks/autoround.py --data FOLDER [--only stories ...] [--bits 2 ...] [--rows AutoRound ...]
 
 FOLDER as in ``realdata.py``. AutoRound leaves out layers whose width is no multiple of 32, which are the MLPs of
-stories260K, so hf_catquant leaves them and the embedding in float here, too. Both calibrate on the same 60 texts, AutoRound
-on every run of 128 tokens in them (it drops shorter rows). Results go to ``benchmarks/results/autoround.json`` and
-``docs/autoround.md``.
+stories260K, and all outside the blocks, so hf_catquant leaves them in float here, too. Both calibrate on the same texts: of
+stories260K AutoRound gets every run of 128 tokens in them (it drops shorter rows), of the text encoder every sentence,
+padded and masked. Models without a tokenizer it refuses, which are the other four. Results go to
+``benchmarks/results/autoround.json`` and ``docs/autoround.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from common import CASES, ROOT, made, put, read, span, table, weight_bits, write
+from common import ROOT, Bench, chosen, made, put, read, span, table, weight_bits, write
 from torch import Tensor
 
 from hf_catquant import CatQuantConfig, quantize, report
-from hf_catquant.evaluation import evaluate_language_model
 from hf_catquant.evaluation_table import Row
-from hf_catquant.samples import collect
-from hf_catquant.tasks import read_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
 PAGE = ROOT / "docs" / "autoround.md"
-GROUP_SIZE = 32
-TOKENS = 128
-SKIPPED = ["mlp", "model.embed_tokens", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that AutoRound takes.
+
+    Attributes:
+        skipped: what it leaves out.
+        tokens: of a calibration row.
+        padded: whether shorter texts are filled up to that, or none of them counts.
+        group_size: of AutoRound.
+        groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
+            equal bits.
+        ternary: groups of hf_catquant in ternary.
+        about: what the page says.
+    """
+
+    skipped: tuple[str, ...]
+    tokens: int
+    padded: bool
+    group_size: int
+    groups: tuple[int, ...]
+    ternary: int
+    about: str
+
+
+SUBJECTS = {
+    "stories260K": Subject(
+        ("mlp", "model.embed_tokens", "lm_head"),
+        128,
+        False,
+        32,
+        (32, 64),
+        -1,
+        "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
+    ),
+    "minilm-l6-sst2": Subject(
+        ("bert.embeddings", "bert.pooler", "classifier"),
+        64,
+        True,
+        64,
+        (128,),
+        128,
+        "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56.",
+    ),
+}
 
 
 def main() -> None:
-    """Run both on stories260K at every number of bits."""
+    """Run both on every model at every number of bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with models/ and data/")
+    parser.add_argument("--only", nargs="+", default=list(SUBJECTS), help="parts of model names")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of the weights")
     parser.add_argument("--rows", nargs="+", default=[""], help="parts of the names of rows")
     args = parser.parse_args()
-    case = next(case for case in CASES if case.model == "stories260K")
-    folder = str(args.data / "models" / case.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts, test = (read_rows(str(args.data / "data" / file))["text"] for file in (case.calibration, case.test))
-    teacher = fresh(folder)
-    batches = collect(list(test), teacher, processor=tokenizer, num_samples=len(test), batch_size=32).batches
-    for bits in args.bits:
-        runs: dict[str, Any] = {f"AutoRound, {steps} steps": (peer, (bits, steps)) for steps in (200, 1000)}
-        for solver in ("gptq", "reconstruct"):
-            runs[f"hf_catquant, {solver}"] = (ours, (f"int{bits}", GROUP_SIZE, solver))
-            # A group's float16 offset takes more than AutoRound's zero point: in groups of 64 the bits are about equal.
-            runs[f"hf_catquant, group 64, {solver}"] = (ours, (f"int{bits}", 64, solver))
-            if bits == 2:
-                runs[f"hf_catquant ternary, {solver}"] = (ours, ("ternary_symmetric", -1, solver))
-        for name, (run, how) in runs.items():
-            if not any(part in name for part in args.rows):
-                continue
-            start = time.perf_counter()
-            model = run(fresh(folder), tokenizer, list(texts), how)
-            seconds = time.perf_counter() - start
-            row = evaluate_language_model(teacher, model.eval(), batches).rows[1]
-            stored = stored_bits(bits, GROUP_SIZE)
-            if run is ours:
-                stored = weight_bits([asdict(layer) for layer in report(model).layers])
-            result = {
-                "bits": bits,
-                "what": name,
-                "stored": stored,
-                "seconds": round(seconds, 1),
-                **kept(row),
-                **made(),
-            }
-            put(RESULTS, [{**result, "auto-round": version("auto-round")}], "bits", "what")
-            write_page()
-            print(f"{bits} bits, {name}: {row.metric:.3f}", flush=True)
+    for case in (case for case in chosen(args.only) if case.model in SUBJECTS):
+        bench, subject = Bench(case, args.data), SUBJECTS[case.model]
+        for bits in args.bits:
+            for name, (run, how) in plan(bits, subject).items():
+                if any(part in name for part in args.rows):
+                    result = one(bench, subject, bits, name, run, how)
+                    put(RESULTS, [result], "model", "bits", "what")
+                    write_page()
 
 
-def fresh(folder: str) -> Any:
-    """The float model."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def plan(bits: int, subject: Subject) -> dict[str, Any]:
+    """Who is run with what, by the name of the row."""
+    runs: dict[str, Any] = {f"AutoRound, {steps} steps": (peer, (bits, steps)) for steps in (200, 1000)}
+    for solver in ("gptq", "reconstruct"):
+        for group_size in subject.groups:
+            mark = "" if group_size == subject.group_size else f", group {group_size}"
+            runs[f"hf_catquant{mark}, {solver}"] = (ours, (f"int{bits}", group_size, solver))
+        if bits == 2:
+            runs[f"hf_catquant ternary, {solver}"] = (ours, ("ternary_symmetric", subject.ternary, solver))
+    return runs
 
 
-def runs_of(texts: list[Tensor]) -> list[Tensor]:
-    """Every whole run of ``TOKENS`` of the texts' ids, each (1, TOKENS) int64."""
-    return [row[None] for ids in texts for row in ids.flatten().split(TOKENS) if len(row) == TOKENS]
+def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tuple[Any, ...]) -> dict[str, Any]:
+    """One row of the page."""
+    start = time.perf_counter()
+    model = run(bench, subject, *how)
+    seconds = round(time.perf_counter() - start, 1)
+    row = bench.evaluate(model.eval()).rows[1]
+    stored = stored_bits(bits, subject.group_size)
+    if run is ours:
+        stored = weight_bits([asdict(layer) for layer in report(model).layers])
+    print(f"{bench.case.model}, {bits} bits, {name}: {row.metric:.3f}", flush=True)
+    what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored, "seconds": seconds}
+    return {**what, **kept(row), **made(), "auto-round": version("auto-round")}
+
+
+def rows_of(bench: Bench, subject: Subject) -> list[dict[str, Tensor]]:
+    """The calibration texts as AutoRound takes them: ``input_ids`` and ``attention_mask``, (1, tokens) int64 each."""
+    texts = [sample[bench.case.column] for sample in bench.calibration]
+    if subject.padded:
+        options = {"padding": "max_length", "truncation": True, "max_length": subject.tokens, "return_tensors": "pt"}
+        found = [bench.processor(text, **options) for text in texts]
+        return [{name: row[name] for name in ("input_ids", "attention_mask")} for row in found]
+    return runs_of([bench.processor(text, return_tensors="pt")["input_ids"] for text in texts], subject.tokens)
+
+
+def runs_of(texts: list[Tensor], tokens: int) -> list[dict[str, Tensor]]:
+    """Every whole run of so many ``tokens`` of the texts' ids."""
+    rows = [row[None] for ids in texts for row in ids.flatten().split(tokens) if len(row) == tokens]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
 
 
 def stored_bits(bits: int, group_size: int) -> float:
@@ -95,38 +141,37 @@ def stored_bits(bits: int, group_size: int) -> float:
     return bits + (16 + bits) / group_size
 
 
-def autoround(model: Any, tokenizer: Any, rows: list[Tensor], bits: int, steps: int, group_size: int) -> Any:
+def autoround(
+    model: Any, tokenizer: Any, rows: list[dict[str, Tensor]], bits: int, steps: int, group_size: int
+) -> Any:
     """AutoRound with its defaults but for the group size, the rows and the steps."""
     from auto_round import AutoRound
 
-    data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-    options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps, "seqlen": TOKENS}
-    options |= {"nsamples": len(rows), "batch_size": 4, "device_map": "cpu"}
+    options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps}
+    options |= {"seqlen": rows[0]["input_ids"].shape[1], "nsamples": len(rows), "batch_size": 4, "device_map": "cpu"}
     options |= {"enable_torch_compile": False, "amp": False}
-    return AutoRound(model, tokenizer, dataset=data, **options).quantize()[0].float()
+    return AutoRound(model, tokenizer, dataset=rows, **options).quantize()[0].float()
 
 
-def peer(model: Any, tokenizer: Any, texts: list[str], how: tuple[int, int]) -> Any:
-    """AutoRound on the layers of stories260K that it takes."""
-    rows = runs_of([tokenizer(text, return_tensors="pt")["input_ids"] for text in texts])
-    return autoround(model, tokenizer, rows, *how, group_size=GROUP_SIZE)
+def peer(bench: Bench, subject: Subject, bits: int, steps: int) -> Any:
+    """AutoRound on the layers that it takes."""
+    return autoround(bench.load(), bench.processor, rows_of(bench, subject), bits, steps, subject.group_size)
 
 
-def ours(model: Any, tokenizer: Any, texts: list[str], how: tuple[str, int, str]) -> Any:
+def ours(bench: Bench, subject: Subject, weights: str, group_size: int, solver: str) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
-    weights, group_size, solver = how
     config = CatQuantConfig(
         weights=weights,
         group_size=group_size,
         solver=solver,
         correction=None,
-        dataset=texts,
-        processor=tokenizer,
-        num_samples=len(texts),
-        batch_size=4,
-        modules_to_not_convert=SKIPPED,
+        dataset=bench.calibration,
+        processor=bench.processor,
+        num_samples=len(bench.calibration),
+        batch_size=bench.case.batch_size,
+        modules_to_not_convert=list(subject.skipped),
     )
-    return quantize(model, config)
+    return quantize(bench.load(), config)
 
 
 def kept(row: Row) -> dict[str, float]:
@@ -136,21 +181,23 @@ def kept(row: Row) -> dict[str, float]:
 
 def write_page() -> None:
     """Draw up ``docs/autoround.md``."""
-    stored = sorted(read(RESULTS), key=lambda r: (r["bits"], r["what"]))
-    rows = [
-        [r["bits"], r["what"], f"{r['stored']:.3g}", span(r), f"{r['kl']:.4f}", f"{r['seconds']:.0f}"] for r in stored
-    ]
+    results = read(RESULTS)
     lines = [
         "# Beside AutoRound",
         "",
-        "Made by `python benchmarks/autoround.py --data FOLDER`: the attention layers of stories260K (AutoRound leaves its",
-        f"MLPs out), groups of {GROUP_SIZE} unless said, asymmetric, everything else in float; perplexity on the test texts",
-        "with its 95 % interval, float 4.70. Both calibrate on the same 60 texts, AutoRound on every run of 128 tokens",
-        "in them; hf_catquant without a correction.",
-        "",
-        *table(("bits", "what", "stored bits a weight", "perplexity", "KL", "s"), rows),
+        "Made by `python benchmarks/autoround.py --data FOLDER`: the linears that AutoRound takes, asymmetric, everything",
+        "else in float, with 95 % intervals. Both calibrate on the same texts; hf_catquant without a correction. AutoRound",
+        "needs a tokenizer: it refuses the image and speech models (`tokenizer should not be None`).",
     ]
-    for day, machine, used in sorted({(r["date"], r["machine"], r["auto-round"]) for r in stored}):
+    for model, subject in SUBJECTS.items():
+        mine = sorted((r for r in results if r["model"] == model), key=lambda r: (r["bits"], r["what"]))
+        rows = [
+            [r["bits"], r["what"], f"{r['stored']:.3g}", span(r), f"{r['kl']:.4f}", f"{r['seconds']:.0f}"]
+            for r in mine
+        ]
+        lines += ["", f"## {model}", "", f"{subject.about} Groups of {subject.group_size} unless said.", ""]
+        lines += table(("bits", "what", "stored bits a weight", "result", "KL", "s"), rows)
+    for day, machine, used in sorted({(r["date"], r["machine"], r["auto-round"]) for r in results}):
         lines += ["", f"{day}: {machine}, auto-round {used}."]
     write(PAGE, lines)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import CASES, ROOT, read, sources, span, table, write
+from common import CASES, ROOT, pooled, read, sources, span, table, write
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "how-to-choose.md"
@@ -30,10 +30,16 @@ SETTINGS: tuple[tuple[str, str, str, Callable[[Row], bool]], ...] = (
         lambda r: _is(r, "ternary", "gptq", 64),
     ),
     (
-        "ternary, reconstruct",
+        "ternary_symmetric, gptq",
+        "minutes",
+        'CatQuantConfig(weights="ternary_symmetric")',
+        lambda r: _is(r, "ternary_symmetric", "gptq"),
+    ),
+    (
+        "ternary_symmetric, reconstruct",
         "up to an hour",
-        'CatQuantConfig(weights="ternary", solver="reconstruct")',
-        lambda r: _is(r, "ternary", "reconstruct"),
+        'CatQuantConfig(weights="ternary_symmetric", solver="reconstruct")',
+        lambda r: _is(r, "ternary_symmetric", "reconstruct"),
     ),
 )
 START = """\
@@ -50,14 +56,16 @@ with correction side by side, with intervals.
 
 ## What a setting costs in accuracy
 
-The change against float, of accuracy in points, and of perplexity as a factor for the language model. Results of the printed
-request where there are any; *not measured* means that there is none.
+The change against float, of accuracy in points, and of perplexity as a factor for the language model; on all images that a
+setting was measured on, 700 or 1,100. Results of the printed request where there are any; *not measured* means that there
+is none.
 """
 MIDDLE = """
 ## Size, accuracy and time of every result without quantized inputs
 
 Smallest first. MB are those of the whole file; a weight counts its scales and offsets; seconds are those of quantizing on a
-machine that did other work beside it. Accuracy in percent, perplexity for stories260K, with 95 % intervals.
+machine that did other work beside it. Accuracy in percent on the first test set, perplexity for stories260K, with 95 %
+intervals; [results.md](results.md) has the second set of images.
 """
 
 
@@ -68,9 +76,9 @@ def advice(results: list[Row]) -> list[str]:
         ValueError: they do not say it any more.
     """
     int4, int3 = worst(results, "int4", 64), worst(results, "int3", 128)  # the groups of the printed requests
-    learned = {case.model: best(results, case.model, "ternary", "reconstruct") for case in CASES}
-    rounded = {case.model: best(results, case.model, "ternary", "gptq") for case in CASES}
     depthwise, transformers = "mobilenet_v2_1.0_224", ("deit-tiny-patch16-224", "stories260K")
+    learned = {name: best(results, name, "ternary_symmetric", "reconstruct") for name in transformers}
+    rounded = {name: best(results, name, "ternary", "gptq") for name in (*transformers, depthwise)}
     found = (
         (
             int4 < 1,
@@ -78,19 +86,19 @@ def advice(results: list[Row]) -> list[str]:
             f"The classifiers below lose at most {int4:.1f} points.",
         ),
         (
-            int3 < 4,
+            int3 < 5,
             "**Smaller, in minutes**: `int3` by `gptq`.",
-            f"They lose at most {int3:.1f} points, in groups of 128.",
+            f"They lose at most {int3:.1f} points, in groups of 128 (DeiT-Tiny; less in groups of 64, or learned).",
         ),
         (
             all(learned[name] < rounded[name] for name in transformers),
-            '**As small as it gets**: `ternary`, with `solver="reconstruct"` where `gptq` loses too much.',
+            '**As small as it gets**: `ternary_symmetric`, with `solver="reconstruct"` where `gptq` loses too much.',
             "It learns codes and scales block by block, which is worth its time on transformers.",
         ),
         (
-            learned[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
+            rounded[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
             "**Depthwise convolutions** (MobileNet): `int3` at least.",
-            f"Ternary loses {min(learned[depthwise], rounded[depthwise]):.0f} points there.",
+            f"Ternary loses {rounded[depthwise]:.0f} points there.",
         ),
         (
             True,
@@ -152,30 +160,35 @@ def costs(results: list[Row]) -> list[str]:
     return [
         *table(head, rows),
         "",
-        "\\* The best of the rows below with further options; without any it was not measured.",
+        "\\* The best of the rows below with further options or other groups; without any it was not measured.",
     ]
 
 
 def _plain(results: list[Row]) -> list[Row]:
     """Those without further options, which the printed requests have none of; all, if there are no such."""
-    return [r for r in results if "," not in r["solver"]] or results
+    return [r for r in results if _is_plain(r)] or results
+
+
+def _is_plain(result: Row) -> bool:
+    """Whether its request is printed: no options, and for symmetric codes the default groups."""
+    return "," not in result["solver"] and (result["weights"] != "ternary_symmetric" or result["group_size"] == 128)
 
 
 def _cost(results: list[Row]) -> str:
     if not results:
         return "not measured"
     best = min(_plain(results), key=_loss)
-    mark = " *" if "," in best["solver"] else ""
-    first, last = best["evaluation"]["rows"][0], best["evaluation"]["rows"][-1]
+    mark = "" if _is_plain(best) else " *"
+    _, before, after = pooled(best)
     if best["evaluation"]["metric"] == "perplexity":
-        return f"x {last['metric'] / first['metric']:.2f}{mark}"
-    return f"{last['metric'] - first['metric']:+.2f}{mark}"
+        return f"x {after / before:.2f}{mark}"
+    return f"{after - before:+.2f}{mark}"
 
 
 def _loss(result: Row) -> float:
     """What is lost, the smaller the better for both metrics."""
-    rows = result["evaluation"]["rows"]
-    change = rows[-1]["metric"] - rows[0]["metric"]
+    _, before, after = pooled(result)
+    change = after - before
     return float(change if result["evaluation"]["metric"] == "perplexity" else -change)
 
 

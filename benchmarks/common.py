@@ -141,6 +141,14 @@ def span(result: dict) -> str:
     return f"{result['metric']:.2f} [{result['low']:.2f}, {result['high']:.2f}]"
 
 
+def pooled(result: dict) -> tuple[int, float, float]:
+    """How many test rows a result of ``realdata.py`` has, and the metric on all of them, in float and quantized."""
+    parts = [result[name] for name in ("evaluation", "second") if name in result]
+    count = sum(part["n"] for part in parts)
+    before, after = (sum(part["n"] * part["rows"][at]["metric"] for part in parts) / count for at in (0, -1))
+    return count, before, after
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     """Lines of a Markdown table."""
     head = list(head)

@@ -28,7 +28,7 @@ from common import ROOT, machine
 from sklearn.linear_model import LogisticRegression
 
 from hf_catquant import CatQuantConfig, extract_features, feature_discrimination, quantize
-from hf_catquant.logits import divergences
+from hf_catquant.answers import divergences
 from hf_catquant.model import stacks
 from hf_catquant.tasks import load_processor, read_rows
 

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_catquant import CatQuantConfig, generate_samples, quantize, report
 from hf_catquant.evaluation import evaluate_language_model
 
+TOKENS = 128  # of a row that AutoRound calibrates on
 RESULTS = ROOT / "benchmarks" / "results" / "larger_llama.json"
 PAGE = ROOT / "docs" / "larger-llama.md"
 TEXTS, LENGTH, EPOCHS, ROWS, RATE = 2000, 256, 3, 32, 2e-3
@@ -140,7 +141,7 @@ def ours(model: nn.Module, samples: list[dict], bench: Bench, weights: str, **ho
 
 def peer(model: nn.Module, samples: list[dict], bench: Bench, bits: int, steps: int) -> tuple[nn.Module, float]:
     """AutoRound in groups of 64: the same."""
-    rows = runs_of([sample["input_ids"] for sample in samples])
+    rows = runs_of([sample["input_ids"] for sample in samples], TOKENS)
     return autoround(model, bench.processor, rows, bits, steps, group_size=64), stored_bits(bits, 64)
 
 

@@ -33,54 +33,60 @@ PAGE = ROOT / "docs" / "peers.md"
 HEAD = ("what", "bits a weight", "result", "agreement %", "KL", "s", "peak GB")
 
 
-def hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
+Requantize = Callable[
+    [Tensor], tuple[Tensor, int]
+]  # the weights that a peer computes with, and how many scales it stores
+
+
+def hqq(bits: int, group_size: int) -> Requantize:
     """HQQ's weights with its own defaults (axis 1, optimised zeros)."""
     from hqq.core.quantize import Quantizer
 
-    def requantize(weight: Tensor) -> Tensor:
+    def requantize(weight: Tensor) -> tuple[Tensor, int]:
         groups = group_size if weight.numel() % group_size == 0 else None  # a row each, where groups do not fit
         options = {"nbits": bits, "group_size": groups, "axis": 1, "optimize": True, "bitpack": False}
         codes, meta = Quantizer.quantize(weight.clone(), **options, device="cpu", compute_dtype=torch.float32)
-        return Quantizer.dequantize(codes, meta)
+        return Quantizer.dequantize(codes, meta), meta["scale"].numel()
 
     return requantize
 
 
-def quanto(bits: int) -> Callable[[Tensor], Tensor]:
+def quanto(bits: int) -> Requantize:
     """optimum-quanto's weights with its own defaults (groups of 128, the largest that divides)."""
     from optimum.quanto import freeze, qint2, qint4, quantize
 
-    def requantize(weight: Tensor) -> Tensor:
+    def requantize(weight: Tensor) -> tuple[Tensor, int]:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight.clone())
         holder = nn.Sequential(linear)
         quantize(holder, weights={2: qint2, 4: qint4}[bits])
         freeze(holder)
-        return holder[0].weight.dequantize().detach()
+        return holder[0].weight.dequantize().detach(), holder[0].weight._scale.numel()
 
     return requantize
 
 
-def normal_float() -> Callable[[Tensor], Tensor]:
+def normal_float() -> Requantize:
     """The weights of bitsandbytes' NF4: blocks of 64 with a float32 absmax each."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    def requantize(weight: Tensor) -> Tensor:
+    def requantize(weight: Tensor) -> tuple[Tensor, int]:
         codes, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
-        return dequantize_4bit(codes, state).view(weight.shape)
+        return dequantize_4bit(codes, state).view(weight.shape), state.absmax.numel()
 
     return requantize
 
 
-# name: (package, maker, bits a weight with a float16 scale and zero point for every group; NF4 has a float32 absmax)
-PEERS: dict[str, tuple[str, Callable[[], Callable[[Tensor], Tensor]], float]] = {
-    "HQQ 1 bit, group 64": ("hqq", lambda: hqq(1, 64), 1 + 32 / 64),
-    "HQQ 2 bits, group 64": ("hqq", lambda: hqq(2, 64), 2 + 32 / 64),
-    "HQQ 3 bits, group 64": ("hqq", lambda: hqq(3, 64), 3 + 32 / 64),
-    "HQQ 4 bits, group 64": ("hqq", lambda: hqq(4, 64), 4 + 32 / 64),
-    "optimum-quanto qint2": ("optimum-quanto", lambda: quanto(2), 2 + 32 / 128),
-    "optimum-quanto qint4": ("optimum-quanto", lambda: quanto(4), 4 + 32 / 128),
-    "bitsandbytes NF4": ("bitsandbytes", normal_float, 4 + 32 / 64),
+BITS_OF_SCALE = 32  # a float16 scale and zero point for every group; NF4 has a float32 absmax
+# name: (package, maker, bits of a code)
+PEERS: dict[str, tuple[str, Callable[[], Requantize], int]] = {
+    "HQQ 1 bit, group 64": ("hqq", lambda: hqq(1, 64), 1),
+    "HQQ 2 bits, group 64": ("hqq", lambda: hqq(2, 64), 2),
+    "HQQ 3 bits, group 64": ("hqq", lambda: hqq(3, 64), 3),
+    "HQQ 4 bits, group 64": ("hqq", lambda: hqq(4, 64), 4),
+    "optimum-quanto qint2": ("optimum-quanto", lambda: quanto(2), 2),
+    "optimum-quanto qint4": ("optimum-quanto", lambda: quanto(4), 4),
+    "bitsandbytes NF4": ("bitsandbytes", normal_float, 4),
 }
 
 
@@ -100,12 +106,12 @@ def main() -> None:
 
 def run(bench: Bench, name: str) -> dict:
     """One peer on one model."""
-    package, make, bits = PEERS[name]
+    package, make, width = PEERS[name]
     model = copy.deepcopy(bench.teacher)
     requantize = make()
     memory.reset_peak()
     start = time.perf_counter()
-    count = replace_weights(model, requantize)
+    count, bits = replace_weights(model, requantize, width)
     peak = memory.peak()
     seconds = round(time.perf_counter() - start, 1)
     row = asdict(bench.evaluate(model).rows[1])
@@ -116,14 +122,17 @@ def run(bench: Bench, name: str) -> dict:
 
 
 @torch.no_grad()
-def replace_weights(model: nn.Module, requantize: Callable[[Tensor], Tensor]) -> int:
-    """Give every linear and convolution inside the blocks the peer's weights; how many there were."""
+def replace_weights(model: nn.Module, requantize: Requantize, width: int) -> tuple[int, float]:
+    """Give every linear and convolution inside the blocks the peer's weights; how many there were, and bits a weight."""
     inside = block_members(model)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     layers = [m for name, m in model.named_modules() if isinstance(m, kinds) and name in inside]
+    scales = 0
     for layer in layers:
-        layer.weight.copy_(requantize(layer.weight.detach().flatten(1)).view(layer.weight.shape))
-    return len(layers)
+        weight, count = requantize(layer.weight.detach().flatten(1))
+        layer.weight.copy_(weight.view(layer.weight.shape))
+        scales += count
+    return len(layers), width + BITS_OF_SCALE * scales / sum(layer.weight.numel() for layer in layers)
 
 
 def write_page() -> None:
@@ -133,10 +142,10 @@ def write_page() -> None:
         "",
         "Made by `python benchmarks/peers.py --data FOLDER`, with the rows of hf_catquant from `benchmarks/realdata.py`.",
         "In each row the same matrices are quantized, on the same test rows; outside them the peers stay in float and",
-        "hf_catquant is int8. Bits a weight count scales and offsets, in float16 for the peers. Accuracy in percent,",
-        "perplexity for stories260K, 95 % intervals. The peers look at no data, `gptq` and `reconstruct` calibrate; that is",
-        "part of what is compared. Seconds are those to quantize (for hf_catquant of the whole command), memory the peak of",
-        "the process by then, beside other work.",
+        "hf_catquant is int8. Bits a weight count scales and offsets, in float16 for the peers, in the groups that they",
+        "fall back to where theirs do not divide a matrix. Accuracy in percent, perplexity for stories260K, 95 % intervals.",
+        "The peers look at no data, `gptq` and `reconstruct` calibrate; that is part of what is compared. Seconds are those",
+        "to quantize (for hf_catquant of the whole command), memory the peak of the process by then, beside other work.",
     ]
     peers = read(RESULTS)
     ours = [r for r in read(OURS) if r["activations"] == "none"]

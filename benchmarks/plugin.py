@@ -171,7 +171,7 @@ def write_page() -> None:
         "Made by `python benchmarks/plugin.py --data FOLDER`: `fit_correction(model, teacher, samples)` with its",
         "defaults on the calibration samples, judged on the test rows. Accuracy in percent, perplexity for stories260K;",
         "gains are paired, with 95 % intervals; off: cross-validation found nothing to gain. Seed 0. ResNet-18 and",
-        f"MobileNetV2 by {CONVOLUTIONS} only: the other libraries take no convolutions, and would change the classifier alone.",
+        f"MobileNetV2 by {CONVOLUTIONS} only: the others take no convolutions, and would change the classifier alone.",
     ]
     for case in CASES:
         mine = {r["peer"]: r for r in results if r["model"] == case.model}

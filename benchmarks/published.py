@@ -6,7 +6,7 @@ by side with results on other images is the share of float that is left.
 
 from __future__ import annotations
 
-from common import table
+from common import pooled, table
 
 # model, weights and inputs of ours; method, its source, float and quantized top-1.
 FIGURES = (
@@ -29,8 +29,8 @@ def lines(results: list[dict]) -> list[str]:
             if tuple(same) == key:
                 rows.append([*named(*key), f"{method}, {source}", before, after, f"{100 * after / before:.1f} %"])
         for r in (r for r in results if (r["model"], r["weights"], r["activations"]) == key):
-            before, after = (r["evaluation"]["rows"][i]["metric"] for i in (0, -1))
-            how = f"hf_catquant, group {r['group_size']}, {r['solver']}"
+            count, before, after = pooled(r)
+            how = f"hf_catquant, group {r['group_size']}, {r['solver']}, on {count:,} images"
             rows.append([*named(*key), how, f"{before:.2f}", f"{after:.2f}", f"{100 * after / before:.1f} %"])
     return [
         "",

@@ -1,48 +1,57 @@
-"""What a model answers: every float tensor of its output that a caller uses."""
+"""What a model's answers say, and how far those of two models are apart.
+
+classes   one of them is right: softmax, Kullback-Leibler divergence
+labels    each is right or not: a sigmoid for each, divergences added up
+values    numbers, such as those of a regression or hidden features: mean squared error
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch.nn.functional import logsigmoid
 
-LOGITS = ("", "logits")  # names of the answer that the module which returns the logits gives
-# Ends of names: a loss, caches, and what shows how an answer came about.
-_NO_ANSWERS = ("loss", "past_key_values", "mems", "hidden_states", "attentions", "router_logits")
-_LAST = "last_hidden_state"
+Kind = Literal["classes", "labels", "values"]
 
 
-def answers(model: nn.Module, output: Any) -> dict[str, Tensor]:
-    """The float tensors in what ``model`` returned, by their names or places in it; "" if it is a tensor itself.
+def problem_of(model: nn.Module) -> str | None:
+    """The ``problem_type`` of a model's config, None if it names none."""
+    return getattr(getattr(model, "config", None), "problem_type", None)
 
-    Losses, caches, hidden states, attentions and outputs of inner models, which ``transformers`` returns inside those of
-    the outer one (CLIP), are none; the last hidden state is one where there are no logits.
+
+def answer_kind(problem: str | None, width: int) -> Kind:
+    """What logits of ``width`` classes say, for a model whose config names the ``problem`` as transformers does.
+
+    A single logit is a number: no other one shares its softmax, whose divergence would be zero whatever it says.
     """
-    ignored = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", None) or ()
-    found = dict(_tensors(output, "", set(ignored)))
-    with_logits = any("logits" in name for name in found)
-    return {name: tensor for name, tensor in found.items() if not (with_logits and name.endswith(_LAST))}
+    if problem == "multi_label_classification":
+        return "labels"
+    return "values" if width == 1 or problem == "regression" else "classes"
 
 
-def _tensors(value: Any, name: str, ignored: set[str]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.numel():
-            yield name, value
-        return
-    for key, inner in _items(value):
-        if key in ignored or key.endswith(_NO_ANSWERS):
-            continue
-        if not (isinstance(value, ModelOutput) and isinstance(inner, ModelOutput)):
-            yield from _tensors(inner, f"{name}.{key}" if name else key, ignored)
+def divergences(wanted: Tensor, found: Tensor, kind: Kind = "classes") -> Tensor:
+    """How far (...) the answers ``found`` are from ``wanted``, (..., C) both: in nats, or as a mean square of values."""
+    wanted, found = wanted.float(), found.float()
+    if kind == "values":
+        return (found - wanted).square().mean(-1)
+    if kind == "labels":
+        yes, no = (_terms(logsigmoid(sign * wanted), logsigmoid(sign * found)) for sign in (1, -1))
+        return (yes + no).sum(-1)
+    return _terms(wanted.log_softmax(-1), found.log_softmax(-1)).sum(-1)
 
 
-def _items(value: Any) -> list[tuple[str, Any]]:
-    """Names and values in an output: a mapping's, a sequence's, or the tensors that any other object holds."""
-    if isinstance(value, Mapping):
-        return [(str(key), inner) for key, inner in value.items()]
-    if isinstance(value, list | tuple):
-        names = getattr(value, "_fields", None) or map(str, range(len(value)))
-        return list(zip(names, value, strict=True))
-    return [(key, inner) for key, inner in getattr(value, "__dict__", {}).items() if isinstance(inner, Tensor)]
+def agreement(wanted: Tensor, found: Tensor, kind: Kind) -> Tensor:
+    """How far the answers ``found`` are those ``wanted``, 0 to 1 for each row (M,): the same class, the share of labels."""
+    if kind == "values":
+        return torch.ones(len(found))
+    if kind == "labels":
+        return ((found > 0) == (wanted > 0)).float().mean(-1)
+    return (found.argmax(-1) == wanted.argmax(-1)).float()
+
+
+def _terms(expected: Tensor, log_q: Tensor) -> Tensor:
+    """Terms of a divergence. An answer that is never given, by minus infinity, is none."""
+    p = expected.exp()
+    return (p * (expected - log_q)).masked_fill(p == 0, 0)

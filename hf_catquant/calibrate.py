@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import samples, solvers
-from .answers import answers
 from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .correcting import Corrections
@@ -32,6 +31,7 @@ from .layers.experts import ExpertLinear
 from .log import logger
 from .model import Selection, Site, stacks
 from .modules import opened_experts
+from .outputs import answers
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .stages import joined, stages

@@ -225,6 +225,8 @@ def _worst(report: Report) -> list[dict[str, str]]:
 def _correction(fit: dict[str, Any]) -> str:
     if not fit.get("clusters"):
         return "off, by cross-validation it would not have helped"
+    if fit["gain"] is None:
+        return f"{fit['clusters']} clusters, alpha {fit['alpha']}, as asked for; its gain was not measured"
     gain = f"{fit['gain']:.4f} [{fit['gain_low']:.4f}, {fit['gain_high']:.4f}]"
     return f"{fit['clusters']} clusters, alpha {fit['alpha']}; held-out {fit['metric']} lower by {gain}"
 

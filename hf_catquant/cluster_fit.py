@@ -1,4 +1,4 @@
-"""Fitting a correction from sums, and choosing it by cross-validation: never worse than none.
+"""Fitting a correction from sums, and choosing it by cross-validation: what lowers the held-out loss beyond chance, or none.
 
 The estimator of each map is in ``cluster_sums.py``. Clusters and alpha (gamma too, if asked) are chosen by 5-fold
 cross-validation, with "off" among the choices: the published fixed ones do harm on few rows. ``held_out.py`` judges.
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers import Kind, agreement
 from .cluster_space import ClusterSpace
 from .cluster_sums import Sums, solve
 from .correction import CatConfig, ClusterAffine
-from .held_out import CHUNK, FOLDS, Kind, agreement, folds_of, interval, losses, standard_error
+from .held_out import CHUNK, FOLDS, folds_of, interval, losses, standard_error
 from .kernels.reference import nearest_centroid
 
 LEAST_ROWS = 2 * FOLDS
@@ -26,9 +27,14 @@ GAMMAS = ("std", "ls")
 ROWS_PER_CLUSTER = 64
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
 AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer, beyond what is chance
+NOISE = 1e-6  # nats, or share of the mean square: differences of loss that are rounding, not a gain
 LARGEST = 1e15  # what is larger is the mark of a class that a model never gives, and its square is no use
 
 Choice = tuple[int, float, int]  # clusters, alpha and the number of gamma in GAMMAS: smaller ones are simpler
+
+
+class UnusableTeacher(ValueError):
+    """The float model's own outputs are such that nothing can be fitted to them."""
 
 
 @dataclass
@@ -94,14 +100,15 @@ def fit(
     mark what is never answered (values beyond 1e15, such as the lowest of the dtype) are left as they are, with a note.
 
     Raises:
-        ValueError: too few rows, shapes that differ, or values that are not finite.
+        ValueError: too few rows, shapes that differ, or values that are not finite (``UnusableTeacher`` where they are the
+            float model's own).
     """
     q, f = quantized.detach().float().cpu(), teacher.detach().float().cpu()
     _check_rows(q, f)
     notes: list[str] = []
     usable = (q.abs().amax(0) < LARGEST) & (f.abs().amax(0) < LARGEST)
     if not bool(usable.any()):
-        raise ValueError(f"all outputs are beyond {LARGEST:g}: a correction cannot be fitted")
+        raise UnusableTeacher(f"all outputs are beyond {LARGEST:g}: a correction cannot be fitted")
     if not bool(usable.all()):
         notes.append(f"{int((~usable).sum())} columns with values beyond {LARGEST:g} are left as they are")
         q, f = q[:, usable], f[:, usable]
@@ -153,7 +160,7 @@ def _choose(
     notes: list[str],
 ) -> CorrectionFit:
     folds = folds_of(samples, config.seed)
-    before, agreed = losses(q, f, kind), agreement(q, f, kind)
+    before, agreed = losses(q, f, kind), agreement(f, q, kind)
     gains: dict[Choice, Tensor] = {}
     candidates: dict[str, float] = {}
     for clusters in choices:
@@ -167,7 +174,7 @@ def _choose(
                 corrected = _held_out(q, cluster, folds, maps, alpha)
                 after = losses(corrected, f, kind)
                 candidates[f"{clusters}/{alpha:g}/{gamma}"] = float(after.mean())
-                if _keeps_answers(agreement(corrected, f, kind) - agreed, samples):
+                if _keeps_answers(agreement(f, corrected, kind) - agreed, samples):
                     gains[clusters, alpha, number] = before - after
     result = CorrectionFit(
         None,
@@ -189,7 +196,7 @@ def _choose(
     best = max(gains, key=lambda key: (float(gains[key].mean()), -key[0]))
     chosen = _simplest(gains, best, samples)
     gain, low, high = interval(gains[chosen], samples, config.seed)
-    if low > 0:
+    if low > NOISE * (1.0 if kind != "values" else float(f.square().mean())):
         result.clusters, result.alpha, result.gamma = *chosen[:2], GAMMAS[chosen[2]]
         result.gain, result.gain_low, result.gain_high = gain, low, high
         result.loss_after = float(before.mean()) - gain
@@ -256,7 +263,7 @@ def _sums(q: Tensor, f: Tensor, cluster: Tensor, fold: Tensor, clusters: int, fo
 
 
 def _metric(kind: Kind) -> str:
-    return "kl" if kind == "logits" else "mse"
+    return "mse" if kind == "values" else "kl"
 
 
 def _check_rows(q: Tensor, f: Tensor) -> None:
@@ -266,6 +273,6 @@ def _check_rows(q: Tensor, f: Tensor) -> None:
         )
     if len(q) < LEAST_ROWS:
         raise ValueError(f"fitting a correction needs at least {LEAST_ROWS} rows, got {len(q)}: pass more samples")
-    for name, rows in (("quantized", q), ("teacher", f)):
+    for name, rows, kind in (("teacher", f, UnusableTeacher), ("quantized", q, ValueError)):
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"the {name} outputs have values that are not finite: a correction cannot be fitted")
+            raise kind(f"the {name} outputs have values that are not finite: a correction cannot be fitted")

@@ -45,7 +45,8 @@ class CatQuantConfig(QuantizationConfigMixin):
         processor: tokenizer, image processor or feature extractor, for raw samples.
         num_samples: how many samples to take.
         batch_size: samples in one forward.
-        seed: of the choice of samples and of the fits.
+        seed: of the choice of samples and rows, and of all that is random in solvers; a correction has its own
+            (``CatConfig.seed``).
         edge_weights: format of the layers outside the repeated blocks (embeddings, stem, pooler, head), which low bits
             hurt most; None: the same as ``weights``. Never fewer bits than ``weights``.
         modules_to_not_convert: names of modules to leave in float with all that they hold, matched as transformers does.
@@ -116,7 +117,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.target_bytes = target_bytes
         self.solver = solver
         self.solver_options = solver_options or {}
-        self.correction = _correction(correction)
+        self.correction = CatConfig.of(correction)
         self.dataset = dataset
         self.processor = processor
         self.num_samples = num_samples
@@ -284,16 +285,6 @@ def check_format_version(version: Any) -> None:
             f"format_version must be {FORMAT_VERSION}, got {version!r}: "
             "the checkpoint was written by another version of hf_catquant; install a version that reads it"
         )
-
-
-def _correction(value: Any) -> CatConfig | None:
-    if value is None or isinstance(value, CatConfig):
-        return value
-    if value == "cat":
-        return CatConfig()
-    if isinstance(value, dict):
-        return CatConfig.from_dict(value)
-    raise ValueError(f'correction must be None, "cat" or a CatConfig, got {value!r}')
 
 
 def _is_coarse(weights: str, activations: str | None) -> bool:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .cluster_fit import LEAST_ROWS
+from .answers import problem_of
+from .cluster_fit import LEAST_ROWS, UnusableTeacher
 from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
 from .fitting import Pairs, conv_channels, features_dim, output_of, resolve_sites, sample_count, tensor_of
 from .gather import Gather, Streams
-from .held_out import Kind
 from .judge import Judge
 from .log import logger
 from .swap import Outcome
@@ -87,7 +87,7 @@ class Corrections:
     def expect(self) -> None:
         """Take what the float model puts out where corrections are still to be fitted, and where they are judged."""
         if self._judges():
-            self._judge = Judge(self.config.seed, len(self.batches))
+            self._judge = Judge(self.config.seed, len(self.batches), problem_of(self.model))
         for name in self.names:
             self._pairs[name] = Pairs(self.config.seed, len(self.batches))
         judged = [] if self._judge is None or self.logits is None else [self.logits]
@@ -155,9 +155,12 @@ class Corrections:
         if pairs.count < LEAST_ROWS:
             self.left_out(f"correction at {name}: off, {pairs.count} rows of samples are fewer than {LEAST_ROWS}")
             return
-        kind: Kind = "logits" if name == self.logits else "hidden"
         assert self.config.correction is not None
-        entry, fit = pairs.fit_and_attach(self.model, name, self.config.correction, kind)
+        try:
+            entry, fit = pairs.fit_and_attach(self.model, name, self.config.correction, answers=name == self.logits)
+        except UnusableTeacher as error:
+            self.left_out(f"correction at {name}: off, {error}")
+            return
         self.outcome.fits[name] = fit
         if entry is not None:
             self.outcome.corrections[name] = entry

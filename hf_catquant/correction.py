@@ -79,6 +79,21 @@ class CatConfig:
         """The method exactly as published: PCA 50, KMeans 64, least-squares gamma, alpha 0.4, no shrinkage."""
         return cls(num_clusters=64, projection=50, alpha=0.4, gamma="ls", shrinkage=0.0, at=at, seed=42)
 
+    @classmethod
+    def of(cls, value: CatConfig | dict[str, Any] | str | None) -> CatConfig | None:
+        """What a request for a correction means: "cat" is the default, a dict its fields, None no correction.
+
+        Raises:
+            ValueError, TypeError: it is none of these, or a field breaks its rule.
+        """
+        if value is None or isinstance(value, CatConfig):
+            return value
+        if value == "cat":
+            return cls()
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        raise ValueError(f'correction must be None, "cat" or a CatConfig, got {value!r}')
+
     @property
     def chooses(self) -> bool:
         """Whether anything is left to the data: the number of clusters, alpha, or how far clusters shrink."""

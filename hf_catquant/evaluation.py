@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answers import divergences
 from .correction import ClusterAffine, attach, corrections, detach
 from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
 from .extract import Place, catch, head_place
 from .fitting import placed
-from .logits import divergences
 from .model import parameter_count
 from .replay import run
 from .report import parameter_bytes, stored_bytes

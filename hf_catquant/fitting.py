@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .answers import answer_kind, problem_of
 from .cluster_fit import fit
 from .correction import CatConfig, attach
 from .correction_file import entry_of
-from .held_out import Kind
 from .log import logger
 from .model import parameter_count
 from .replay import hooked, run
@@ -47,15 +47,16 @@ class Pairs:
         self._quantized.append(self._rows.of(quantized, len(self._quantized)))
 
     def fit_and_attach(
-        self, model: nn.Module, name: str, config: CatConfig, kind: Kind
+        self, model: nn.Module, name: str, config: CatConfig, *, answers: bool
     ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Fit, attach to the module called ``name`` unless "off" won; the stored entry or None, and the fit's report.
 
-        The rows are used up.
+        ``answers``: the module returns the model's logits. The rows are used up.
         """
         samples = self._rows.samples
         # The parts go as soon as they are joined: wide logits would be in memory twice.
         quantized, teacher = _joined(self._quantized), _joined(self._rows.teacher)
+        kind = answer_kind(problem_of(model), teacher.shape[1]) if answers else "values"
         result = fit(quantized, teacher, config, kind, parameter_count(model) // SHARE, samples)
         logger.info("correction at %s: %s", name, result.summary())
         if result.correction is None:

@@ -7,18 +7,17 @@ and drawn again whole.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .answers import Kind, divergences
+
 FOLDS = 5
 RESAMPLES = 2000
 CHUNK = 1 << 24  # floats that are worked on at once
 MANY = 2000  # of more samples the mean is normal, and drawing them again would take minutes
-
-Kind = Literal["logits", "hidden"]
 
 
 def folds_of(samples: Tensor, seed: int) -> Tensor:
@@ -54,22 +53,11 @@ def standard_error(difference: Tensor, samples: Tensor) -> float:
 
 
 def losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
-    """Loss of every row (M,): divergence to the teacher's ``f`` (M, D) in nats, or mean squared error of hidden features."""
-    parts = []
-    for y, target in zip(*(t.split(max(1, CHUNK // q.shape[1])) for t in (q, f)), strict=True):
-        if kind == "hidden":
-            parts.append((y - target).square().mean(-1))
-        else:
-            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
-            p = log_p.exp()
-            # A class that is never answered, by minus infinity, is no divergence.
-            parts.append((p * (log_p - log_q)).masked_fill(p == 0, 0).sum(-1))
-    return torch.cat(parts)
-
-
-def agreement(q: Tensor, f: Tensor, kind: Kind) -> Tensor:
-    """Whether each row has the teacher's largest logit (M,); hidden features have none."""
-    return torch.ones(len(q)) if kind == "hidden" else (q.argmax(-1) == f.argmax(-1)).float()
+    """Distance of every row (M,) from the teacher's ``f`` (M, D)."""
+    size = max(1, CHUNK // q.shape[1])
+    return torch.cat(
+        [divergences(wanted, found, kind) for found, wanted in zip(q.split(size), f.split(size), strict=True)]
+    )
 
 
 def _by_sample(values: Tensor, samples: Tensor) -> tuple[np.ndarray, np.ndarray]:

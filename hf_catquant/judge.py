@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers import answer_kind
 from .held_out import interval, losses
 from .log import logger
 from .site_rows import SiteRows
@@ -23,10 +24,12 @@ class Judge:
     Args:
         seed: of the choice of rows, where there are very many.
         batches: how many there will be.
+        problem: what the logits are for, as the model's config names it.
     """
 
-    def __init__(self, seed: int, batches: int) -> None:
+    def __init__(self, seed: int, batches: int, problem: str | None = None) -> None:
         self.seed = seed
+        self.problem = problem
         self._rows = SiteRows(seed, batches)
 
     def expect(self, teacher: Tensor, dim: int, mask: Tensor | None, count: int) -> None:
@@ -34,9 +37,11 @@ class Judge:
         self._rows.expect(teacher, dim, mask, count)
 
     def losses(self, outputs: Iterable[Tensor]) -> Tensor:
-        """Divergence (M,) of a model's logits on the same batches, nats."""
-        pairs = zip(outputs, self._rows.teacher, strict=True)
-        return torch.cat([losses(self._rows.of(q, batch), f, "logits") for batch, (q, f) in enumerate(pairs)])
+        """How far (M,) a model's logits are on the same batches, as ``answers.py`` measures it."""
+        found = []
+        for batch, (q, f) in enumerate(zip(outputs, self._rows.teacher, strict=True)):
+            found.append(losses(self._rows.of(q, batch), f, answer_kind(self.problem, f.shape[1])))
+        return torch.cat(found)
 
     def helps(self, name: str, before: Tensor, after: Tensor, fit: dict[str, Any]) -> bool:
         """Whether the correction at ``name`` is worth its place, from the losses (M,) without and with it.

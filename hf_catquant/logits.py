@@ -45,12 +45,6 @@ def step_sites(logits: Tensor, returned: list[tuple[str, Tensor]]) -> list[tuple
     return [(name, t) for name, t in wide if (t.float() == logits.float().unsqueeze(1)).all(-1).any(1).all()]
 
 
-def divergences(wanted: Tensor, found: Tensor) -> Tensor:
-    """Kullback-Leibler divergence (...) in nats from the answers ``wanted`` to ``found``, logits (..., C) both."""
-    expected = wanted.float().log_softmax(-1)
-    return (expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1)
-
-
 def note_into(returned: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
     """A forward hook that appends what the module called ``name`` returns, if it is a tensor."""
 

@@ -55,8 +55,10 @@ def map_large_blocks() -> bool:
     """Let every large block of this process be mapped by itself, so that it goes back to the system when it is freed.
 
     Left alone, the GNU C library takes blocks of up to 32 MiB from a heap that small blocks among them keep from shrinking.
-    False where the C library has no such thing.
+    torch is asked for pages of 2 MiB, if it has allocated nothing yet: touching fresh small ones would take as long as the
+    work on convolutions does. False where the C library has no such thing.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     name = ctypes.util.find_library("c") if os.name == "posix" else None
     set_option = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
     return set_option is not None and set_option(_MMAP_THRESHOLD, _LARGE) == 1

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .answers import answer_kind, divergences, problem_of
 from .config import CatQuantConfig
 from .fitting import SHARE, correction_dim, output_of, placed, resolve_sites, sample_count, tensor_of
 from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
-from .logits import divergences, logits_site
+from .logits import logits_site
 from .model import Selection, Site, parameter_count, replace_module, stacks
 from .samples import Batches, padding_mask
 from .shelf import resident
@@ -145,16 +146,18 @@ class _Losses:
         answers = tensor_of(output_of(self.model, self.site or "", placed(batch, self.model))).float()
         mask = padding_mask(batch, self.model, self.site or "", answers) if answers.dim() == 3 else None
         if self.site is None:
-            rows = answers.flatten(0, 1).flatten(1)
+            rows = answers.flatten(0, 1) if mask is not None else answers
+            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
         else:  # classes of a map are no last dimension
             dim = correction_dim(self.model.get_submodule(self.site), answers)
             rows = answers.movedim(dim, -1).flatten(0, -2)
         return rows if mask is None else rows[mask.flatten().to(rows.device)]
 
     def _loss(self, wanted: Tensor, found: Tensor) -> float:
-        if self.site is None:
+        kind = "values" if self.site is None else answer_kind(problem_of(self.model), wanted.shape[1])
+        if kind == "values":
             return float((found - wanted).square().mean() / wanted.var().clamp_min(1e-12))
-        return float(divergences(wanted, found).mean())
+        return float(divergences(wanted, found, kind).mean())
 
 
 def _hull(site: str, bits: dict[str, int], losses: dict[str, float]) -> list[_Step]:

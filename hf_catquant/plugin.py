@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from . import samples
+from .answers import problem_of
 from .correction import CatConfig, attach, detach
 from .fitting import Pairs, correction_dim, evaluating, output_of, placed, resolve_sites, sample_count, tensor_of
 from .judge import Judge
 from .logits import logits_site
 from .model import stacks
+from .request_checks import check_count
 
 
 @torch.no_grad()
@@ -22,7 +24,7 @@ def fit_correction(
     model: nn.Module,
     teacher: nn.Module,
     dataset: Any,
-    config: CatConfig | None = None,
+    config: CatConfig | dict[str, Any] | str = "cat",
     *,
     processor: Any = None,
     num_samples: int = 256,
@@ -39,35 +41,39 @@ def fit_correction(
         model: the quantized model, of any library; its modules are named as the teacher's.
         teacher: the float model.
         dataset, processor, num_samples, batch_size, seed: as in ``CatQuantConfig``.
-        config: what to fit and where; None: the default, at the logits.
+        config: what to fit and where, as ``CatQuantConfig`` takes a ``correction``; "cat": the default, at the logits.
 
     Returns:
         The report of each fit by module name.
 
     Raises:
-        ValueError: the data cannot be used, a site is not in the model, or no module returns the logits.
+        ValueError, TypeError: ``config`` or ``seed`` breaks a rule, the data cannot be used, a site is not in the model, or
+            no module returns the logits.
     """
-    config = config or CatConfig()
+    wanted = CatConfig.of(config)
+    if wanted is None:
+        raise ValueError("config must say which correction to fit, got None: leave it out for the default one")
+    check_count("seed", seed)
     data = samples.collect(
         dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
     )
     with evaluating(model, teacher):
         logits = logits_site(teacher, placed(data.batches[0], teacher))
         blocks = [block for names in stacks(teacher).values() for block in names]
-        sites = resolve_sites(model, config, blocks, logits)
+        sites = resolve_sites(model, wanted, blocks, logits)
         if not sites:
             raise ValueError(
                 f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
             )
         _check_teacher(teacher, sites)
-        judged = logits is not None and config.may_be_off and sites != [logits]
+        judged = logits is not None and wanted.may_be_off and sites != [logits]
         if judged and logits not in {name for name, _ in model.named_modules()}:
             raise ValueError(
                 f"{type(model).__name__} has no module {logits!r}, which returns the teacher's logits and judges "
                 "corrections inside the model: name modules alike, or give num_clusters, alpha and gamma (not judged)"
             )
         with _replacing(model, sites):
-            return _fit_sites(model, teacher, data, config, sites, logits, judged, seed)
+            return _fit_sites(model, teacher, data, wanted, sites, logits, judged, seed)
 
 
 @contextmanager
@@ -106,7 +112,7 @@ def _fit_sites(
     fits: dict[str, dict[str, Any]] = {}
     judge, losses = None, None
     if judged and logits is not None:
-        judge = Judge(seed, len(data.batches))
+        judge = Judge(seed, len(data.batches), problem_of(teacher))
         for batch in data.batches:
             judge.expect(*_outputs(teacher, logits, batch), sample_count(batch))
         losses = judge.losses(_answers(model, logits, data))
@@ -115,7 +121,7 @@ def _fit_sites(
         for batch in data.batches:
             pairs.expect(*_outputs(teacher, name, batch), sample_count(batch))
             pairs.add(tensor_of(output_of(model, name, placed(batch, model))))
-        entry, fits[name] = pairs.fit_and_attach(model, name, config, "logits" if name == logits else "hidden")
+        entry, fits[name] = pairs.fit_and_attach(model, name, config, answers=name == logits)
         if judge is not None and losses is not None and logits is not None and entry is not None and name != logits:
             after = judge.losses(_answers(model, logits, data))
             if judge.helps(name, losses, after, fits[name]):

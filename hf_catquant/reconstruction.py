@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .answers import LOGITS, answers
+from .answers import Kind, answer_kind, divergences, problem_of
 from .fitting import tensor_of
 from .formats import get_format
 from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
-from .logits import divergences
 from .model import quantized_modules, replace_module
+from .outputs import LOGITS, answers
 from .replay import run
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
@@ -100,19 +100,26 @@ class Reconstruction:
         Args:
             data: what it is called with, by batch.
             site: name of the module that returns the logits, or None.
-            targets: what the float model answers, by batch; see :func:`hf_catquant.answers.answers`.
+            targets: what the float model answers, by batch; see :func:`hf_catquant.outputs.answers`.
         """
         if not self.options.model_steps:
             return
+        problem = problem_of(model)
         spreads = {name: _spread([target[name] for target in targets if name in target]) for name in targets[0]}
 
         def loss_of(batch: int, learning: bool) -> Tensor:
             found, losses = answers(model, run(model, data[batch])), []
             for name, target in targets[batch].items():
-                if site is not None and name in LOGITS:
-                    losses.append(self._divergence(batch, site, found[name], target))
+                kind = answer_kind(problem, target.shape[-1]) if site is not None and name in LOGITS else "values"
+                if site is not None and kind != "values":
+                    losses.append(self._divergence(batch, site, found[name], target, kind))
                 elif name in spreads and found[name].shape == target.shape:  # boxes may be as many as were found
                     losses.append(self._answer(batch, name, found[name], target) / spreads[name])
+            if not losses:
+                raise ValueError(
+                    f"batch {batch}: nothing that {type(model).__name__} returns has the shape of what its float model "
+                    'returns, so the whole cannot learn: pass solver_options={"model_steps": 0}'
+                )
             return torch.stack(losses).sum()
 
         done = self._learn("", model, loss_of, self.options.model_steps, self.options.model_rate, 0.0)
@@ -191,9 +198,9 @@ class Reconstruction:
             found, target = found.unsqueeze(-1), target.unsqueeze(-1)
         return self._square(batch, name.replace("_", "."), found, target)  # padding is told by words like "encoder"
 
-    def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor) -> Tensor:
+    def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor, kind: Kind = "classes") -> Tensor:
         heat = self.options.temperature
-        rows = divergences(target / heat, found / heat).flatten() * heat**2
+        rows = divergences(target / heat, found / heat, kind).flatten() * heat**2
         mask = self.gather.mask(batch, site, target) if target.dim() == 3 else None
         return rows.mean() if mask is None else rows[mask].mean()
 

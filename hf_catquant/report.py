@@ -239,6 +239,8 @@ def _layer(name: str, module: QuantizedModule, error: float | None, tied_to: str
 def _correction_line(fit: dict[str, Any]) -> str:
     if not fit.get("clusters"):
         return next((note for note in fit.get("notes", ()) if note.startswith("off")), "off: it would not have helped")
+    if fit["gain"] is None:
+        return f"{fit['clusters']} clusters, alpha {fit['alpha']}, as asked for: its gain was not measured"
     return (
         f"{fit['clusters']} clusters, alpha {fit['alpha']}, {fit['metric']} {fit['loss_before']:.5f} -> "
         f"{fit['loss_after']:.5f} (cross-validated)"

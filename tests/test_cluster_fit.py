@@ -46,7 +46,7 @@ def published(q: np.ndarray, f: np.ndarray, new: np.ndarray, clusters: int, pca:
 def test_paper_is_the_published_method(width):
     q, f = rows(2000, width, 1.0)
     new = rows(200, width, 1.0, seed=1)[0]
-    result = fit(q, f, CatConfig.paper(), "logits")
+    result = fit(q, f, CatConfig.paper(), "classes")
     assert (result.clusters, result.alpha) == (64, 0.4)
     expected = published(q.numpy(), f.numpy(), new.numpy(), 64, 50, 0.4)
     same = np.isclose(result.correction(new).numpy(), expected, rtol=1e-3, atol=1e-3).all(1)
@@ -119,7 +119,7 @@ def test_256_samples_with_64_clusters_do_not_explode(seed):
     q, f = rows(256, 100, 1.5, seed)
     held_q, held_f = rows(2000, 100, 1.5, seed + 100)
     for config in (CatConfig(), CatConfig(num_clusters=64, alpha=1.0)):
-        result = fit(q, f, config, "logits")
+        result = fit(q, f, config, "classes")
         corrected = held_q if result.correction is None else result.correction(held_q)
         change = kl(corrected, held_f) - kl(held_q, held_f)
         worst = 0.0 if config == CatConfig() else 0.05
@@ -129,7 +129,7 @@ def test_256_samples_with_64_clusters_do_not_explode(seed):
 def test_a_biased_model_is_won_back():
     q, f = rows(1000, 10, 0.3)
     bent = 0.5 * q + torch.linspace(-2, 2, 10)
-    result = fit(bent, f, CatConfig(), "logits")
+    result = fit(bent, f, CatConfig(), "classes")
     assert result.alpha == 1.0
     assert result.gain_low > 0
     new, target = rows(1000, 10, 0.3, seed=1)
@@ -142,20 +142,20 @@ def test_clusters_are_used_where_the_error_has_them():
     side = torch.randint(0, 2, (2000, 1), generator=g).float() * 2 - 1
     f = torch.randn(2000, 6, generator=g) + 6 * side * torch.eye(6)[0]
     q = torch.where(side > 0, f + torch.eye(6)[1] * 3, f - torch.eye(6)[2] * 3)
-    result = fit(q, f, CatConfig(), "logits")
+    result = fit(q, f, CatConfig(), "classes")
     assert result.clusters >= 4  # the choices are 1, 4, 8 ...
     assert result.loss_after < 0.1 * result.loss_before
 
 
 def test_noise_is_left_alone():
     q, f = rows(400, 10, 0.0)
-    result = fit(q, f, CatConfig(), "logits")
+    result = fit(q, f, CatConfig(), "classes")
     assert result.correction is None
     assert (result.clusters, result.alpha, result.gain) == (0, 0.0, 0.0)
     assert "off" in result.summary()
 
 
-@pytest.mark.parametrize("kind", ["hidden", "logits"])
+@pytest.mark.parametrize("kind", ["values", "classes"])
 def test_noise_without_a_bias_gives_off(kind):
     """The teacher is the quantized model plus noise: nothing can be won, and of 12 fits hardly one may think otherwise."""
     off = 0
@@ -172,7 +172,7 @@ def test_answers_are_not_sold_for_confidence():
     """Per-class maps of few rows lower the divergence of an over-confident model and change its answers."""
     q, f = rows(64, 1000, 3.0)
     new, target = rows(1000, 1000, 3.0, seed=1)
-    result = fit(q, f, CatConfig(), "logits")
+    result = fit(q, f, CatConfig(), "classes")
     corrected = new if result.correction is None else result.correction(new)
     agreed = [(y.argmax(1) == target.argmax(1)).float().mean() for y in (new, corrected)]
     assert agreed[1] >= agreed[0] - 0.02
@@ -182,7 +182,7 @@ def test_wide_outputs_and_small_budgets_get_one_cluster():
     q, f = rows(400, 60, 1.0)
     bent = 0.3 * q
     assert fit(bent, f, CatConfig(), "logits", max_bytes=100).clusters <= 1
-    two = fit(*(t[:, :2] for t in (bent, f)), CatConfig(), "logits")
+    two = fit(*(t[:, :2] for t in (bent, f)), CatConfig(), "classes")
     assert torch.isfinite(two.correction(bent[:, :2])).all()
 
 
@@ -199,11 +199,11 @@ def test_a_vocabulary_gets_one_cluster_where_more_would_outweigh_the_model():
 
 def test_auto_takes_the_gamma_that_fits():
     q, f = rows(600, 6, 0.0)
-    assert fit(0.5 * q, f, CatConfig(gamma="auto"), "logits").gamma == "std"  # both are exact: the first
+    assert fit(0.5 * q, f, CatConfig(gamma="auto"), "classes").gamma == "std"  # both are exact: the first
     # A channel of mere noise: its spread says nothing, least squares switches it off.
     noise = 6 * torch.randn(600, generator=torch.Generator().manual_seed(2))
     q, f = (torch.cat((channel[:, None], t), 1) for channel, t in ((noise, q), (noise.roll(1) / 4, f)))
-    found = {gamma: fit(q, f, CatConfig(gamma=gamma), "logits") for gamma in ("std", "ls", "auto")}
+    found = {gamma: fit(q, f, CatConfig(gamma=gamma), "classes") for gamma in ("std", "ls", "auto")}
     assert found["auto"].gamma == "ls"
     assert found["auto"].gain == found["ls"].gain
     assert found["auto"].gain > found["std"].gain
@@ -213,15 +213,15 @@ def test_auto_takes_the_gamma_that_fits():
 def test_more_clusters_than_rows_are_lowered_and_said():
     q, f = rows(20, 4, 1.0)
     for alpha in (0.5, "auto"):
-        result = fit(q, f, CatConfig(num_clusters=64, alpha=alpha), "hidden")
+        result = fit(q, f, CatConfig(num_clusters=64, alpha=alpha), "values")
         assert result.clusters <= 20
         assert "num_clusters 64 lowered to 20, the number of rows" in result.notes
-    assert fit(q, f, CatConfig(num_clusters=20, alpha=0.5), "hidden").notes == []
+    assert fit(q, f, CatConfig(num_clusters=20, alpha=0.5), "values").notes == []
 
 
 def test_hidden_features_by_squared_error():
     q, f = rows(600, 8, 0.2)
-    result = fit(q + 3, f, CatConfig(), "hidden")
+    result = fit(q + 3, f, CatConfig(), "values")
     assert result.metric == "mse"
     assert result.loss_after < 0.1 * result.loss_before
 
@@ -229,7 +229,7 @@ def test_hidden_features_by_squared_error():
 def test_the_same_rows_give_the_same_fit_and_no_global_generator_moves():
     q, f = rows(500, 60, 1.0)
     with global_rng_untouched():
-        first, second = (fit(0.5 * q, f, CatConfig(), "logits") for _ in range(2))
+        first, second = (fit(0.5 * q, f, CatConfig(), "classes") for _ in range(2))
     assert first.to_dict() == second.to_dict()
     assert torch.equal(first.correction.gamma, second.correction.gamma)
 
@@ -237,17 +237,17 @@ def test_the_same_rows_give_the_same_fit_and_no_global_generator_moves():
 def test_unusable_rows():
     q, f = rows(9, 4, 1.0)
     with pytest.raises(ValueError, match="at least 10 rows, got 9"):
-        fit(q, f, CatConfig(), "logits")
+        fit(q, f, CatConfig(), "classes")
     q, f = rows(20, 4, 1.0)
     with pytest.raises(ValueError, match="of one shape"):
-        fit(q, f[:, :3], CatConfig(), "logits")
+        fit(q, f[:, :3], CatConfig(), "classes")
     for bad in (float("nan"), float("inf")):
         broken = q.clone()
         broken[3, 1] = bad
         with pytest.raises(ValueError, match="quantized outputs have values that are not finite"):
-            fit(broken, f, CatConfig(), "logits")
+            fit(broken, f, CatConfig(), "classes")
         with pytest.raises(ValueError, match="teacher outputs have values that are not finite"):
-            fit(f, broken, CatConfig(), "logits")
+            fit(f, broken, CatConfig(), "classes")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_divergence_is_not_bought_with_answers(monkeypatch):
     f = torch.stack((torch.tensor([0.1, 6.0, -6.0])[kind], torch.zeros(600)), 1)
 
     def kept() -> float:
-        correction = fit(q, f, CatConfig(num_clusters=1, gamma="ls"), "logits").correction
+        correction = fit(q, f, CatConfig(num_clusters=1, gamma="ls"), "classes").correction
         answers = q if correction is None else correction(q)
         return float((answers.argmax(1) == f.argmax(1)).float().mean())
 

@@ -24,7 +24,7 @@ def held_out_gain(config: CatConfig, bend: Callable[[Tensor], Tensor], rows: int
     g = torch.Generator().manual_seed(seed)
     f = 3 * torch.randn(rows + HELD_OUT, width, generator=g)
     q = bend(f + torch.randn(f.shape, generator=g))
-    correction = fit(q[:rows], f[:rows], config, "logits").correction
+    correction = fit(q[:rows], f[:rows], config, "classes").correction
     new, target = q[rows:], f[rows:]
     return torch.zeros(HELD_OUT) if correction is None else kl(new, target) - kl(correction(new), target)
 
@@ -60,10 +60,10 @@ def test_two_classes_differ_by_one_number_only():
     """Logits moved together are the same probabilities: nothing to correct, however far they moved."""
     g = torch.Generator().manual_seed(0)
     f = 2 * torch.randn(600, 2, generator=g)
-    moved = fit(f + 5 * torch.randn(600, 1, generator=g), f, CatConfig(), "logits")
+    moved = fit(f + 5 * torch.randn(600, 1, generator=g), f, CatConfig(), "classes")
     assert moved.loss_before == pytest.approx(0, abs=1e-5)
     assert moved.correction is None
-    bent = fit(f * torch.tensor([0.5, 0.5]) + torch.tensor([2.0, 0.0]), f, CatConfig(), "logits")
+    bent = fit(f * torch.tensor([0.5, 0.5]) + torch.tensor([2.0, 0.0]), f, CatConfig(), "classes")
     assert bent.correction is not None
     assert bent.loss_after < 0.2 * bent.loss_before
 
@@ -72,6 +72,6 @@ def test_alpha_is_folded_into_the_tensors():
     g = torch.Generator().manual_seed(0)
     f = torch.randn(300, 6, generator=g)
     q = 0.5 * f + 1
-    whole, half = (fit(q, f, CatConfig(num_clusters=4, alpha=alpha), "hidden").correction for alpha in (1.0, 0.5))
+    whole, half = (fit(q, f, CatConfig(num_clusters=4, alpha=alpha), "values").correction for alpha in (1.0, 0.5))
     torch.testing.assert_close(half.gamma, 1 + 0.5 * (whole.gamma - 1))
     torch.testing.assert_close(half(q), q + 0.5 * (whole(q) - q))

@@ -46,9 +46,9 @@ def test_very_many_samples_are_not_drawn_again(monkeypatch):
 
 def test_a_class_that_is_never_answered_is_no_divergence():
     f, q = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    wanted = losses(q, f, "logits")
+    wanted = losses(q, f, "classes")
     never = torch.full((6, 1), -torch.inf)
-    torch.testing.assert_close(losses(torch.cat((q, never), 1), torch.cat((f, never), 1), "logits"), wanted)
+    torch.testing.assert_close(losses(torch.cat((q, never), 1), torch.cat((f, never), 1), "classes"), wanted)
 
 
 def test_folds_hold_whole_samples():
@@ -69,8 +69,8 @@ def shifted(samples: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Te
 def test_what_only_holds_within_samples_is_no_gain():
     q, f, samples = shifted(6, 100, 8)
     config = CatConfig(num_clusters=1, gamma="ls")
-    assert fit(q, f, config, "hidden").clusters == 1
-    assert fit(q, f, config, "hidden", samples=samples).clusters == 0
+    assert fit(q, f, config, "values").clusters == 1
+    assert fit(q, f, config, "values", samples=samples).clusters == 0
 
 
 def test_samples_without_rows_leave_no_hole_in_the_folds():
@@ -83,8 +83,8 @@ def test_samples_without_rows_leave_no_hole_in_the_folds():
 
 def test_few_samples_are_judged_by_rows_with_a_note():
     q, f, samples = shifted(3, 100, 8)
-    assert any("fewer than 5 samples" in note for note in fit(q, f, CatConfig(), "hidden", samples=samples).notes)
-    assert fit(q, f, CatConfig(), "hidden").notes == []
+    assert any("fewer than 5 samples" in note for note in fit(q, f, CatConfig(), "values", samples=samples).notes)
+    assert fit(q, f, CatConfig(), "values").notes == []
 
 
 @pytest.mark.parametrize("projection", [None, 3])
@@ -96,9 +96,9 @@ def test_classes_that_are_never_answered_stay_as_they_are(projection):
     wide_q, wide_f = (torch.full((600, 6), LOWEST) for _ in range(2))
     wide_q[:, masked], wide_f[:, masked] = q[:, masked], f[:, masked]
     config = CatConfig(num_clusters=4, projection=projection)
-    result = fit(wide_q, wide_f, config, "logits")
+    result = fit(wide_q, wide_f, config, "classes")
     assert any("2 columns with values beyond 1e+15" in note for note in result.notes)
-    narrow = fit(q[:, masked], f[:, masked], config, "logits").correction
+    narrow = fit(q[:, masked], f[:, masked], config, "classes").correction
     corrected = result.correction(wide_q)
     assert torch.equal(corrected[:, ~masked], wide_q[:, ~masked])
     torch.testing.assert_close(corrected[:, masked], narrow(q[:, masked].contiguous()))
@@ -111,7 +111,7 @@ def test_columns_that_are_left_alone_count_for_the_size():
     q = f - 3 * kind * torch.tensor([[0.0, 1.0, -1.0, 0.5]])
     wide_q, wide_f = (torch.cat((t, torch.full((400, 300), LOWEST)), 1) for t in (q, f))
     config = CatConfig(projection=None)
-    free, bounded = (fit(wide_q, wide_f, config, "hidden", size) for size in (None, 9000))
+    free, bounded = (fit(wide_q, wide_f, config, "values", size) for size in (None, 9000))
     assert free.clusters > 1
     assert bounded.clusters == 1
     assert (
@@ -124,7 +124,7 @@ def test_columns_that_are_left_alone_count_for_the_size():
 def test_nothing_but_marks_is_refused():
     rows = torch.full((20, 3), LOWEST)
     with pytest.raises(ValueError, match=r"all outputs are beyond 1e\+15"):
-        fit(rows, rows, CatConfig(), "logits")
+        fit(rows, rows, CatConfig(), "classes")
 
 
 def test_a_model_that_masks_a_class():

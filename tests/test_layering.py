@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk journal_place",
-    "rotation answers journal shelf alignment hub_id whole checkpoint",
+    "answers formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
+    "journal_place",
+    "rotation outputs journal shelf alignment hub_id whole checkpoint",
     "packing request_checks theory",
     "weight",
     "op_checks",
