@@ -4,8 +4,8 @@ For every unit: the float copy runs on the float stream and the live unit on the
 one tensor are solved together and swapped, so that the next layers of the unit already see their error; batch norms
 after them are matched; a correction that sits inside the unit is fitted; both streams advance.
 
-A solver that learns keeps batches back, which decide when it stops and which the corrections are fitted on; the others see
-all of the data, and corrections are fitted on the same.
+A solver that learns keeps batches back, which decide when it stops and, where they are enough, which the corrections are
+fitted on; the others see all of the data, and corrections are fitted on the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .correcting import Corrections
 from .expert_rows import ExpertRows
-from .fitting import placed, sample_count, tensor_of
+from .fitting import placed, sample_count
 from .gather import Gather, Streams
 from .journal import Journal
 from .layers import layer_for
@@ -31,17 +31,17 @@ from .layers.experts import ExpertLinear
 from .log import logger
 from .model import Selection, Site, stacks
 from .modules import opened_experts
+from .outputs import answers
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .stages import joined, stages
 from .steps import Steps, tensors_of
 from .swap import Outcome, Range, Solved, Swap
-from .training import Progress
+from .training import Progress, set_apart
 from .walk import Call, Leaf, Outputs, Unit, Walk
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MAX_TARGETS = 1 << 28  # numbers, 1 GiB
-HELD_OUT = 4  # one batch of so many is kept from learning, if there are twice as many
 
 
 def check_ranges(sites: list[Site], obstacle: str) -> None:
@@ -80,7 +80,10 @@ class Calibration:
         self.model = model
         self.config = config
         self.shelf = shelf_of(model)
-        batches = [placed(batch, model) for batch in data.batches]
+        options = solvers.options(config.solver, config.solver_options)
+        learns = options is not None
+        groups, held_out = set_apart(data.batches) if learns else (data.batches, range(0))
+        batches = [placed(batch, model) for batch in groups]
         self.swap = Swap(model, config.solver, selection)
         self.swap.outcome.notes += notes
         self.steps = Steps(journal, self.swap)
@@ -92,16 +95,13 @@ class Calibration:
         self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
         self.diverged = False
         count = len(batches)
-        options = solvers.options(config.solver, config.solver_options)
-        held_out = range(count - count // HELD_OUT if count >= 2 * HELD_OUT else count, count)
-        learns = options is not None
         self.solve_batches = range(held_out.start if learns else count)
         # A correction is chosen on rows that were not learned from, if they are enough. What solvers merely saw will do:
         # a model that has all of the data is better than a correction that has some of it to itself.
-        enough = sum(sample_count(data.batches[batch]) for batch in held_out) >= LEAST_ROWS
+        enough = sum(sample_count(groups[batch]) for batch in held_out) >= LEAST_ROWS
         apart = learns and enough and config.correction is not None and config.correction.chooses
         fit_batches = held_out if apart else range(count)
-        self.gather = Gather(model, data.batches, self.solve_batches, config.seed)
+        self.gather = Gather(model, groups, self.solve_batches, config.seed)
         shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
         self.reconstruction = None
         if options is not None:
@@ -126,22 +126,26 @@ class Calibration:
         self._finish(targets)
         return self.swap.outcome
 
-    def _targets(self) -> list[Tensor] | None:
+    def _targets(self) -> list[dict[str, Tensor]] | None:
         """What the whole model has to answer on every batch, if it will learn."""
         if self.reconstruction is None or not self.reconstruction.options.model_steps:
             return None
-        site, count = self.walk.plan.logits_site or "", len(self.walk.batches)
-        first = tensor_of(next(self.walk.outputs_of(site, "float", [0])))
-        if first.numel() * count > MAX_TARGETS:
+        outputs = self.walk.outputs_of("", "float", range(len(self.walk.batches)))
+        first, count = answers(self.model, next(outputs)), len(self.walk.batches)
+        if not first:
+            self.corrections.left_out("the whole model did not learn: it returns no float tensor")
+            return None
+        numbers = sum(answer.numel() for answer in first.values()) * count
+        if numbers > MAX_TARGETS:
             note = (
                 f"the whole model did not learn: its answers to {count} batches like the first are "
-                f"{first.numel() * count:,} numbers, more than {MAX_TARGETS:,}; shorter or fewer samples would do"
+                f"{numbers:,} numbers, more than {MAX_TARGETS:,}; shorter or fewer samples would do"
             )
             self.corrections.left_out(note)
             return None
-        return [first, *map(tensor_of, self.walk.outputs_of(site, "float", range(1, count)))]
+        return [first, *(answers(self.model, output) for output in outputs)]
 
-    def _finish(self, targets: list[Tensor] | None) -> None:
+    def _finish(self, targets: list[dict[str, Tensor]] | None) -> None:
         """What needs the whole quantized model: learning all of it, and corrections outside its units."""
         if self.reconstruction is not None:
             if targets is not None:
@@ -149,7 +153,7 @@ class Calibration:
             self.swap.outcome.learned.update(self.reconstruction.summary())
         self.corrections.fit_model()
 
-    def _learn_model(self, reconstruction: Reconstruction, targets: list[Tensor]) -> None:
+    def _learn_model(self, reconstruction: Reconstruction, targets: list[dict[str, Tensor]]) -> None:
         step, whole = "model", ""
         record = self.steps.restore(step, whole)
         if record is None:

@@ -54,7 +54,8 @@ class CatQuantConfig(QuantizationConfigMixin):
             expression is searched in the module's name, later entries win.
         strict: raise if any layer with a weight would be skipped.
         low_rank: rank r of a float16 product (N, r) times (r, K) that is added to every weight inside the repeated blocks;
-            it costs 16 r (N + K) bits. A layer of fewer rows or columns takes as many as it has.
+            it costs 16 r (N + K) bits. A layer of fewer rows or columns takes as many as it has. Without repeated blocks the
+            first and the last layer count as outside. Notes of the report say how many layers go without.
         rotation: "hadamard": linears inside the repeated blocks rotate their input, which spreads outliers over many weights
             and activations; None: they do not; "auto": where the weight has at most 8 levels or the input at most 16; where
             inputs are not rounded, unless calibration finds that the layer's output is nearer to float without it.
@@ -148,6 +149,10 @@ class CatQuantConfig(QuantizationConfigMixin):
         """Whether data may decide that the layer called ``name`` does without the rotation that its scheme has."""
         fields = self._fields(name, edge)
         return fields["rotation"] == "auto" and fields["activations"] is None
+
+    def asked(self, option: str, name: str) -> Any:
+        """What is asked of the layer called ``name`` if it does not matter where it lies."""
+        return self._fields(name, edge=False)[option]
 
     def _fields(self, name: str, edge: bool) -> dict[str, Any]:
         fields: dict[str, Any] = {f: getattr(self, f) for f in OVERRIDABLE}

@@ -16,6 +16,7 @@ from .config import CatQuantConfig
 from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
+from .log import logger
 from .modules import close_experts, holds, move_correction, open_experts, replace_module
 
 LISTED = "listed in modules_to_not_convert"
@@ -51,10 +52,11 @@ class Site:
 
 @dataclass
 class Selection:
-    """The sites of a model, in module order, and the reason for every weight that stays in float."""
+    """The sites of a model, in module order, the reason for every weight that stays in float, and notes for the report."""
 
     sites: list[Site] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def select(model: nn.Module, config: CatQuantConfig) -> Selection:
@@ -101,7 +103,25 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
         raise ValueError(f"nothing in {type(model).__name__} can be quantized: {_listed(selection.skipped)}")
     if config.strict and selection.skipped:
         raise ValueError(f"strict=True, but these would stay in float: {_listed(selection.skipped)}")
+    selection.notes = _passed_by(selection.sites, config)
     return selection
+
+
+def _passed_by(sites: list[Site], config: CatQuantConfig) -> list[str]:
+    """A note for each option that was asked for and that layers go without."""
+    notes = []
+    for option in ("low_rank", "rotation"):
+        asked = [site for site in sites if config.asked(option, site.name) not in (0, None, "auto")]
+        without = [site.name for site in asked if not getattr(site.scheme, option)]
+        if without:
+            notes.append(
+                f"{option}: {len(without)} of {len(asked)} layers go without ({without[0]} ...), as they lie outside the "
+                "repeated blocks (without blocks: are the first or the last layer), where only overrides ask for it, or "
+                "cannot have it"
+            )
+            if len(without) == len(asked):
+                logger.warning(notes[-1])
+    return notes
 
 
 def _ranks_that_fit(sites: list[Site]) -> list[Site]:

@@ -54,6 +54,7 @@ def quantize_modules(
             outcome = Calibration(model, config, selection, batches, notes, journal).run()
         for name, module in quantized_modules(model).items():  # learning may have settled for another one
             outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
+        outcome.notes += selection.notes
         if config.budget is not None:
             outcome.notes += _beyond_budget(model, config)
         return selection, outcome, batches

@@ -1,7 +1,8 @@
 """Block reconstruction: what a solver found is the start; codes, scales, offsets, biases and norms learn from there.
 
     block by block    least squared difference from the float block's output, on the inputs of the quantized stream
-    at the end        least KL divergence of the whole model's answers from the float model's
+    at the end        least KL divergence of the whole model's logits from the float model's, and least squared difference,
+                      relative to their spread, of all other answers
 
 The family of BRECQ (arXiv 2102.05426), QDrop (arXiv 2203.05740) and PD-Quant (arXiv 2212.07048); the second stage learns
 what the first stage of CAT (arXiv 2509.26277) does, and the codes with it. The best state by held-out batches is kept, so a
@@ -19,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .answers import divergences
-from .fitting import output_of, tensor_of
+from .answers import Kind, answer_kind, divergences, problem_of
+from .fitting import tensor_of
 from .formats import get_format
 from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
 from .model import quantized_modules, replace_module
+from .outputs import LOGITS, answers
+from .replay import run
 from .solvers.reconstruct import Options
 from .training import Group, Progress, learning, train
 from .walk import Call, run_unit
@@ -90,18 +93,34 @@ class Reconstruction:
             self.weights[f"{name}.{inner}" if inner else name] = layer.target(weight)
 
     def model(
-        self, model: nn.Module, data: Sequence[dict[str, Tensor]], site: str | None, targets: list[Tensor]
+        self, model: nn.Module, data: Sequence[dict[str, Tensor]], site: str | None, targets: list[dict[str, Tensor]]
     ) -> None:
-        """Learn the whole model towards ``targets``, the float logits of every batch (or its output, without a ``site``)."""
+        """Learn the whole model.
+
+        Args:
+            data: what it is called with, by batch.
+            site: name of the module that returns the logits, or None.
+            targets: what the float model answers, by batch; see :func:`hf_catquant.outputs.answers`.
+        """
         if not self.options.model_steps:
             return
-        size = sum(float(t.float().var()) for t in targets) / len(targets)
+        problem = problem_of(model)
+        spreads = {name: _spread([target[name] for target in targets if name in target]) for name in targets[0]}
 
         def loss_of(batch: int, learning: bool) -> Tensor:
-            found = tensor_of(output_of(model, site or "", data[batch]))
-            if site is None:
-                return self._square(batch, "", found, targets[batch]) / max(size, 1e-12)
-            return self._divergence(batch, site, found, targets[batch])
+            found, losses = answers(model, run(model, data[batch])), []
+            for name, target in targets[batch].items():
+                kind = answer_kind(problem, target.shape[-1]) if site is not None and name in LOGITS else "values"
+                if site is not None and kind != "values":
+                    losses.append(self._divergence(batch, site, found[name], target, kind))
+                elif name in spreads and found[name].shape == target.shape:  # boxes may be as many as were found
+                    losses.append(self._answer(batch, name, found[name], target) / spreads[name])
+            if not losses:
+                raise ValueError(
+                    f"batch {batch}: nothing that {type(model).__name__} returns has the shape of what its float model "
+                    'returns, so the whole cannot learn: pass solver_options={"model_steps": 0}'
+                )
+            return torch.stack(losses).sum()
 
         done = self._learn("", model, loss_of, self.options.model_steps, self.options.model_rate, 0.0)
         if done is not None:
@@ -174,15 +193,31 @@ class Reconstruction:
         mask = self.gather.mask(batch, name, target) if target.dim() == 3 else None
         return difference.mean() if mask is None else difference.flatten(0, 1)[mask].mean()
 
-    def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor) -> Tensor:
+    def _answer(self, batch: int, name: str, found: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 2 and name.endswith("_logits"):  # of the steps of a text, where an answer starts and ends
+            found, target = found.unsqueeze(-1), target.unsqueeze(-1)
+        return self._square(batch, name.replace("_", "."), found, target)  # padding is told by words like "encoder"
+
+    def _divergence(self, batch: int, site: str, found: Tensor, target: Tensor, kind: Kind = "classes") -> Tensor:
         heat = self.options.temperature
-        rows = divergences(target / heat, found / heat).flatten() * heat**2
+        rows = divergences(target / heat, found / heat, kind).flatten() * heat**2
         mask = self.gather.mask(batch, site, target) if target.dim() == 3 else None
         return rows.mean() if mask is None else rows[mask].mean()
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """What was learned, by unit ("" is the whole model), JSON-clean."""
         return {name: asdict(progress) for name, progress in self.progress.items()}
+
+
+def _spread(targets: list[Tensor]) -> float:
+    """What squared differences from an answer are measured by: its mean variance within a batch.
+
+    Where nothing varies (masks, a single number), its mean square.
+    """
+    count = len(targets)
+    variance = sum(float(t.float().var(correction=min(1, t.numel() - 1))) for t in targets) / count
+    square = sum(float(t.float().square().mean()) for t in targets) / count
+    return variance if variance > 1e-9 * square else square or 1.0
 
 
 def _say(steps: int, step: int, loss: float) -> None:

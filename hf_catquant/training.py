@@ -11,11 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fitting import sample_count
+
 WARM_UP = 20  # steps
 CHECKS = 8  # looks at the held-out loss
 PATIENCE = 4  # looks in a row without a better one that end the training
 RETREAT = 2  # such looks in a row that make it go back to the best state
 BACK_OFF = 0.4  # what the rates are multiplied by then
+HELD_OUT = 4  # one batch of so many is kept from learning
+FEW, HELD_OUT_OF_FEW = 8, 8  # of fewer batches one sample of so many: learning needs the others more
+
+
+def set_apart(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], range]:
+    """The batches, and the indices of those, at their end, that are kept from learning.
+
+    Of few batches one may be split: its last samples become a batch of their own. At least one sample is kept.
+
+    Args:
+        batches: tensors (B, ...) by name; at least two samples in all.
+    """
+    count = len(batches)
+    if count >= FEW:
+        return batches, range(count - count // HELD_OUT, count)
+    wanted = max(1, sum(map(sample_count, batches)) // HELD_OUT_OF_FEW)
+    first = count
+    while wanted and sample_count(batches[first - 1]) <= wanted:
+        first -= 1
+        wanted -= sample_count(batches[first])
+    if wanted == 0:
+        return batches, range(first, count)
+    *before, split = batches[:first]
+    parts = ({name: t[:-wanted] for name, t in split.items()}, {name: t[-wanted:] for name, t in split.items()})
+    return [*before, *parts, *batches[first:]], range(first, count + 1)
 
 
 @dataclass(frozen=True)

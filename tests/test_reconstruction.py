@@ -109,10 +109,52 @@ def test_what_was_learned_is_told_and_stored():
     model = quantized("bert", solver="reconstruct", solver_options=FEW, correction="cat")
     learned = model.config.quantization_config.provenance["learned"]
     assert list(learned) == ["bert.encoder.layer.0", "bert.encoder.layer.1", ""]
-    for progress in learned.values():
-        assert progress["held_out_after"] <= progress["held_out_before"]
+    assert all(progress["held_out_after"] is not None for progress in learned.values())
     assert model.config.quantization_config.solver_options == FEW
     assert report(model).layers
+
+
+def test_what_is_told_of_learning_is_what_batches_held_out_say():
+    float_model, rows = build("llama"), tiny_models.samples("llama", 64)[48:]  # the last quarter
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    @torch.no_grad()
+    def divergence(model: nn.Module) -> float:
+        wanted, found = (m(**batch).logits.log_softmax(-1) for m in (float_model, model))
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    blocks = {"block_steps": 40, "code_rate": 0.01}
+    start, model = (
+        quantized("llama", solver="reconstruct", solver_options={**blocks, "model_steps": steps}) for steps in (0, 40)
+    )
+    learned = model.config.quantization_config.provenance["learned"]
+    assert all(told["steps"] > 0 and told["held_out_after"] < told["held_out_before"] for told in learned.values())
+    assert learned[""]["held_out_before"] == pytest.approx(divergence(start), rel=0.01)
+    assert learned[""]["held_out_after"] == pytest.approx(divergence(model), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_little_data_is_held_out_too(size):
+    model = quantized("llama", count=16, batch_size=size, solver="reconstruct", solver_options=FEW)
+    for told in model.config.quantization_config.provenance["learned"].values():
+        assert told["held_out_before"] is not None
+
+
+def test_half_of_the_input_quantization_is_dropped_while_blocks_learn(monkeypatch):
+    kept: dict[bool, list[float]] = {True: [], False: []}
+    quantized_input = LearnedLayer._quantized_input
+
+    def noted(layer: LearnedLayer, x: Tensor) -> Tensor:
+        x_hat = quantized_input(layer, x)
+        if layer.scheme.activations == "int3":
+            kept[torch.is_grad_enabled()].append(float((x_hat == x).float().mean()))
+        return x_hat
+
+    monkeypatch.setattr(LearnedLayer, "_quantized_input", noted)
+    options = {"block_steps": 4, "model_steps": 0}
+    quantized("vit", count=32, weights="int4", activations="int3", solver="reconstruct", solver_options=options)
+    assert 0.4 < min(kept[True]) <= max(kept[True]) < 0.7
+    assert max(kept[False]) < 0.2  # what judges sees all of it
 
 
 def test_no_steps_is_gptq():

@@ -214,3 +214,20 @@ def test_rounded_inputs_rotate_always():
 def test_without_data_few_levels_rotate():
     found = pairs_quantized(solver="rtn")
     assert {rotation for rotation, _ in found.values()} == {"hadamard"}
+
+
+def test_options_that_layers_go_without_are_told(caplog):
+    caplog.set_level("WARNING", logger="hf_catquant")
+    asked = {"solver": "rtn", "correction": None, "group_size": 16, "edge_weights": None}
+    asked |= {"low_rank": 4, "rotation": "hadamard"}
+    two = quantize(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), CatQuantConfig(**asked))
+    notes = report(two).notes
+    assert [note.split(" layers")[0] for note in notes] == ["low_rank: 2 of 2", "rotation: 2 of 2"]
+    assert all(note in caplog.text for note in notes)
+    reached = {**asked, "overrides": {"0|2": {"low_rank": 4, "rotation": "hadamard"}}}
+    two = quantize(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), CatQuantConfig(**reached))
+    assert report(two).notes == ()
+    caplog.clear()
+    edges = report(quantize(tiny_models.build("bert"), CatQuantConfig(**{**asked, "rotation": "auto"}))).notes
+    assert [note.split(" layers")[0] for note in edges] == ["low_rank: 5 of 17"]
+    assert not caplog.text

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from helpers import global_rng_untouched
-from hf_catquant.training import BACK_OFF, PATIENCE, WARM_UP, learning, train
+from hf_catquant.training import BACK_OFF, PATIENCE, WARM_UP, learning, set_apart, train
 
 
 def regression(noise: float = 0.0, count: int = 8) -> tuple[nn.Parameter, list[tuple[Tensor, Tensor]]]:
@@ -99,3 +100,24 @@ def test_parameters_are_as_they_were():
     assert (a.requires_grad, b.requires_grad) == (False, True)
     assert a.grad is None
     assert b.grad is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "held_out"),
+    [
+        ([16] * 9, [16] * 9, [7, 8]),
+        ([16] * 7, [16] * 6 + [2, 14], [7]),
+        ([16, 16, 1], [16, 13, 3, 1], [2, 3]),
+        ([8, 8, 2], [8, 8, 2], [2]),
+        ([16], [14, 2], [1]),
+        ([2], [1, 1], [1]),
+        ([1, 1], [1, 1], [1]),
+    ],
+)
+def test_some_samples_are_always_kept_from_learning(sizes, parts, held_out):
+    rows = iter(torch.arange(sum(sizes)).split(sizes))
+    batches, kept = set_apart([{"a": row, "b": row.unsqueeze(1)} for row in rows])
+    assert [len(batch["a"]) for batch in batches] == parts
+    assert list(kept) == held_out
+    for key in ("a", "b"):
+        assert torch.equal(torch.cat([batch[key].flatten() for batch in batches]), torch.arange(sum(sizes)))
