@@ -20,6 +20,8 @@ from .layers import QuantizedModule, layer_for
 from .log import logger
 from .logits import logits_site
 from .model import Selection, Site, parameter_count, replace_module, stacks
+from .outputs import answers
+from .replay import run
 from .samples import Batches, padding_mask
 from .shelf import resident
 from .sizes import correction_bytes, output_bytes
@@ -123,9 +125,11 @@ class _Losses:
                 count += sample_count(batch)
         self.site = logits_site(model, placed(self.batches[0], model))
         self.wanted = [self._answers(batch) for batch in self.batches]
+        whole = [torch.cat([rows.flatten() for rows in parts]).detach() for parts in zip(*self.wanted, strict=True)]
+        self.spreads = [float(values.var().clamp_min(1e-12)) if len(values) > 1 else 1.0 for values in whole]
 
     def alone(self, site: Site, weights: str) -> float:
-        """Mean divergence of the logits (squared error of the output where there are none), over what is no padding."""
+        """Mean divergence of the logits (where there are none, of all answers), over what is no padding."""
         layer = _empty(site, weights)
         with resident(self.model, site.name):
             weight: Tensor = site.module.weight  # type: ignore[assignment]
@@ -142,22 +146,29 @@ class _Losses:
         output = tensor_of(output_of(self.model, name, placed(self.batches[0], self.model)))
         return output.shape[correction_dim(self.model.get_submodule(name), output)]
 
-    def _answers(self, batch: dict[str, Tensor]) -> Tensor:
-        answers = tensor_of(output_of(self.model, self.site or "", placed(batch, self.model))).float()
-        mask = padding_mask(batch, self.model, self.site or "", answers) if answers.dim() == 3 else None
+    def _answers(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Rows (M, C) of the logits, or of every answer where there are none."""
+        batch = placed(batch, self.model)
         if self.site is None:
-            rows = answers.flatten(0, 1) if mask is not None else answers
-            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-        else:  # classes of a map are no last dimension
-            dim = correction_dim(self.model.get_submodule(self.site), answers)
-            rows = answers.movedim(dim, -1).flatten(0, -2)
+            found = answers(self.model, run(self.model, batch))
+            # Which stream an answer belongs to, and so its padding, is told by words like "encoder".
+            return [self._rows(batch, name.replace("_", "."), value.float(), -1) for name, value in found.items()]
+        value = tensor_of(output_of(self.model, self.site, batch)).float()
+        # Classes of a map are no last dimension.
+        return [self._rows(batch, self.site, value, correction_dim(self.model.get_submodule(self.site), value))]
+
+    def _rows(self, batch: dict[str, Tensor], name: str, value: Tensor, dim: int) -> Tensor:
+        mask = padding_mask(batch, self.model, name, value) if value.dim() == 3 else None
+        rows = value.unsqueeze(-1) if value.dim() < 2 else value.movedim(dim, -1).flatten(0, -2)
         return rows if mask is None else rows[mask.flatten().to(rows.device)]
 
-    def _loss(self, wanted: Tensor, found: Tensor) -> float:
-        kind = "values" if self.site is None else answer_kind(problem_of(self.model), wanted.shape[1])
-        if kind == "values":
-            return float((found - wanted).square().mean() / wanted.var().clamp_min(1e-12))
-        return float(divergences(wanted, found, kind).mean())
+    def _loss(self, wanted: list[Tensor], found: list[Tensor]) -> float:
+        problem = problem_of(self.model)
+        losses = []
+        for f, q, spread in zip(wanted, found, self.spreads, strict=True):
+            kind = "values" if self.site is None else answer_kind(problem, f.shape[1])
+            losses.append(float(divergences(f, q, kind).mean()) / (spread if kind == "values" else 1.0))
+        return sum(losses)
 
 
 def _hull(site: str, bits: dict[str, int], losses: dict[str, float]) -> list[_Step]:

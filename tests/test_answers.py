@@ -88,6 +88,25 @@ def test_models_that_answer_with_flat_outputs_have_mixed_formats():
     assert any(note.startswith("mixed formats") for note in report(model).notes)
 
 
+def test_every_answer_judges_where_bits_go():
+    """Of the layers between the first and the last, only the one behind the second answer is worth more bits."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"first": self.layers[0](x) + 0 * self.layers[1](x), "second": self.layers[3](self.layers[2](x))}
+
+    torch.manual_seed(0)
+    model = Two()
+    data = [{"x": x} for x in torch.randn(16, 16)]
+    quantize(model, CatQuantConfig(group_size=16, dataset=data, correction=None, average_bits=6.0))
+    bits = {layer.name: layer.bits for layer in report(model).layers}
+    assert bits["layers.2"] > bits["layers.1"]
+
+
 def test_a_teacher_that_is_minus_infinite_somewhere_gets_no_correction(caplog):
     class Masked(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ def test_classes_of_a_map_are_compared_class_by_class():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 7, 1))
     x = torch.randn(8, 3, 5, 6)
     data = SimpleNamespace(batches=[{"input": x}])
-    wanted = mixed._Losses(model, data).wanted[0]
+    wanted = mixed._Losses(model, data).wanted[0][0]
     assert torch.equal(wanted, model(x).movedim(1, -1).reshape(-1, 7))
 
 
