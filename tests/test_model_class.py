@@ -37,7 +37,9 @@ CONFIGS = {
     "BertForPreTraining": lambda: tf.BertConfig(**TEXT),
     "GPT2DoubleHeadsModel": lambda: tf.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64),
     "SegformerForSemanticSegmentation": lambda: tf.SegformerConfig(**SEGFORMER),
-    "YolosForObjectDetection": lambda: tf.YolosConfig(**{**VIT, "image_size": [16, 16]}, num_detection_tokens=4),
+    "YolosForObjectDetection": lambda: tf.YolosConfig(
+        **{**tiny_models.VIT, "image_size": [16, 16]}, num_detection_tokens=4
+    ),
     "Wav2Vec2ForXVector": lambda: tf.Wav2Vec2Config(**SPEECH, **TDNN),
     "CLIPTextModelWithProjection": lambda: tf.CLIPTextConfig(**CLIP_TEXT),
     "T5EncoderModel": lambda: tf.T5Config(**T5),
@@ -112,7 +114,6 @@ def assert_shelved(name: str, folder: Path) -> None:
         assert torch.equal(value, wanted), key
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
