@@ -31,14 +31,37 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, none if the folder has no such files.
 
     Raises:
-        ValueError: the index is damaged, something is no regular file, or the index names no file of this folder.
+        ValueError: the index is damaged, something is no regular file, or the index, or ``transformers_weights`` of
+            config.json, names no file of this folder.
     """
+    named = _named(folder)
+    if named is not None:  # which transformers reads and nothing else
+        return [named] if named.name.endswith(".safetensors") else _shards(folder, named)
     _check_regular(folder / WEIGHTS)
     if (folder / WEIGHTS).exists():  # which transformers reads, too, where an index is there as well
         return [folder / WEIGHTS]
     path = folder / INDEX
-    if not path.exists():
-        return []
+    return _shards(folder, path) if path.exists() else []
+
+
+def _named(folder: Path) -> Path | None:
+    """The file of weights, or of their index, that config.json names by ``transformers_weights``; None if it names none."""
+    path = folder / "config.json"
+    value = read_object(path).get("transformers_weights") if path.exists() else None
+    if value is None:
+        return None
+    found, name = folder / str(value), Path(str(value))
+    inside = not name.is_absolute() and ".." not in name.parts
+    if not str(value).endswith((".safetensors", ".safetensors.index.json")) or not inside or not found.is_file():
+        raise ValueError(
+            f"{path}: transformers_weights must name a .safetensors file of this folder, or a .safetensors.index.json, "
+            f"got {value!r:.100}: put that file there, or take the field away"
+        )
+    return found
+
+
+def _shards(folder: Path, path: Path) -> list[Path]:
+    """The files that an index names; they lie in the folder of the model, wherever the index does."""
     index = read_object(path)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:

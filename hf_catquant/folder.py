@@ -38,7 +38,7 @@ from .quantizer import quantize
 from .report import library_versions, report
 from .sizes import output_bytes
 from .streaming import open_on_shelf
-from .tasks import auto_class, float_config, load_config
+from .tasks import float_config, load_quantized, model_class
 from .whole import load_whole
 
 _WRITTEN = "written"  # in the manifest: the files of a finished output
@@ -91,7 +91,7 @@ def quantize_folder(
             _write(model, config.processor, journal, made or {})
         _install(journal, out)
         journal.drop()
-        return model or auto_class(load_config(str(out), trust_remote_code)).from_pretrained(out)
+        return model or load_quantized(str(out), trust_remote_code)
     except BaseException:
         if not journal.begun():
             journal.drop()  # nothing is lost, and nothing shall have to be cleared away
@@ -147,7 +147,7 @@ def open_source(source: str | Path, dtype: torch.dtype, stream: bool, trust_remo
     Raises:
         ValueError: it is quantized already, or lacks tensors.
     """
-    auto = auto_class(float_config(str(source), trust_remote_code))
+    auto = model_class(float_config(str(source), trust_remote_code), trust_remote_code)
     files = weight_files(local_folder(str(source))) if stream else []
     if files:
         return open_on_shelf(auto, str(source), files, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -25,7 +25,7 @@ from .identity import CARD, EVALUATION, REPORT, check_kept, checked_evaluation, 
 from .log import logger
 from .report import Report, report
 from .report_page import draw_errors, draw_sizes
-from .tasks import auto_class, load_config
+from .tasks import load_quantized
 from .verify import PICKLES, Verification, stored_config, verify
 
 # Files of Python objects are never uploaded, nor is what editors and caches leave behind.
@@ -98,7 +98,7 @@ def _draw(folder: Path, summary: Report, table: Evaluation | None) -> None:
 
 def _write_report(folder: Path) -> None:
     """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
-    model = auto_class(load_config(str(folder))).from_pretrained(folder)
+    model = load_quantized(str(folder))
     text = json.dumps({**report(model).to_dict(), **identity(model)}, indent=2)
     (folder / REPORT).write_text(text, encoding="utf-8")
 

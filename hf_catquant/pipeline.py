@@ -22,6 +22,7 @@ from .modules import close_experts
 from .shelf import shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Swap
+from .whole import left_over
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def quantize_modules(
             outcome = Calibration(model, config, selection, batches, notes, journal).run()
         for name, module in quantized_modules(model).items():  # learning may have settled for another one
             outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
-        outcome.notes += selection.notes
+        outcome.notes += [*selection.notes, *left_over(model)]
         if config.budget is not None:
             outcome.notes += _beyond_budget(model, config)
         return selection, outcome, batches

@@ -33,7 +33,7 @@ def open_on_shelf(
     """The float model called ``name``, on a shelf that reads from ``files``; the same values as ``from_pretrained`` gives.
 
     Args:
-        auto: the Auto class that loads it.
+        auto: the class that loads it, or an Auto class.
         name: folder or Hub id.
         files: its safetensors files.
         dtype: of the float parameters.
@@ -41,12 +41,10 @@ def open_on_shelf(
         least: values from which on a tensor stays on disk.
 
     Raises:
-        ValueError: a file is damaged, or the files lack tensors of the model.
+        ValueError: a file is damaged, the files lack tensors of the model, or have some for another class.
     """
     sources = {key: Source(path, stored) for path in files for key, stored in read_header(path).items()}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+    empty = _empty(auto, name, trust_remote_code)
     fused = _fused(empty, set(sources))
     state: dict[str, Tensor] = {}
     away: dict[int, Source] = {}
@@ -62,7 +60,7 @@ def open_on_shelf(
             away[state[key].data_ptr()] = source
         else:
             state[key] = source.read()
-    model = _load(type(empty), name, state, dtype, trust_remote_code)
+    model = _load(auto, type(empty), name, state, dtype, trust_remote_code)
     held = {n: away.pop(p.data_ptr()) for n, p in model.named_parameters() if p.data_ptr() in away}
     _read_rest(model, state, away)
     for name, module in model.named_modules():  # experts are opened, which looks at all of them at once
@@ -85,17 +83,38 @@ def units_of(model: nn.Module) -> list[str]:
     ]
 
 
+def _empty(auto: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without values."""
+    with torch.device("meta"):
+        if _is_class(auto):
+            return auto._from_config(auto.config_class.from_pretrained(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _is_class(auto: Any) -> bool:
+    return isinstance(auto, type) and issubclass(auto, PreTrainedModel)
+
+
 def _load(
-    kind: type[PreTrainedModel], name: str, state: dict[str, Tensor], dtype: torch.dtype, trust_remote_code: bool
+    auto: Any,
+    kind: type[PreTrainedModel],
+    name: str,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """What ``from_pretrained`` does, which takes a name or a state dict but not both."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if kind.config_class is not None and not isinstance(config, kind.config_class):
-        config = config.get_text_config()
+    if _is_class(auto):
+        config = auto.config_class.from_pretrained(name)  # of a model of two towers, the part that is this one's
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if kind.config_class is not None and not isinstance(config, kind.config_class):
+            config = config.get_text_config()
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model, found = loaded
-    check_whole(model, name, found)
+    check_whole(model, name, found, auto)
     model.config.name_or_path = name
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):
         where = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))

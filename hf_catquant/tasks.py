@@ -10,9 +10,15 @@ import transformers
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-# What the class name of a model ends in, and the Auto class that loads such models.
+from .whole import check_whole
+
+# What the class name of a model ends in, and the Auto class of its task.
 AUTO_CLASSES = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
     "ForImageClassification": transformers.AutoModelForImageClassification,
@@ -28,6 +34,12 @@ AUTO_CLASSES = {
 }
 # Some classes of sounds are called "ForSequenceClassification" like those of texts.
 SOUND_CLASSIFIERS = frozenset(MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values())
+# Some classes of images do not end in "ForImageClassification".
+IMAGE_CLASSIFIERS = frozenset(
+    name
+    for names in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    for name in ((names,) if isinstance(names, str) else names)
+)
 LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 LABELS = ("label", "labels")
@@ -41,15 +53,81 @@ READY = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class for the architecture that a config names; ``AutoModel`` if it names no task."""
+    """The Auto class of the task that a config's architecture is for; ``AutoModel`` if it names none.
+
+    It says what a model does. What loads it is :func:`model_class`: most classes are the default of no Auto class.
+    """
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if architecture in SOUND_CLASSIFIERS:
         return transformers.AutoModelForAudioClassification
+    if architecture in IMAGE_CLASSIFIERS:
+        return transformers.AutoModelForImageClassification
     if architecture.startswith("Whisper"):
         return transformers.AutoModelForSpeechSeq2Seq
     return next(
         (auto for ending, auto in AUTO_CLASSES.items() if architecture.endswith(ending)), transformers.AutoModel
     )
+
+
+def model_class(config: Any, trust_remote_code: bool = False) -> Any:
+    """What loads the model of a config: the very class that ``architectures`` names.
+
+    An Auto class only where there is no such class: of code that comes with the model (``auto_map``), for a config without
+    ``architectures`` (``AutoModel``), and for the name of another model type's class, or one that transformers no longer
+    has, where its ending names a task. Loaded by a class that config.json does not name, a model that has more tensors
+    than the class reads is refused (:func:`~hf_catquant.whole.check_whole`).
+
+    Raises:
+        ValueError: it names a class that there is none for.
+    """
+    name = str((getattr(config, "architectures", None) or [""])[0])
+    if not name:
+        return transformers.AutoModel
+    own = getattr(transformers, name, None)
+    exists = isinstance(own, type) and issubclass(own, PreTrainedModel)
+    mapped = getattr(config, "auto_map", None) or {}
+    remote = next((auto for auto, path in mapped.items() if str(path).rpartition(".")[2] == name), None)
+    if remote is not None and (trust_remote_code or not exists):
+        return getattr(transformers, remote, transformers.AutoModel)
+    if exists and _reads(own, config):
+        return own
+    auto = auto_class(config)
+    known = auto.__name__ in mapped or type(config) in auto._model_mapping
+    # A head that no ending tells of would be lost in the body that AutoModel loads; who registers a class knows its name.
+    if known and (auto is not transformers.AutoModel or name.endswith("Model") or not _of_transformers(config)):
+        return auto
+    kind = (
+        f"and its model_type is {config.model_type}"
+        if exists
+        else f"which transformers {transformers.__version__} lacks"
+    )
+    raise ValueError(
+        f"config.json names the class {name} in architectures, {kind}: name the class that its weights are of, pass "
+        "--trust-remote-code if its code comes with it (auto_map), or load it in Python and pass it to "
+        "hf_catquant.quantize"
+    )
+
+
+def _reads(kind: Any, config: Any) -> bool:
+    """Whether a class is of this config, or of a part of it: a tower of a model of two is saved with either config."""
+    own = kind.config_class
+    return own is type(config) or own in (getattr(config, "sub_configs", None) or {}).values()
+
+
+def _of_transformers(config: Any) -> bool:
+    return type(config).__module__.startswith("transformers.models.")
+
+
+def load_quantized(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The quantized model in a folder or on the Hub, in the class that its config names.
+
+    Raises:
+        ValueError: there is none, it is not whole, or there is no such class.
+    """
+    kind = model_class(load_config(name, trust_remote_code), trust_remote_code)
+    model, found = kind.from_pretrained(name, output_loading_info=True, trust_remote_code=trust_remote_code)
+    check_whole(model, name, found, kind)
+    return model
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:

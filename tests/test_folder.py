@@ -273,7 +273,7 @@ def test_the_output_is_not_lost_to_the_next_run(tmp_path, source):
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "model-00009-of-00009.safetensors").exists()
     assert digests(out) != before
-    tiny = folder.auto_class(folder.load_config(str(out))).from_pretrained(out)
+    tiny = folder.load_quantized(str(out))
     assert tiny.config.quantization_config.weights == "int4"
 
 

@@ -28,6 +28,7 @@ from ..tasks import (
     labels_of,
     load_config,
     load_processor,
+    model_class,
     read_rows,
 )
 from ..whole import check_whole, load_whole
@@ -103,7 +104,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination 
             f"{args.model} is not quantized: the first model is the quantized one, --float names the other"
         )
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust}
-    teacher = load_whole(auto, args.teacher, **options).eval()
+    kind = model_class(config, trust)
+    teacher = load_whole(kind, args.teacher, **options).eval()
     # What is loaded counts: the name in an old float config may be that of another model type's class.
     saved, loaded = _class_of(quantized), type(teacher).__name__
     if saved not in (loaded, _class_of(config)):
@@ -111,8 +113,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination 
             f"{args.model} is a {saved} and {args.teacher} a {loaded}: --float must name the model that the quantized "
             "one was made from"
         )
-    model, found = auto.from_pretrained(args.model, output_loading_info=True, **options)
-    check_whole(model.eval(), args.model, found)
+    model, found = kind.from_pretrained(args.model, output_loading_info=True, **options)
+    check_whole(model.eval(), args.model, found, kind)
     processor = load_processor(args.teacher, trust)
     # The answer is no input, whatever its column is called.
     asked = rows if args.label_column == args.column else _without(rows, args.label_column)

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ..report import report
-from ..tasks import auto_class, load_config
+from ..tasks import load_quantized
 
 NAME = "inspect"
 
@@ -22,7 +22,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, which verifies it, and print its report."""
-    config = load_config(args.model, args.trust_remote_code)
-    model = auto_class(config).from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    summary = report(model)
+    summary = report(load_quantized(args.model, args.trust_remote_code))
     print(json.dumps(summary.to_dict(), indent=2) if args.json else summary)

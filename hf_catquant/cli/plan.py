@@ -13,7 +13,7 @@ import torch
 from ..folder import open_source
 from ..memory import map_large_blocks
 from ..planning import plan_model
-from ..tasks import auto_class, float_config, load_processor
+from ..tasks import float_config, load_processor, model_class
 from . import quantize
 
 NAME = "plan"
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     map_large_blocks()
     config = float_config(args.model, args.trust_remote_code)
     processor = load_processor(args.model, args.trust_remote_code)
-    request = quantize.request(args, processor, auto_class(config))
+    request = quantize.request(args, processor, model_class(config, args.trust_remote_code))
     model = open_source(args.model, getattr(torch, args.dtype), not args.in_memory, args.trust_remote_code)
     plan = plan_model(model, request)
     print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)

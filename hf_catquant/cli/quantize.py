@@ -20,7 +20,7 @@ from ..memory import map_large_blocks
 from ..report import report
 from ..rotation import ROTATIONS
 from ..solvers import names
-from ..tasks import as_samples, auto_class, float_config, load_processor, read_rows
+from ..tasks import as_samples, float_config, load_processor, model_class, read_rows
 from ..whole import load_whole
 from .arguments import count, natural, seed
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     model = quantize_folder(
         args.model,
         out,
-        request(args, processor, auto_class(config)),
+        request(args, processor, model_class(config, args.trust_remote_code)),
         dtype=getattr(torch, args.dtype),
         stream=not args.in_memory,
         resume=args.resume,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..correction import ClusterAffine, corrections, detach
 from ..layers import QuantizedModule
 from ..model import quantized_modules, replace_module
-from ..tasks import auto_class, load_config, load_processor
+from ..tasks import load_processor, load_quantized
 
 # Files of tokenizers and processors, which go along as they are.
 _PROCESSOR_FILES = ("*token*", "vocab*", "merges.txt", "*processor_config.json", "chat_template*", "*.model")
@@ -68,8 +68,7 @@ def open_model(model: str | Path | PreTrainedModel) -> Source:
         ValueError: it is not a quantized transformers model.
     """
     if isinstance(model, str | Path):
-        loaded = auto_class(load_config(str(model))).from_pretrained(model)
-        source = Source(loaded, str(model))
+        source = Source(load_quantized(str(model)), str(model))
     elif isinstance(model, PreTrainedModel):
         source = Source(copy.deepcopy(model).cpu(), None)
     else:
