@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
-from .entries import Entries, check_tensors, verify_entries
+from .entries import Entries, broken_seals, check_tensors, is_sealed, verify_entries
 from .fields import changed_fields, check_depth, check_labels, unknown_fields
 from .formats import get_format, group_count
 from .identity import strangers
@@ -96,7 +96,7 @@ def verify(folder: str | Path) -> Verification:
     _look_around(folder, files, found)
     found.remarks += strangers(folder, config)
     _check_fields(folder, raw, config, found)
-    _provenance(config, found)
+    _provenance(raw["quantization_config"], config, found)
     return found
 
 
@@ -228,7 +228,7 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
 def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:
     """Compare the other fields of config.json with those that were saved, as transformers reads them."""
     fields = config.provenance.get("fields")
-    if fields is None:
+    if fields is None or fields == {}:
         found.problems.append(
             "provenance has no fields: whether config.json was changed after the save cannot be told; fetch it again, or "
             "load the model and save it again if you trust it"
@@ -246,8 +246,9 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
             "them on the config of the loaded model and save it again"
         )
     if unknown:
-        found.remarks.append(
-            f"{', '.join(unknown)} of config.json have no checksum: whether they were changed after the save cannot be told"
+        found.problems.append(
+            f"{', '.join(unknown)} of config.json have no checksum, which every save writes: the file was changed after the "
+            "save, fetch it again; to add them on purpose, set them on the config of the loaded model and save it again"
         )
 
 
@@ -256,8 +257,14 @@ def _as_loaded(folder: Path) -> dict[str, Any]:
     return dict(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
 
 
-def _provenance(config: CatQuantConfig, found: Verification) -> None:
+def _provenance(stored: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:
     known = config.provenance
+    found.problems += broken_seals(stored)
+    if not is_sealed(known):
+        found.remarks.append(
+            "the request and the provenance have no checksums, as before they were written: whether what they say was "
+            "changed after the save cannot be told"
+        )
     data = known.get("calibration")
     found.provenance = {
         "solver": known.get("solver", "not said"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import BertConfig
 
 import tiny_models
 from hf_catquant import CatQuantConfig
@@ -173,11 +174,79 @@ def test_a_config_without_its_checksums_is_not_whole(folder, caplog):
     del fields["layer_norm_eps"], fields["id2label"]
     stored["provenance"]["fields"] = fields
     edit(folder, quantization_config=stored)
+    absent = "layer_norm_eps of config.json have no checksum, which every save writes"
+    assert f"id2label, {absent}" in verify(folder).problems[0]
+    assert absent in loaded(folder, caplog)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_field_that_lost_its_checksum_is_not_whole(folder, caplog, emptied):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    fields = stored["provenance"]["fields"]
+    stored["provenance"]["fields"] = {} if emptied else {n: crc for n, crc in fields.items() if n != "hidden_act"}
+    for name in ("checksum", "request_checksum"):  # as before these were written
+        del stored["provenance"][name]
+    edit(folder, quantization_config=stored, hidden_act="relu")
+    absent = "has no fields" if emptied else "hidden_act of config.json have no checksum"
+    assert absent in verify(folder).problems[0]
+    assert absent in loaded(folder, caplog)
+
+
+def test_a_field_that_is_gone_with_its_checksum_is_missed(root, tmp_path, caplog):
+    folder = Path(shutil.copytree(saved("bert", root), tmp_path / "bert"))
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw.pop("layer_norm_eps") == BertConfig().layer_norm_eps
+    del raw["quantization_config"]["provenance"]["fields"]["layer_norm_eps"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert "quantization_config: provenance is not what was saved" in verify(folder).problems[0]
+    assert "provenance of config.json is not what was saved" in loaded(folder, caplog)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("the request", "weights", "binary"),
+        ("the request", "group_size", 64),
+        ("the request", "activations", "int8"),
+        ("the request", "solver", "gptq"),
+        ("the request", "bits", 1),
+        ("the request", "seed", None),  # gone
+        ("provenance", "calibration", {"source": "10,000 texts", "num_samples": 10_000, "fingerprint": "deadbeef"}),
+        ("provenance", "skipped", {"a.layer": "no reason"}),
+        ("provenance", "versions", None),
+        ("provenance", "checksum", None),
+    ],
+)
+def test_a_request_or_a_provenance_that_was_changed_is_named(folder, where, name, value):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    held = stored if where == "the request" else stored["provenance"]
+    held[name] = value
+    if value is None:
+        del held[name]
+    edit(folder, quantization_config=stored)
+    assert re.search(rf"quantization_config: {where}.* is not what was saved", verify(folder).problems[0])
+
+
+def test_a_field_that_a_newer_transformers_has_is_no_change(folder, caplog):
+    """Its checksum is not there, nor is it in the file, and it is as the class has it."""
+    raw = json.loads((folder / "config.json").read_text())
+    fields = raw["quantization_config"]["provenance"]["fields"]
+    for name in ("checksum", "request_checksum"):
+        del raw["quantization_config"]["provenance"][name]
+    del fields["is_decoder"], raw["is_decoder"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert loaded(folder, caplog) == ""
+    assert verify(folder).is_whole
+
+
+def test_a_checkpoint_of_before_the_request_had_a_checksum_loads_and_is_remarked(folder, caplog):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    del stored["provenance"]["checksum"], stored["provenance"]["request_checksum"]
+    edit(folder, quantization_config=stored)
+    assert loaded(folder, caplog) == ""
     found = verify(folder)
-    assert found.is_whole  # another version may have saved it
-    assert found.remarks == [
-        "id2label, layer_norm_eps of config.json have no checksum: whether they were changed after the save cannot be told"
-    ]
+    assert found.is_whole
+    assert "the request and the provenance have no checksums" in found.remarks[0]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
