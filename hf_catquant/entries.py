@@ -71,11 +71,10 @@ def broken_seals(stored: Mapping[str, Any]) -> list[str]:
     nothing can be told: see :func:`is_sealed`.
     """
     provenance, found = stored.get("provenance") or {}, []
-    if "request_checksum" in provenance and provenance["request_checksum"] != _request_checksum(stored):
+    sealed = "request_checksum" in provenance
+    if sealed and provenance["request_checksum"] != _request_checksum(stored):
         found.append("the request (weights, group_size, solver and so on)")
-    if "checksum" in provenance and provenance["checksum"] != _provenance_checksum(provenance):
-        found.append("provenance")
-    elif "request_checksum" in provenance and "checksum" not in provenance:
+    if not is_provenance_saved(provenance) or (sealed and "checksum" not in provenance):
         found.append("provenance")
     return [
         f"quantization_config: {what} is not what was saved: the config.json was changed or damaged after the save, "

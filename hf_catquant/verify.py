@@ -21,11 +21,11 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .entries import Entries, broken_seals, check_tensors, is_sealed, verify_entries
 from .fields import changed_fields, check_depth, check_labels, unknown_fields
 from .formats import get_format, group_count
-from .identity import strangers
+from .identity import REPORT, recorded_files, strangers
 from .integrity import Stored, read_header, sha256, verify_files
+from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .packing import check_bytes, packed_width
 
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
 _SCALES = {"float16": "F16", "float32": "F32"}
 
@@ -40,7 +40,8 @@ class Verification:
         folder: that was looked at.
         problems: why the model must not be used; empty if it may.
         remarks: what a careful user wants to know, and does no harm.
-        files: SHA-256 of config.json and of every file of weights, by name.
+        files: SHA-256 of config.json, of every file of weights, and of every file of tokenizers, processors and the like, by
+            name.
         tensors, modules: how many were checked.
         provenance: how the model was made, as it says.
     """
@@ -95,6 +96,7 @@ def verify(folder: str | Path) -> Verification:
     found.tensors, found.modules = len(headers), len(config.modules or {})
     _look_around(folder, files, found)
     found.remarks += strangers(folder, config)
+    _check_companions(folder, config, found)
     _check_fields(folder, raw, config, found)
     _provenance(raw["quantization_config"], config, found)
     return found
@@ -209,12 +211,11 @@ def _check_values(path: Path, formats: dict[str, str]) -> None:
 
 
 def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
+    for name in names_in(folder):
+        if is_pickle(name):
+            found.remarks.append(f"{name} may hold Python objects, which run when they are loaded; nothing reads it")
     for path in sorted(folder.iterdir()):
-        if path.suffix in PICKLES:
-            found.remarks.append(
-                f"{path.name} may hold Python objects, which run when they are loaded; nothing reads it"
-            )
-        elif path.suffix == ".py":
+        if path.suffix == ".py":
             found.remarks.append(f"{path.name} is code; it runs only with trust_remote_code=True")
         elif path.name == "adapter_config.json":
             found.problems.append(
@@ -223,6 +224,32 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
             )
         elif path.suffix == ".safetensors" and path not in files:
             found.remarks.append(f"{path.name} is not part of the model")
+
+
+def _check_companions(folder: Path, config: CatQuantConfig, found: Verification) -> None:
+    """Compare the files of tokenizers, processors and the like with the SHA-256 that the report of this checkpoint has."""
+    held, known = digests(folder), recorded_files(folder, config)
+    found.files |= held
+    if known is None:
+        if held:
+            found.remarks.append(
+                f"{shortly(list(held))} were not checked: no {REPORT} of this checkpoint has their SHA-256"
+            )
+        return
+    changed = [name for name in known if name in held and held[name] != known[name]]
+    gone = [name for name in known if name not in held and is_companion(name)]
+    if changed:
+        found.problems.append(
+            f"{', '.join(changed)}: not what was written, by the SHA-256 in {REPORT}: fetch the folder again; to change it on "
+            f"purpose, delete {REPORT}, and catquant push makes it anew"
+        )
+    if gone:
+        found.remarks.append(f"{shortly(gone)}: gone, {REPORT} has its SHA-256")
+    new = [name for name in held if name not in known]
+    if new:
+        found.remarks.append(
+            f"{shortly(new)} came after {REPORT} was written, which has no SHA-256 of it: it may be another model's"
+        )
 
 
 def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:

@@ -131,6 +131,9 @@ def other(folder, tmp_path) -> Path:
 def test_what_speaks_of_another_checkpoint_is_not_on_the_card(other, copy, capsys):
     dry = ["push", str(other), "me/tiny", "--dry-run"]
     remarks = [f"{name} speaks of another checkpoint" for name in ("report.json", "evaluation.json")]
+    remarks.append(
+        "tokenizer.json, tokenizer_config.json were not checked: no report.json of this checkpoint has their SHA-256"
+    )
     assert verify(other).remarks == remarks
     said = {"evaluation": "evaluate again, catquant eval", "report": "is the report of another checkpoint"}
     for name, message in said.items():
@@ -256,6 +259,110 @@ def test_weights_that_an_older_save_left_in_the_folder_are_not_pushed(copy, hub)
     (copy / "model-00001-of-00002.safetensors").write_bytes(b"x")
     push(copy, "me/tiny")
     assert [name for name in hub.repos["me/tiny"].files if "safetensors" in name] == ["model.safetensors"]
+
+
+SECRETS = [
+    "x.joblib",
+    "y.npy",
+    "a.pth.tar",
+    "b.PKL",
+    "model.PT",
+    "c.h5",
+    "d.dill",
+    "train.parquet",
+    "notes.txt",
+    "data.json",
+    "other.safetensors",
+    "checkpoint-1/model.safetensors",
+    "checkpoint-1/optimizer.pt",
+    "checkpoint-1/tokenizer.json",
+]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_no_part_of_the_model_stays_here_and_is_named(copy, tmp_path, hub, caplog):
+    caplog.set_level("WARNING", logger="hf_catquant")
+    (tmp_path / "id_rsa").write_text("secret")
+    (copy / "id_rsa").symlink_to(tmp_path / "id_rsa")
+    (copy / "1_Linked").symlink_to(tmp_path)
+    for name in (
+        *SECRETS,
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "source.spm",
+        "modeling_x.py",
+    ):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"{}")
+    push(copy, "me/tiny")
+    files = hub.repos["me/tiny"].files
+    assert sorted(files) == sorted(
+        [
+            "1_Pooling/config.json",
+            "README.md",
+            "accuracy.png",
+            "additional_chat_templates/rag.jinja",
+            "config.json",
+            "errors.png",
+            "evaluation.json",
+            "model.safetensors",
+            "modeling_x.py",
+            "report.json",
+            "source.spm",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+    )
+    said = next(record.getMessage() for record in caplog.records if "not uploaded" in record.getMessage())
+    assert all(name in said for name in ("1_Linked/", "a.pth.tar", "b.PKL", "data.json", "id_rsa"))
+    assert said.endswith("and 4 more")  # of fourteen; the folder counts once
+    (copy / "vocab.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link out of the folder"):
+        push(copy, "me/tiny")
+    assert hub.repos["me/tiny"].commits == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_push_leaves_no_tokenizer_of_another_model(copy, hub, caplog):
+    push(copy, "me/tiny")
+    hub.repos["me/tiny"].files |= {
+        "source.spm": b"x",
+        "1_Pooling/config.json": b"{}",
+        "notes.md": b"x",
+        "data.csv": b"x",
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json", "evaluation.json"):
+        (copy / name).unlink()
+    caplog.set_level("WARNING", logger="hf_catquant")
+    push(copy, "me/tiny")
+    files = hub.repos["me/tiny"].files
+    gone = {"tokenizer.json", "tokenizer_config.json", "evaluation.json", "source.spm", "1_Pooling/config.json"}
+    assert not gone & files.keys()
+    assert {"notes.md", "data.csv"} <= files.keys()
+    assert all(name in caplog.text for name in gone)
+    assert hub.repos["me/tiny"].commits == 2
+
+
+def test_a_tokenizer_that_was_changed_is_named(copy):
+    assert verify(copy).is_whole
+    assert not verify(copy).remarks
+    edit(copy / "tokenizer.json", lambda content: content["model"]["vocab"].update(w1=4, w2=3))
+    assert verify(copy).problems[0].startswith("tokenizer.json: not what was written, by the SHA-256 in report.json")
+    (copy / "tokenizer.json").unlink()
+    (copy / "source.spm").write_bytes(b"of another model")
+    found = verify(copy)
+    assert found.is_whole
+    assert found.remarks == [
+        "tokenizer.json: gone, report.json has its SHA-256",
+        "source.spm came after report.json was written, which has no SHA-256 of it: it may be another model's",
+    ]
+
+
+def test_a_push_that_cannot_ask_is_a_runtime_error(copy, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (copy / "README.md").write_text("# Mine\n")
+    with pytest.raises(RuntimeError, match="the Hub did not take me/tiny"):
+        push(copy, "me/tiny", keep_card=True)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -78,8 +78,9 @@ def edit_checksums(folder: Path, checksums: dict[str, int], signed: bool = True)
 def test_what_was_saved_is_whole(name, root):
     found = verify(saved(name, root))
     assert found.is_whole, str(found)
-    assert not found.remarks
-    assert set(found.files) == {"config.json", "model.safetensors"}
+    written = {"generation_config.json"} if (saved(name, root) / "generation_config.json").is_file() else set()
+    assert len(found.remarks) == len(written)  # no report has its SHA-256
+    assert set(found.files) == {"config.json", "model.safetensors", *written}
     assert found.modules
     assert found.provenance["solver"] == "rtn"
 
@@ -281,12 +282,14 @@ def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
 
 
 def test_a_careful_user_is_told_what_lies_beside(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"x")
+    for name in ("pytorch_model.bin", "old.PKL", "last.pth.tar"):
+        (folder / name).write_bytes(b"x")
     (folder / "modeling_x.py").write_text("")
     save_file({"x": torch.zeros(1)}, folder / "old.safetensors")
     found = verify(folder)
     assert found.is_whole
-    assert len(found.remarks) == 3
+    assert len(found.remarks) == 5
+    assert sum("may hold Python objects" in remark for remark in found.remarks) == 3
 
 
 def test_an_adapter_that_would_be_loaded_instead_is_named(folder):
