@@ -98,7 +98,7 @@ def strangers(folder: Path, config: CatQuantConfig) -> list[str]:
 
 
 def recorded_files(folder: Path, config: CatQuantConfig) -> dict[str, str] | None:
-    """SHA-256 of the files beside the weights, by name, as the report of this very checkpoint has them; None: it has none."""
+    """SHA-256 of the files beside the weights, by name, as the report of this checkpoint has them; None: it has none."""
     try:
         raw = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

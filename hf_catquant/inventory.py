@@ -54,10 +54,12 @@ _COMPANIONS = (
     "merges*.txt",
     "*vocab*.txt",
 )
+_PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*", "*.py")
+# What a download may ask for to get all of these; in its patterns a star stands for folders too.
+PATTERNS = [*_COMPANIONS, *_PAPERS, "[0-9]_*/model.safetensors"]
 _FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Za-z]\w*|\w*tokenizer\w*|\w*processor\w*")
 _OF_SENTENCES = re.compile(r"\d+_[A-Za-z]\w*")  # whose folders hold weights of their own
 _NEVER = ("config.json", "adapter_config.json", "report.json", "evaluation.json")
-_PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*")
 
 
 def is_pickle(name: str) -> bool:
@@ -77,7 +79,7 @@ def is_companion(name: str) -> bool:
 
 def is_paper(name: str) -> bool:
     """Whether a file is read by people: a text, a plot, a licence, or the code of the model, which nothing runs unasked."""
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in (*_PAPERS, "*.py"))
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _PAPERS)
 
 
 def names_in(folder: Path) -> Iterator[str]:

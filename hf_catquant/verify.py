@@ -240,8 +240,8 @@ def _check_companions(folder: Path, config: CatQuantConfig, found: Verification)
     gone = [name for name in known if name not in held and is_companion(name)]
     if changed:
         found.problems.append(
-            f"{', '.join(changed)}: not what was written, by the SHA-256 in {REPORT}: fetch the folder again; to change it on "
-            f"purpose, delete {REPORT}, and catquant push makes it anew"
+            f"{', '.join(changed)}: not what was written, by the SHA-256 in {REPORT}: fetch the folder again; to change it "
+            f"on purpose, delete {REPORT}, and catquant push makes it anew"
         )
     if gone:
         found.remarks.append(f"{shortly(gone)}: gone, {REPORT} has its SHA-256")

@@ -177,3 +177,25 @@ def test_a_file_that_does_not_give_the_weights_back_is_no_export(tmp_path, monke
 def _add_bias(head: Any) -> list[str]:
     head.bias = torch.nn.Parameter(torch.ones(96), requires_grad=False)
     return []
+
+
+def test_what_came_with_the_model_goes_along_and_the_rest_is_named(tmp_path):
+    folder = tmp_path / "in"
+    quantized("bert").save_pretrained(folder)
+    beside = [
+        "source.spm",
+        "target.spm",
+        "normalizer.json",
+        "bpe.codes",
+        "entity_vocab.json",
+        "modules.json",
+        "vocab.json",
+    ]
+    beside += ["1_Pooling/config.json", "additional_chat_templates/rag.jinja", "LICENSE", "modeling_x.py"]
+    for name in (*beside, "report.json", "README.md", "optimizer.pt", "rows.parquet", "checkpoint-1/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    done = export(folder, tmp_path / "out")
+    there = {path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()}
+    assert there == {*beside, "config.json", "model.safetensors"}
+    assert done.notes == ["not copied, as they are no part of the model: optimizer.pt, rows.parquet, checkpoint-1/"]
