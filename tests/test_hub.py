@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForAudioClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import fake_hub
+import hf_catquant
 import tiny_models
-from hf_catquant.card import _task, model_card
+from hf_catquant import CatQuantConfig
+from hf_catquant.card import _task, _usage, model_card
 from hf_catquant.cli import main
 from hf_catquant.hub import push
+from hf_catquant.identity import identity
 from hf_catquant.tasks import auto_class
 from hf_catquant.verify import verify
 
@@ -98,6 +102,85 @@ def test_what_was_not_measured_is_said(copy):
     assert "It was not evaluated" in card.content
     assert "Its quality was not measured" in card.content
     assert not {"model-index", "base_model"} & card.data.to_dict().keys()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder of a tiny model that was quantized without data."""
+
+    def make(name: str) -> Path:
+        config = CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None)
+        model = hf_catquant.quantize(tiny_models.build(name), config)
+        model.save_pretrained(tmp_path / name)
+        report = {**hf_catquant.report(model).to_dict(), **identity(model)}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        return tmp_path / name
+
+    return make
+
+
+def usage(folder: Path) -> str:
+    """The Python of a card that says how to load the model from this very folder."""
+    return re.search(r"```python\n(from transformers.*?)```", model_card(folder, str(folder)).content, re.S)[1]
+
+
+def test_a_card_of_a_model_without_data_speaks_of_none(bare):
+    content = model_card(bare("bert")).content
+    assert "from the float model alone, without data." in content
+    assert "relative squared error of their weight:" in content
+    assert "No calibration data was used." in content
+    assert not re.search("samples|on the calibration data", content)
+
+
+@pytest.mark.parametrize("name", ["bert", "ast", "clip", "t5"])
+def test_the_usage_of_a_card_can_be_followed(bare, name):
+    """No tokenizer and no processor: the class, with its head."""
+    folder, found = bare(name), {}
+    exec(usage(folder), found)
+    assert type(found["model"]) is type(tiny_models.build(name))
+
+
+def test_the_usage_of_a_card_with_a_tokenizer_is_a_pipeline(copy):
+    found: dict = {}
+    exec(usage(copy), found)
+    assert found["run"]("w1 w2")[0]["label"].startswith("class ")
+
+
+def test_a_pipeline_is_offered_where_there_is_one(copy, tmp_path):
+    config = {"architectures": ["BertForQuestionAnswering"]}
+    assert "BertForQuestionAnswering.from_pretrained" in _usage(copy, config, "question-answering", "me/x")
+    custom = {"architectures": ["KWT"], "auto_map": {"AutoConfig": "k.C", "AutoModelForAudioClassification": "k.KWT"}}
+    said = _usage(tmp_path, custom, "audio-classification", "me/x")
+    assert 'AutoModelForAudioClassification.from_pretrained("me/x", trust_remote_code=True)' in said
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert 'pipeline("audio-classification"' in _usage(tmp_path, custom, "audio-classification", "me/x")
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("bytes_after", lambda report: report.update(bytes_after=1)),
+        ("bytes_before", lambda report: report.update(bytes_before=10 * report["bytes_before"])),
+        ("bits of", lambda report: report["layers"][0].update(bits=1.0)),
+        ("error of", lambda report: report["layers"][0].update(error=0.0)),
+        ("layer ", lambda report: report["layers"][0].update(weights="binary")),
+        ("layers", lambda report: report["layers"].pop()),
+        ("notes", lambda report: report.update(notes=["all is well"])),
+        ("quantized_parameters", lambda report: report.update(quantized_parameters=1)),
+    ],
+)
+def test_a_report_that_the_checkpoint_contradicts_is_refused(copy, field, change):
+    edit(copy / "report.json", change)
+    with pytest.raises(ValueError, match=rf"report\.json is not a report of this checkpoint: {field}"):
+        model_card(copy)
+
+
+def test_a_card_does_not_print_a_request_that_was_changed(copy):
+    assert "cannot be told" not in model_card(copy).content
+    assert "`tokenizer.json`, `tokenizer_config.json` with the SHA-256" in model_card(copy).content
+    edit(copy / "config.json", lambda config: config["quantization_config"].update(weights="binary", group_size=-1))
+    with pytest.raises(ValueError, match=r"the request .* is not what was saved"):
+        model_card(copy)
 
 
 def edit(path: Path, change) -> None:
