@@ -44,6 +44,7 @@ def describe(
     *,
     relation: str = RELATIONS[0],
     origin: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the plots and the card into a folder of a quantized model; returns the card's path.
 
@@ -54,6 +55,7 @@ def describe(
         license: Hub word for the licence of the weights.
         relation, origin: as in :func:`~hf_catquant.card.model_card`.
         evaluation: what ``catquant eval --json`` wrote; it is copied into the folder. None: what is there already.
+        trust_remote_code: run the code that comes with the model where a report is made from it.
 
     Raises:
         ValueError: a file is missing, or is not one of this very checkpoint; nothing is written then.
@@ -67,7 +69,7 @@ def describe(
     measured = evaluation is not None or source.is_file()
     table = checked_evaluation(source, read_object(source), config) if measured else None
     if not (folder / REPORT).is_file():
-        _write_report(folder)
+        _write_report(folder, trust_remote_code)
     summary = checked_report(folder / REPORT, read_object(folder / REPORT), config)
     if measured and source.resolve() != (folder / EVALUATION).resolve():
         shutil.copyfile(source, folder / EVALUATION)
@@ -107,9 +109,10 @@ def _record_files(folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps({**raw, "files": files}, indent=2), encoding="utf-8")
 
 
-def _write_report(folder: Path) -> None:
+def _write_report(folder: Path, trust_remote_code: bool) -> None:
     """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
-    model = auto_class(load_config(str(folder))).from_pretrained(folder)
+    kind = auto_class(load_config(str(folder), trust_remote_code))
+    model = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
     text = json.dumps({**report(model).to_dict(), **identity(model)}, indent=2)
     (folder / REPORT).write_text(text, encoding="utf-8")
 
@@ -126,6 +129,7 @@ def push(
     private: bool | None = None,
     keep_card: bool = False,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Check a folder, describe it, and upload it in one commit; returns the commit's address.
 
@@ -137,7 +141,7 @@ def push(
     evaluation and plots. No other file is deleted.
 
     Args:
-        folder, base_model, license, evaluation, relation, origin: as in :func:`describe`.
+        folder, base_model, license, evaluation, relation, origin, trust_remote_code: as in :func:`describe`.
         repo: Hub id; it is created if it is not there.
         private: whether a new repository is; None: as the owner's default is.
         keep_card: upload the README.md of the folder as it is.
@@ -156,7 +160,8 @@ def push(
     if keep_card:
         check_kept(folder)
     else:
-        describe(folder, repo, base_model, license, evaluation, relation=relation, origin=origin)
+        more: dict[str, Any] = {"origin": origin, "trust_remote_code": trust_remote_code}
+        describe(folder, repo, base_model, license, evaluation, relation=relation, **more)
     names = _uploaded(folder)
     api = HfApi(token=token)
     try:

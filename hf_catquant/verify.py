@@ -25,6 +25,7 @@ from .identity import REPORT, recorded_files, strangers
 from .integrity import Stored, read_header, sha256, verify_files
 from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .packing import check_bytes, packed_width
+from .plain import CONFIG
 
 _BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
 _SCALES = {"float16": "F16", "float32": "F32"}
@@ -83,7 +84,7 @@ def verify(folder: str | Path) -> Verification:
         raise ValueError(f"there is no folder {folder}")
     found = Verification(str(folder))
     try:
-        raw = read_object(folder / "config.json")
+        raw = _stored_object(folder)
         config = stored_config(raw, folder)
         files = weight_files(folder)
         if not files:
@@ -92,14 +93,29 @@ def verify(folder: str | Path) -> Verification:
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         found.problems.append(" ".join(str(error).split()))
         return found
-    found.files = {path.name: sha256(path) for path in (folder / "config.json", *files)}
+    of_transformers = (folder / "config.json").is_file()
+    own = folder / ("config.json" if of_transformers else CONFIG)
+    found.files = {path.name: sha256(path) for path in (own, *files)}
     found.tensors, found.modules = len(headers), len(config.modules or {})
     _look_around(folder, files, found)
     found.remarks += strangers(folder, config)
     _check_companions(folder, config, found)
-    _check_fields(folder, raw, config, found)
+    if of_transformers:
+        _check_fields(folder, raw, config, found)
+    else:
+        found.remarks.append(
+            "a folder of save_quantized: load_quantized puts it into a float model that you build, whose settings are not "
+            "stored here and were not checked"
+        )
     _provenance(raw["quantization_config"], config, found)
     return found
+
+
+def _stored_object(folder: Path) -> dict[str, Any]:
+    """What config.json holds, or what it would hold of a folder that ``save_quantized`` wrote."""
+    if (folder / CONFIG).exists() and not (folder / "config.json").exists():
+        return {"quantization_config": read_object(folder / CONFIG)}
+    return read_object(folder / "config.json")
 
 
 def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:

@@ -16,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BertConfig
 
+import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig
 from hf_catquant.cli import main
 from hf_catquant.entries import entries_checksum
 from hf_catquant.integrity import file_checksums
+from hf_catquant.plain import save_quantized
 from hf_catquant.verify import verify
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -279,6 +281,25 @@ def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
     assert "is no safetensors file of this folder" in str(verify(folder))
     index.write_text(json.dumps({"weight_map": content["weight_map"]}))
     assert "metadata must be an object, got None" in str(verify(folder))  # transformers would raise a KeyError
+
+
+def test_a_folder_of_save_quantized_is_verified(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    config = CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None)
+    save_quantized(hf_catquant.quantize(model, config), tmp_path)
+    found = verify(tmp_path)
+    assert found.is_whole, str(found)
+    assert found.modules == 2
+    assert set(found.files) == {"catquant.json", "model.safetensors"}
+    assert len(found.remarks) == 1
+    assert "a folder of save_quantized" in found.remarks[0]
+    path = tmp_path / "catquant.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"solver": "gptq"}))
+    assert "the request" in verify(tmp_path).problems[0]
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert "are not those that were saved" in verify(tmp_path).problems[0]
 
 
 def test_a_careful_user_is_told_what_lies_beside(folder):

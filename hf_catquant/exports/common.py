@@ -62,14 +62,15 @@ class Source:
     name: str | None
 
 
-def open_model(model: str | Path | PreTrainedModel) -> Source:
+def open_model(model: str | Path | PreTrainedModel, trust_remote_code: bool = False) -> Source:
     """The model, loaded, or a copy of the one in memory.
 
     Raises:
         ValueError: it is not a quantized transformers model.
     """
     if isinstance(model, str | Path):
-        loaded = auto_class(load_config(str(model))).from_pretrained(model)
+        kind = auto_class(load_config(str(model), trust_remote_code))
+        loaded = kind.from_pretrained(model, trust_remote_code=trust_remote_code)
         source = Source(loaded, str(model))
     elif isinstance(model, PreTrainedModel):
         source = Source(copy.deepcopy(model).cpu(), None)
