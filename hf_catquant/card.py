@@ -10,15 +10,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .checkpoint import read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
+from .entries import broken_seals, is_sealed
 from .evaluation_table import Evaluation
 from .hub_id import check_id
-from .identity import EVALUATION, REPORT, checked_evaluation, checked_report
-from .integrity import sha256
+from .identity import EVALUATION, REPORT, checked_evaluation, checked_report, recorded_files
+from .integrity import read_header, sha256
 from .report import Report
+from .report_checks import check_report
 from .tasks import SOUND_CLASSIFIERS
 from .verify import stored_config
 
@@ -90,6 +94,11 @@ def model_card(
     quantization = stored_config(config, folder)
     raw = read_object(folder / REPORT)
     report = checked_report(folder / REPORT, raw, quantization)
+    broken = broken_seals(config["quantization_config"])
+    if broken:
+        raise ValueError(f"{folder / 'config.json'}: {'; '.join(broken)}")
+    headers = {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}
+    check_report(folder / REPORT, report, quantization, headers)
     base = _base_model(base_model, raw.get("model"))
     raw_table = read_object(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     table = None if raw_table is None else checked_evaluation(folder / EVALUATION, raw_table, quantization)
@@ -111,7 +120,9 @@ def model_card(
         bits=f"{report.bits_per_parameter:.2f}",
         size_before=_megabytes(report.bytes_before),
         size_after=_megabytes(report.bytes_after),
-        usage=_usage(config, task, repo or folder.name),
+        usage=_usage(folder, config, task, repo or folder.name),
+        calibrated=isinstance(quantization.provenance.get("calibration"), dict),
+        beside=sorted(recorded_files(folder, quantization) or {}),
         evaluation=None if table is None else table.to_markdown(),
         evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}",
         plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
@@ -192,11 +203,35 @@ def _metadata(
     )
 
 
-def _usage(config: dict[str, Any], task: str | None, repo: str) -> str:
+def _usage(folder: Path, config: dict[str, Any], task: str | None, repo: str) -> str:
+    """Python that loads the model: a pipeline where the folder has all that one needs, else its class."""
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
-    if task is not None:
+    if task in PIPELINE_REGISTRY.get_supported_tasks() and _feeds(folder, str(task)):
         return f'from transformers import pipeline\n\nrun = pipeline("{task}", model="{repo}"{trust})'
-    return f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{repo}"{trust})'
+    name = _class_name(config)
+    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}"{trust})'
+
+
+def _feeds(folder: Path, task: str) -> bool:
+    """Whether a folder has what turns the rows of a task into inputs."""
+    has = {
+        "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+        "processor": ("preprocessor_config.json", "processor_config.json"),
+    }
+    needed = {"image-classification": ["processor"], "audio-classification": ["processor"]}
+    needed["automatic-speech-recognition"] = ["tokenizer", "processor"]
+    kinds = needed.get(task, ["tokenizer"])
+    return all(any((folder / name).is_file() for name in has[kind]) for kind in kinds)
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    """The class of transformers that loads the model with its head."""
+    architecture = (config.get("architectures") or [""])[0]
+    remote = config.get("auto_map") or {}
+    autos = [name for name, target in remote.items() if str(target).endswith(f".{architecture}") and architecture]
+    if autos:
+        return str(autos[0])
+    return architecture if isinstance(getattr(transformers, architecture, None), type) else "AutoModel"
 
 
 def _stored(config: CatQuantConfig, report: Report) -> list[tuple[str, str]]:
@@ -275,6 +310,8 @@ def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) ->
         found.append(
             f"{table.metric.capitalize()} went from {change} on {table.n} rows; on other data it can be another number."
         )
+    if not is_sealed(config.provenance):
+        found.append("The request and the provenance have no checksum: whether they were changed cannot be told.")
     if any(fit.get("clusters") for fit in report.corrections.values()):
         found.append("The correction was fitted on the calibration data and is meant for data like it.")
     found += [_cell(note) for note in report.notes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -17,6 +17,8 @@ Entries = dict[str, dict[str, Any]]
 
 MAX_SIZE = 1 << 30  # rows, columns or ranks: the bytes of no product of two overflow
 _SCHEME = tuple(field.name for field in fields(Scheme))
+# What quantizing found, which has checksums of its own; everything else of a quantization_config is the request.
+_FOUND = ("modules", "corrections", "checksums", "entries_checksum", "provenance")
 
 
 def module_entry(scheme: Scheme, shape: tuple[int, int], tied_to: str | None) -> dict[str, Any]:
@@ -50,6 +52,59 @@ def verify_entries(modules: Entries, corrections: Entries, checksums: dict[str, 
             f"quantization_config: modules, corrections and checksums are not those that were saved (CRC-32 {found:08x}, "
             f"expected {expected:08x}): the config.json was changed or damaged after the save, fetch it again"
         )
+
+
+def seal(stored: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a ``quantization_config``, with the CRC-32 of the request and that of the provenance itself.
+
+    Args:
+        stored: all that ``config.json`` will hold of it, with everything else of the provenance in place.
+    """
+    provenance = {**stored["provenance"], "request_checksum": _request_checksum(stored)}
+    return {**provenance, "checksum": _provenance_checksum(provenance)}
+
+
+def broken_seals(stored: Mapping[str, Any]) -> list[str]:
+    """What of the request and the provenance of a ``quantization_config``, as the file has it, is not what was saved.
+
+    Nothing of either is needed to load, but a card prints both. Of what was saved before these checksums there were
+    nothing can be told: see :func:`is_sealed`.
+    """
+    provenance, found = stored.get("provenance") or {}, []
+    sealed = "request_checksum" in provenance
+    if sealed and provenance["request_checksum"] != _request_checksum(stored):
+        found.append("the request (weights, group_size, solver and so on)")
+    if not is_provenance_saved(provenance) or (sealed and "checksum" not in provenance):
+        found.append("provenance")
+    return [
+        f"quantization_config: {what} is not what was saved: the config.json was changed or damaged after the save, "
+        "fetch it again"
+        for what in found
+    ]
+
+
+def is_sealed(provenance: Mapping[str, Any]) -> bool:
+    """Whether a provenance has the checksums of :func:`seal`."""
+    return {"checksum", "request_checksum"} <= provenance.keys()
+
+
+def is_provenance_saved(provenance: Mapping[str, Any]) -> bool:
+    """Whether a provenance is the one that was saved, or has no checksum that could tell."""
+    return provenance.get("checksum") in (None, _provenance_checksum(provenance))
+
+
+def _request_checksum(stored: Mapping[str, Any]) -> int:
+    """Of the fields that the file has, whatever fields another version knows."""
+    return _crc({name: value for name, value in stored.items() if name not in _FOUND})
+
+
+def _provenance_checksum(provenance: Mapping[str, Any]) -> int:
+    return _crc({name: value for name, value in provenance.items() if name != "checksum"})
+
+
+def _crc(value: Any) -> int:
+    """CRC-32 of the JSON of a value as a file would give it back, names sorted."""
+    return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
 def check_tensors(modules: Entries, names: Iterable[str]) -> None:

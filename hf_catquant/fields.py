@@ -62,9 +62,19 @@ def changed_fields(config: Mapping[str, Any], stored: Any) -> list[str]:
     return sorted(name for name, value in field_checksums(config).items() if stored.get(name, value) != value)
 
 
-def unknown_fields(config: Mapping[str, Any], raw: Mapping[str, Any], stored: Mapping[str, int]) -> list[str]:
-    """Names of the fields in the file, ``raw``, that a model reads, as ``config``, and ``stored`` has no checksum of."""
-    return sorted((field_checksums(config).keys() & raw.keys()) - stored.keys())
+def unknown_fields(config: Mapping[str, Any], written: Mapping[str, Any], stored: Mapping[str, int]) -> list[str]:
+    """Names of the fields in ``written`` that a model reads, as ``config``, and ``stored`` has no checksum of.
+
+    A save writes a checksum of every field that it writes, and of those that it leaves out because they are as the class
+    has them: a field without one was added later, or lost its checksum. Fields that a newer transformers has beyond the one
+    that saved are in no file, and as its class has them, so they are none of these.
+
+    Args:
+        config: of the model, as transformers read it.
+        written: what the file holds or, where the file is not at hand, the fields that are not as their class has them.
+        stored: what :func:`field_checksums` gave when the model was saved.
+    """
+    return sorted((field_checksums(config).keys() & written.keys()) - stored.keys())
 
 
 def check_depth(config: Mapping[str, Any], tensors: int) -> None:

@@ -28,6 +28,7 @@ from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
 from .integrity import sha256
+from .inventory import digests
 from .journal import Journal, open_journal
 from .journal_place import check_own
 from .kernels import native
@@ -240,7 +241,8 @@ def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[
         model.save_pretrained(staging)
         if hasattr(processor, "save_pretrained"):
             processor.save_pretrained(staging)
-        text = json.dumps({**report(model).to_dict(), **made, **identity(model)}, indent=2)
+        said = {**report(model).to_dict(), **made, **identity(model), "files": digests(staging)}
+        text = json.dumps(said, indent=2)
         (staging / REPORT).write_text(text, encoding="utf-8")
         sync_folder(staging)
     files = [path for path in sorted(staging.rglob("*")) if path.is_file()]

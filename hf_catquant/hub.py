@@ -11,28 +11,28 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .card import RELATIONS, model_card
 from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
 from .evaluation_table import Evaluation
 from .hub_id import check_id
-from .identity import CARD, EVALUATION, REPORT, check_kept, checked_evaluation, checked_report, identity
+from .identity import CARD, EVALUATION, PLOTS, REPORT, check_kept, checked_evaluation, checked_report, identity
+from .inventory import digests, is_companion, is_paper, is_pickle, names_in, shortly
 from .log import logger
 from .report import Report, report
 from .report_page import draw_errors, draw_sizes
 from .tasks import load_quantized
-from .verify import PICKLES, Verification, stored_config, verify
+from .verify import Verification, stored_config, verify
 
-# Files of Python objects are never uploaded, nor is what editors and caches leave behind.
-_LEFT_OUT = [*(f"*{suffix}" for suffix in PICKLES), ".*", "*/.*", "*.tmp", "*__pycache__/*"]
 # What transformers calls the weights of a model, whole or in parts, and their index.
 _OF_A_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_CHECKED = ["*.json", "*.safetensors", CARD]
+# What this package writes beside a model: of another one it would speak for this one.
+_OF_A_CHECKPOINT = (REPORT, EVALUATION, *PLOTS)
 
 
 def describe(
@@ -44,6 +44,7 @@ def describe(
     *,
     relation: str = RELATIONS[0],
     origin: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the plots and the card into a folder of a quantized model; returns the card's path.
 
@@ -54,6 +55,7 @@ def describe(
         license: Hub word for the licence of the weights.
         relation, origin: as in :func:`~hf_catquant.card.model_card`.
         evaluation: what ``catquant eval --json`` wrote; it is copied into the folder. None: what is there already.
+        trust_remote_code: run the code that comes with the model where a report is made from it.
 
     Raises:
         ValueError: a file is missing, or is not one of this very checkpoint; nothing is written then.
@@ -67,11 +69,12 @@ def describe(
     measured = evaluation is not None or source.is_file()
     table = checked_evaluation(source, read_object(source), config) if measured else None
     if not (folder / REPORT).is_file():
-        _write_report(folder)
+        _write_report(folder, trust_remote_code)
     summary = checked_report(folder / REPORT, read_object(folder / REPORT), config)
     if measured and source.resolve() != (folder / EVALUATION).resolve():
         shutil.copyfile(source, folder / EVALUATION)
     _draw(folder, summary, table)
+    _record_files(folder)
     card = model_card(folder, repo, base_model, license, relation=relation, origin=origin)
     if "base_model" not in card.data.to_dict() and origin is None:
         logger.warning(
@@ -96,9 +99,19 @@ def _draw(folder: Path, summary: Report, table: Evaluation | None) -> None:
         sizes.unlink(missing_ok=True)
 
 
-def _write_report(folder: Path) -> None:
+def _record_files(folder: Path) -> None:
+    """Have the report name the files of tokenizers and processors that are there: what it has of one stays as it is."""
+    raw = read_object(folder / REPORT)
+    held: Any = raw.get("files")
+    files = digests(folder)
+    files |= {name: value for name, value in (held if isinstance(held, dict) else {}).items() if name in files}
+    if files != raw.get("files"):
+        (folder / REPORT).write_text(json.dumps({**raw, "files": files}, indent=2), encoding="utf-8")
+
+
+def _write_report(folder: Path, trust_remote_code: bool) -> None:
     """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
-    model = load_quantized(str(folder))
+    model = load_quantized(str(folder), trust_remote_code)
     text = json.dumps({**report(model).to_dict(), **identity(model)}, indent=2)
     (folder / REPORT).write_text(text, encoding="utf-8")
 
@@ -115,14 +128,19 @@ def push(
     private: bool | None = None,
     keep_card: bool = False,
     token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Check a folder, describe it, and upload it in one commit; returns the commit's address.
 
-    Weights of another checkpoint that the repository has, and their index, are deleted by the same commit: a loader would
-    read them, or some of them, in the place of the new ones. No other file is deleted.
+    Uploaded are the files of this checkpoint, of tokenizers, processors and the like, the card, its plots, texts, licences
+    and code of the model (``inventory.py``). Everything else in the folder is left out, and named in a warning.
+
+    What the repository has of another checkpoint is deleted by the same commit: weights and their index, which a loader
+    would read in the place of the new ones, files of tokenizers and processors that this folder has not, and a report, an
+    evaluation and plots. No other file is deleted.
 
     Args:
-        folder, base_model, license, evaluation, relation, origin: as in :func:`describe`.
+        folder, base_model, license, evaluation, relation, origin, trust_remote_code: as in :func:`describe`.
         repo: Hub id; it is created if it is not there.
         private: whether a new repository is; None: as the owner's default is.
         keep_card: upload the README.md of the folder as it is.
@@ -130,8 +148,8 @@ def push(
 
     Raises:
         ValueError: the folder is not whole, cannot be described, ``repo`` is no Hub id, or the card that is kept is of
-            another checkpoint or has metadata that the Hub does not take.
-        RuntimeError: the Hub refused.
+            another checkpoint or has metadata that the Hub does not take; a file to upload is a link out of the folder.
+        RuntimeError: the Hub refused, or cannot be asked (offline).
     """
     check_id("repo", repo)
     folder = Path(folder)
@@ -141,39 +159,68 @@ def push(
     if keep_card:
         check_kept(folder)
     else:
-        describe(folder, repo, base_model, license, evaluation, relation=relation, origin=origin)
+        more: dict[str, Any] = {"origin": origin, "trust_remote_code": trust_remote_code}
+        describe(folder, repo, base_model, license, evaluation, relation=relation, **more)
+    names = _uploaded(folder)
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         # Not upload_folder, which may split a large one into several commits: between two of them nothing would load.
-        operations = _operations(folder, api.list_repo_files(name))
+        operations = _operations(folder, names, api.list_repo_files(name))
         commit = api.create_commit(name, operations, commit_message="Upload quantized model")
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise RuntimeError(f"the Hub did not take {repo}: {error}") from error
     return str(commit.commit_url)
 
 
-def _operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What makes of a repository with the files ``there`` one whose weights are those of ``folder``, and no others."""
-    part = {path.name for path in weight_files(folder)}
-    part |= set() if WEIGHTS in part else {INDEX}
+def _uploaded(folder: Path) -> list[str]:
+    """Paths of the files that go to the Hub; what is left out is named.
+
+    Raises:
+        ValueError: one of them is a link out of the folder.
+    """
+    own = {"config.json", *_OF_A_CHECKPOINT, *(path.name for path in weight_files(folder))}
+    own |= set() if WEIGHTS in own else {INDEX}
+    there = list(names_in(folder))
+    names = [name for name in there if name in own or is_companion(name) or is_paper(name)]
+    root = folder.resolve()
+    for name in names:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(root) or not target.is_file():
+            raise ValueError(
+                f"{folder / name} is a link out of the folder, to {target}, or no file: put the file itself there, or "
+                "take the link away"
+            )
+    left = [name for name in there if name not in names]
+    if left:
+        logger.warning("not uploaded, as they are no part of the model: %s", shortly(left))
+    return names
+
+
+def _operations(
+    folder: Path, names: list[str], there: Iterable[str]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What makes of a repository with the files ``there`` one that speaks of the model of ``folder``, and of no other."""
 
     def stale(name: str) -> bool:
-        return _OF_A_MODEL.fullmatch(name) is not None and name not in part
+        ours = _OF_A_MODEL.fullmatch(name) is not None or name in _OF_A_CHECKPOINT
+        return (ours or is_companion(name)) and name not in names
 
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    kept = [name for name in filter_repo_objects(names, ignore_patterns=_LEFT_OUT) if not stale(name)]
     gone = [name for name in there if stale(name)]
     if gone:
-        logger.warning("deleted by the same commit, as weights of another checkpoint: %s", ", ".join(gone))
+        logger.warning(
+            "deleted by the same commit, as files of another checkpoint: %s (put what should stay into %s and push again)",
+            ", ".join(gone),
+            folder,
+        )
     return [
         *(CommitOperationDelete(name, is_folder=False) for name in gone),
-        *(CommitOperationAdd(name, folder / name) for name in kept),
+        *(CommitOperationAdd(name, folder / name) for name in names),
     ]
 
 
 def verify_repo(repo: str, revision: str | None = None, token: str | None = None) -> Verification:
-    """Download the JSON and the weights of a repository, check them, and compare them with the Hub's own SHA-256.
+    """Download a repository but for code and what is no part of the model, check it, and compare it with the Hub's SHA-256.
 
     Raises:
         ValueError: the Hub does not give such a repository.
@@ -181,7 +228,9 @@ def verify_repo(repo: str, revision: str | None = None, token: str | None = None
     api = HfApi(token=token)
     try:
         info = api.model_info(repo, revision=revision, files_metadata=True)
-        folder = snapshot_download(repo, revision=info.sha, allow_patterns=_CHECKED, token=token)
+        files = [file.rfilename for file in info.siblings or []]
+        wanted = [name for name in files if _is_checked(name)]
+        folder = snapshot_download(repo, revision=info.sha, allow_patterns=wanted, token=token)
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"there is no folder {repo}, and the Hub did not give a model of this name: {error}"
@@ -192,7 +241,12 @@ def verify_repo(repo: str, revision: str | None = None, token: str | None = None
     for name, digest in found.files.items():
         if listed.get(name, digest) != digest:
             found.problems.append(f"{name}: its SHA-256 is {digest}, the Hub has {listed[name]}: fetch it again")
-    others = [file.rfilename for file in info.siblings or [] if Path(file.rfilename).suffix in (*PICKLES, ".py")]
-    for name in others:
+    for name in [name for name in files if is_pickle(name) or name.endswith(".py")]:
         found.remarks.append(f"{name} is in the repository and was not fetched: it may hold code or Python objects")
     return found
+
+
+def _is_checked(name: str) -> bool:
+    """Whether ``verify`` reads a file of this name."""
+    flat = "/" not in name and (name.endswith((".json", ".safetensors")) or name == CARD)
+    return flat or is_companion(name)

@@ -97,6 +97,16 @@ def strangers(folder: Path, config: CatQuantConfig) -> list[str]:
     return found + ([f"{CARD} is the card of another checkpoint"] if _is_another_card(folder) else [])
 
 
+def recorded_files(folder: Path, config: CatQuantConfig) -> dict[str, str] | None:
+    """SHA-256 of the files beside the weights, by name, as the report of this checkpoint has them; None: it has none."""
+    try:
+        raw = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    files = raw.get("files") if isinstance(raw, dict) and is_of(raw, config) else None
+    return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else None
+
+
 def _is_another_card(folder: Path) -> bool:
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
     found = re.search(r"^\| `config\.json` \| [\d,]+ \| `([0-9a-f]{64})` \|$", text, re.M)

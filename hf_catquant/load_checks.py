@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .correction import corrections
-from .fields import CHOSEN_AT_LOAD, changed_fields
+from .entries import is_provenance_saved
+from .fields import CHOSEN_AT_LOAD, changed_fields, unknown_fields
 from .log import logger
 from .model import quantized_modules
 
@@ -39,29 +40,58 @@ def check_room(model: nn.Module, size: int) -> None:
         )
 
 
-def warn_of_changes(model: PreTrainedModel, fields: Any) -> None:
+def warn_of_changes(model: PreTrainedModel, provenance: dict[str, Any]) -> None:
     """Say which fields of the model's config are not those that were saved: they can change what it computes.
 
     Args:
         model: as it is built.
-        fields: what its checkpoint says that they were; None: it does not say, which is told.
+        provenance: of its checkpoint; its ``fields`` are the checksums of what was saved. Without them nothing can be told
+            of any, which is said.
 
     Raises:
         ValueError: ``fields`` is no table of checksums.
     """
-    if fields is None:
+    fields = provenance.get("fields")
+    if fields is None or fields == {}:
         logger.warning(
             "provenance of config.json has no fields: whether other fields were changed after the save cannot be told; "
             "fetch the file again, or save the model again if you trust it"
         )
         return
-    changed = [name for name in changed_fields(model.config.to_dict(), fields) if name not in CHOSEN_AT_LOAD]
+    config = model.config.to_dict()
+    changed = [name for name in changed_fields(config, fields) if name not in CHOSEN_AT_LOAD]
     if changed:
         logger.warning(
             "%s of config.json are not what was saved: unless you changed them, the file is damaged, and the model does "
             "not compute what was saved",
             ", ".join(changed),
         )
+    # The config of a part of the model has fields that the whole has not: that it is another one was said above.
+    unknown = [] if "model_type" in changed else unknown_fields(config, _chosen(model.config, config), fields)
+    unknown = [name for name in unknown if name not in CHOSEN_AT_LOAD]
+    if unknown:
+        logger.warning(
+            "%s of config.json have no checksum, which every save writes: unless you added them, the file was changed or "
+            "damaged after the save",
+            ", ".join(unknown),
+        )
+    elif not is_provenance_saved(provenance):
+        logger.warning(
+            "provenance of config.json is not what was saved: whether its other fields were changed cannot be told; fetch "
+            "the file again, or save the model again if you trust it"
+        )
+
+
+def _chosen(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """The ``fields`` of a config that are not as its class has them, none if the class cannot be built without words.
+
+    A field that a newer transformers has beyond the one that saved is as the class has it, and no change.
+    """
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # of the model's own config class, which may want anything
+        return {}
+    return {name: value for name, value in fields.items() if name not in usual or usual[name] != value}
 
 
 def check_loaded(name: str, module: nn.Module) -> None:

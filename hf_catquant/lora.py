@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .layers import QuantizedModule
 from .layers.linear import QuantizedLinear
 from .log import logger
 
@@ -34,6 +35,8 @@ except ImportError as error:
 
 INITS = (True, False, "gaussian", "orthogonal")  # those that leave the weight of the layer alone
 HEADS = ("score", "classifier")
+# What PEFT trains whole and stores beside the adapters of a task, unasked (peft_model.py).
+SAVED = {"SEQ_CLS": HEADS, "TOKEN_CLS": HEADS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 class LoraOnQuantized(Linear):
@@ -104,9 +107,11 @@ def lora_config(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
     Raises:
         TypeError: it is no ``LoraConfig``.
+        ValueError: a module that PEFT would train whole (``modules_to_save``, the head of a classifier) is packed.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"only LoRA works on quantized layers, got a {type(config).__name__}: pass a LoraConfig")
+    _check_saved(model, config)
     config = copy.deepcopy(config)
     config._register_custom_module({QuantizedLinear: LoraOnQuantized})
     if config.target_modules == "all-linear":
@@ -123,6 +128,23 @@ def load_peft_model(model: nn.Module, folder: str | Path, **kwargs: Any) -> Peft
     """``peft.PeftModel.from_pretrained`` for a quantized model: the adapter in ``folder``, or in a repository of the Hub."""
     config = lora_config(PeftConfig.from_pretrained(str(folder)), model)
     return PeftModel.from_pretrained(model, str(folder), config=config, **kwargs)
+
+
+def _check_saved(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse to train a copy of a packed layer: nothing of it but the bias would learn, and no float model would take it.
+
+    Raises:
+        ValueError: naming the layers and the way out.
+    """
+    names = {*(config.modules_to_save or ()), *SAVED.get(str(config.task_type).removeprefix("TaskType."), ())}
+    packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+    found = sorted({name for name in names if any(f".{name}." in f".{layer}." for layer in packed)})
+    if found:
+        raise ValueError(
+            f"{', '.join(found)}: its weight is packed, and PEFT would train it whole (task_type={config.task_type!s}, "
+            f"modules_to_save={config.modules_to_save}): quantize with modules_to_not_convert={found}, as float layers "
+            "learn, or pass task_type=None and no modules_to_save to train adapters alone"
+        )
 
 
 def _linear_names(model: nn.Module, config: LoraConfig) -> list[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from .config import CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
-from .entries import check_tensors, entries_checksum, verify_entries
+from .entries import check_tensors, entries_checksum, seal, verify_entries
 from .integrity import checksums, verify_files
 from .load_checks import check_room
 from .model import prepare, quantized_modules
@@ -44,6 +44,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
     config.checksums = checksums(state)
     config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
+    config.provenance = seal(config.to_dict())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"

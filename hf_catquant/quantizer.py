@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction, entry_of
-from .entries import check_tensors, entries_checksum, verify_entries
+from .entries import check_tensors, entries_checksum, seal, verify_entries
 from .fields import check_depth, check_tables, field_checksums
 from .integrity import checksums, verify_files
 from .journal import Journal
@@ -111,7 +111,7 @@ class CatQuantizer(HfQuantizer):
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
             check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
-        warn_of_changes(model, config.provenance.get("fields"))
+        warn_of_changes(model, config.provenance)
         _untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
@@ -188,6 +188,7 @@ class CatQuantizer(HfQuantizer):
         name = type(model).__name__.removeprefix("FSDP")
         written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
         config.provenance["fields"] = field_checksums(model.config.to_dict() | written)
+        config.provenance = seal(config.to_dict())
         model.config.quantization_config = config
         return state, {}
 

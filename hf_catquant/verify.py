@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
-from .entries import Entries, check_tensors, verify_entries
+from .entries import Entries, broken_seals, check_tensors, is_sealed, verify_entries
 from .fields import changed_fields, check_depth, check_labels, unknown_fields
 from .formats import get_format, group_count
-from .identity import strangers
+from .identity import REPORT, recorded_files, strangers
 from .integrity import Stored, read_header, sha256, verify_files
+from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .packing import check_bytes, packed_width
+from .plain import CONFIG
 
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
 _SCALES = {"float16": "F16", "float32": "F32"}
 
@@ -40,7 +41,8 @@ class Verification:
         folder: that was looked at.
         problems: why the model must not be used; empty if it may.
         remarks: what a careful user wants to know, and does no harm.
-        files: SHA-256 of config.json and of every file of weights, by name.
+        files: SHA-256 of config.json, of every file of weights, and of every file of tokenizers, processors and the like, by
+            name.
         tensors, modules: how many were checked.
         provenance: how the model was made, as it says.
     """
@@ -82,7 +84,7 @@ def verify(folder: str | Path) -> Verification:
         raise ValueError(f"there is no folder {folder}")
     found = Verification(str(folder))
     try:
-        raw = read_object(folder / "config.json")
+        raw = _stored_object(folder)
         config = stored_config(raw, folder)
         files = weight_files(folder)
         if not files:
@@ -91,13 +93,29 @@ def verify(folder: str | Path) -> Verification:
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         found.problems.append(" ".join(str(error).split()))
         return found
-    found.files = {path.name: sha256(path) for path in (folder / "config.json", *files)}
+    of_transformers = (folder / "config.json").is_file()
+    own = folder / ("config.json" if of_transformers else CONFIG)
+    found.files = {path.name: sha256(path) for path in (own, *files)}
     found.tensors, found.modules = len(headers), len(config.modules or {})
     _look_around(folder, files, found)
     found.remarks += strangers(folder, config)
-    _check_fields(folder, raw, config, found)
-    _provenance(config, found)
+    _check_companions(folder, config, found)
+    if of_transformers:
+        _check_fields(folder, raw, config, found)
+    else:
+        found.remarks.append(
+            "a folder of save_quantized: load_quantized puts it into a float model that you build, whose settings are not "
+            "stored here and were not checked"
+        )
+    _provenance(raw["quantization_config"], config, found)
     return found
+
+
+def _stored_object(folder: Path) -> dict[str, Any]:
+    """What config.json holds, or what it would hold of a folder that ``save_quantized`` wrote."""
+    if (folder / CONFIG).exists() and not (folder / "config.json").exists():
+        return {"quantization_config": read_object(folder / CONFIG)}
+    return read_object(folder / "config.json")
 
 
 def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:
@@ -209,12 +227,11 @@ def _check_values(path: Path, formats: dict[str, str]) -> None:
 
 
 def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
+    for name in names_in(folder):
+        if is_pickle(name):
+            found.remarks.append(f"{name} may hold Python objects, which run when they are loaded; nothing reads it")
     for path in sorted(folder.iterdir()):
-        if path.suffix in PICKLES:
-            found.remarks.append(
-                f"{path.name} may hold Python objects, which run when they are loaded; nothing reads it"
-            )
-        elif path.suffix == ".py":
+        if path.suffix == ".py":
             found.remarks.append(f"{path.name} is code; it runs only with trust_remote_code=True")
         elif path.name == "adapter_config.json":
             found.problems.append(
@@ -225,10 +242,36 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
             found.remarks.append(f"{path.name} is not part of the model")
 
 
+def _check_companions(folder: Path, config: CatQuantConfig, found: Verification) -> None:
+    """Compare the files of tokenizers, processors and the like with the SHA-256 that the report of this checkpoint has."""
+    held, known = digests(folder), recorded_files(folder, config)
+    found.files |= held
+    if known is None:
+        if held:
+            found.remarks.append(
+                f"{shortly(list(held))} were not checked: no {REPORT} of this checkpoint has their SHA-256"
+            )
+        return
+    changed = [name for name in known if name in held and held[name] != known[name]]
+    gone = [name for name in known if name not in held and is_companion(name)]
+    if changed:
+        found.problems.append(
+            f"{', '.join(changed)}: not what was written, by the SHA-256 in {REPORT}: fetch the folder again; to change it "
+            f"on purpose, delete {REPORT}, and catquant push makes it anew"
+        )
+    if gone:
+        found.remarks.append(f"{shortly(gone)}: gone, {REPORT} has its SHA-256")
+    new = [name for name in held if name not in known]
+    if new:
+        found.remarks.append(
+            f"{shortly(new)} came after {REPORT} was written, which has no SHA-256 of it: it may be another model's"
+        )
+
+
 def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:
     """Compare the other fields of config.json with those that were saved, as transformers reads them."""
     fields = config.provenance.get("fields")
-    if fields is None:
+    if fields is None or fields == {}:
         found.problems.append(
             "provenance has no fields: whether config.json was changed after the save cannot be told; fetch it again, or "
             "load the model and save it again if you trust it"
@@ -246,8 +289,9 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
             "them on the config of the loaded model and save it again"
         )
     if unknown:
-        found.remarks.append(
-            f"{', '.join(unknown)} of config.json have no checksum: whether they were changed after the save cannot be told"
+        found.problems.append(
+            f"{', '.join(unknown)} of config.json have no checksum, which every save writes: the file was changed after the "
+            "save, fetch it again; to add them on purpose, set them on the config of the loaded model and save it again"
         )
 
 
@@ -256,8 +300,14 @@ def _as_loaded(folder: Path) -> dict[str, Any]:
     return dict(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
 
 
-def _provenance(config: CatQuantConfig, found: Verification) -> None:
+def _provenance(stored: dict[str, Any], config: CatQuantConfig, found: Verification) -> None:
     known = config.provenance
+    found.problems += broken_seals(stored)
+    if not is_sealed(known):
+        found.remarks.append(
+            "the request and the provenance have no checksums, as before they were written: whether what they say was "
+            "changed after the save cannot be told"
+        )
     data = known.get("calibration")
     found.provenance = {
         "solver": known.get("solver", "not said"),

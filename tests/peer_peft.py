@@ -175,3 +175,38 @@ def test_kbit_preparation_and_gradient_checkpointing(reentrant: bool):
         grads[checkpointing] = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert all(float(grad.norm()) > 0 for grad in grads[True])
     torch.testing.assert_close(grads[True], grads[False])
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"task_type": "SEQ_CLS"}, "classifier"),
+        ({"modules_to_save": ["word_embeddings"], "task_type": None}, "word_embeddings"),
+    ],
+)
+def test_a_packed_layer_that_would_be_trained_whole_is_refused(fields: dict, named: str):
+    """Its copy would be packed: only the bias learns, and the adapter does not load on the float model."""
+    config = lora(target_modules="all-linear", **fields)
+    with pytest.raises(ValueError, match=rf"^{named}: .*quantize with modules_to_not_convert=\['{named}'\]"):
+        get_peft_model(quantized("bert"), config)
+
+
+def test_the_head_of_a_classifier_learns_beside_adapters(tmp_path: Path):
+    def base() -> nn.Module:
+        return quantized("bert", modules_to_not_convert=["classifier"])
+
+    model = get_peft_model(base(), lora(target_modules="all-linear", task_type="SEQ_CLS"))
+    shake(model)
+    head = next(p for n, p in model.named_parameters() if n.endswith("classifier.modules_to_save.default.weight"))
+    assert head.requires_grad
+    head.data += 0.5
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_peft_model(base(), tmp_path)), wanted)
+    on_float = peft.PeftModel.from_pretrained(tiny_models.build("bert"), tmp_path)
+    found = dict(on_float.named_parameters())
+    assert torch.equal(
+        next(p for n, p in found.items() if n.endswith("classifier.modules_to_save.default.weight")), head
+    )
+    with pytest.raises(ValueError, match="classifier"):
+        load_peft_model(quantized("bert"), tmp_path)

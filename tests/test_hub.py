@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForAudioClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import fake_hub
+import hf_catquant
 import tiny_models
-from hf_catquant.card import _task, model_card
+from hf_catquant import CatQuantConfig
+from hf_catquant.card import _task, _usage, model_card
 from hf_catquant.cli import main
 from hf_catquant.hub import push
+from hf_catquant.identity import identity
 from hf_catquant.tasks import auto_class
 from hf_catquant.verify import verify
 
@@ -100,6 +104,85 @@ def test_what_was_not_measured_is_said(copy):
     assert not {"model-index", "base_model"} & card.data.to_dict().keys()
 
 
+@pytest.fixture
+def bare(tmp_path):
+    """A folder of a tiny model that was quantized without data."""
+
+    def make(name: str) -> Path:
+        config = CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None)
+        model = hf_catquant.quantize(tiny_models.build(name), config)
+        model.save_pretrained(tmp_path / name)
+        report = {**hf_catquant.report(model).to_dict(), **identity(model)}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        return tmp_path / name
+
+    return make
+
+
+def usage(folder: Path) -> str:
+    """The Python of a card that says how to load the model from this very folder."""
+    return re.search(r"```python\n(from transformers.*?)```", model_card(folder, str(folder)).content, re.S)[1]
+
+
+def test_a_card_of_a_model_without_data_speaks_of_none(bare):
+    content = model_card(bare("bert")).content
+    assert "from the float model alone, without data." in content
+    assert "relative squared error of their weight:" in content
+    assert "No calibration data was used." in content
+    assert not re.search("samples|on the calibration data", content)
+
+
+@pytest.mark.parametrize("name", ["bert", "ast", "clip", "t5"])
+def test_the_usage_of_a_card_can_be_followed(bare, name):
+    """No tokenizer and no processor: the class, with its head."""
+    folder, found = bare(name), {}
+    exec(usage(folder), found)
+    assert type(found["model"]) is type(tiny_models.build(name))
+
+
+def test_the_usage_of_a_card_with_a_tokenizer_is_a_pipeline(copy):
+    found: dict = {}
+    exec(usage(copy), found)
+    assert found["run"]("w1 w2")[0]["label"].startswith("class ")
+
+
+def test_a_pipeline_is_offered_where_there_is_one(copy, tmp_path):
+    config = {"architectures": ["BertForQuestionAnswering"]}
+    assert "BertForQuestionAnswering.from_pretrained" in _usage(copy, config, "question-answering", "me/x")
+    custom = {"architectures": ["KWT"], "auto_map": {"AutoConfig": "k.C", "AutoModelForAudioClassification": "k.KWT"}}
+    said = _usage(tmp_path, custom, "audio-classification", "me/x")
+    assert 'AutoModelForAudioClassification.from_pretrained("me/x", trust_remote_code=True)' in said
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert 'pipeline("audio-classification"' in _usage(tmp_path, custom, "audio-classification", "me/x")
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("bytes_after", lambda report: report.update(bytes_after=1)),
+        ("bytes_before", lambda report: report.update(bytes_before=10 * report["bytes_before"])),
+        ("bits of", lambda report: report["layers"][0].update(bits=1.0)),
+        ("error of", lambda report: report["layers"][0].update(error=0.0)),
+        ("layer ", lambda report: report["layers"][0].update(weights="binary")),
+        ("layers", lambda report: report["layers"].pop()),
+        ("notes", lambda report: report.update(notes=["all is well"])),
+        ("quantized_parameters", lambda report: report.update(quantized_parameters=1)),
+    ],
+)
+def test_a_report_that_the_checkpoint_contradicts_is_refused(copy, field, change):
+    edit(copy / "report.json", change)
+    with pytest.raises(ValueError, match=rf"report\.json is not a report of this checkpoint: {field}"):
+        model_card(copy)
+
+
+def test_a_card_does_not_print_a_request_that_was_changed(copy):
+    assert "cannot be told" not in model_card(copy).content
+    assert "`tokenizer.json`, `tokenizer_config.json` with the SHA-256" in model_card(copy).content
+    edit(copy / "config.json", lambda config: config["quantization_config"].update(weights="binary", group_size=-1))
+    with pytest.raises(ValueError, match=r"the request .* is not what was saved"):
+        model_card(copy)
+
+
 def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
@@ -131,6 +214,9 @@ def other(folder, tmp_path) -> Path:
 def test_what_speaks_of_another_checkpoint_is_not_on_the_card(other, copy, capsys):
     dry = ["push", str(other), "me/tiny", "--dry-run"]
     remarks = [f"{name} speaks of another checkpoint" for name in ("report.json", "evaluation.json")]
+    remarks.append(
+        "tokenizer.json, tokenizer_config.json were not checked: no report.json of this checkpoint has their SHA-256"
+    )
     assert verify(other).remarks == remarks
     said = {"evaluation": "evaluate again, catquant eval", "report": "is the report of another checkpoint"}
     for name, message in said.items():
@@ -256,6 +342,108 @@ def test_weights_that_an_older_save_left_in_the_folder_are_not_pushed(copy, hub)
     (copy / "model-00001-of-00002.safetensors").write_bytes(b"x")
     push(copy, "me/tiny")
     assert [name for name in hub.repos["me/tiny"].files if "safetensors" in name] == ["model.safetensors"]
+
+
+SECRETS = [
+    *[
+        "x.joblib",
+        "y.npy",
+        "a.pth.tar",
+        "b.PKL",
+        "model.PT",
+        "c.h5",
+        "d.dill",
+        "train.parquet",
+        "notes.txt",
+        "data.json",
+    ],
+    *[
+        "other.safetensors",
+        "checkpoint-1/model.safetensors",
+        "checkpoint-1/optimizer.pt",
+        "checkpoint-1/tokenizer.json",
+    ],
+]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_no_part_of_the_model_stays_here_and_is_named(copy, tmp_path, hub, caplog):
+    caplog.set_level("WARNING", logger="hf_catquant")
+    (tmp_path / "id_rsa").write_text("secret")
+    (copy / "id_rsa").symlink_to(tmp_path / "id_rsa")
+    (copy / "1_Linked").symlink_to(tmp_path)
+    for name in (
+        *SECRETS,
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "source.spm",
+        "modeling_x.py",
+    ):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"{}")
+    push(copy, "me/tiny")
+    files = hub.repos["me/tiny"].files
+    own = {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "accuracy.png",
+        "errors.png",
+        "evaluation.json",
+        "report.json",
+    }
+    beside = {"tokenizer.json", "tokenizer_config.json", "source.spm", "modeling_x.py", "1_Pooling/config.json"}
+    assert files.keys() == own | beside | {"additional_chat_templates/rag.jinja"}
+    said = next(record.getMessage() for record in caplog.records if "not uploaded" in record.getMessage())
+    assert all(name in said for name in ("1_Linked/", "a.pth.tar", "b.PKL", "data.json", "id_rsa"))
+    assert said.endswith("and 4 more")  # of fourteen; the folder counts once
+    (copy / "vocab.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link out of the folder"):
+        push(copy, "me/tiny")
+    assert hub.repos["me/tiny"].commits == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_push_leaves_no_tokenizer_of_another_model(copy, hub, caplog):
+    push(copy, "me/tiny")
+    hub.repos["me/tiny"].files |= {
+        "source.spm": b"x",
+        "1_Pooling/config.json": b"{}",
+        "notes.md": b"x",
+        "data.csv": b"x",
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json", "evaluation.json"):
+        (copy / name).unlink()
+    caplog.set_level("WARNING", logger="hf_catquant")
+    push(copy, "me/tiny")
+    files = hub.repos["me/tiny"].files
+    gone = {"tokenizer.json", "tokenizer_config.json", "evaluation.json", "source.spm", "1_Pooling/config.json"}
+    assert not gone & files.keys()
+    assert {"notes.md", "data.csv"} <= files.keys()
+    assert all(name in caplog.text for name in gone)
+    assert hub.repos["me/tiny"].commits == 2
+
+
+def test_a_tokenizer_that_was_changed_is_named(copy):
+    assert verify(copy).is_whole
+    assert not verify(copy).remarks
+    edit(copy / "tokenizer.json", lambda content: content["model"]["vocab"].update(w1=4, w2=3))
+    assert verify(copy).problems[0].startswith("tokenizer.json: not what was written, by the SHA-256 in report.json")
+    (copy / "tokenizer.json").unlink()
+    (copy / "source.spm").write_bytes(b"of another model")
+    found = verify(copy)
+    assert found.is_whole
+    assert found.remarks == [
+        "tokenizer.json: gone, report.json has its SHA-256",
+        "source.spm came after report.json was written, which has no SHA-256 of it: it may be another model's",
+    ]
+
+
+def test_a_push_that_cannot_ask_is_a_runtime_error(copy, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (copy / "README.md").write_text("# Mine\n")
+    with pytest.raises(RuntimeError, match="the Hub did not take me/tiny"):
+        push(copy, "me/tiny", keep_card=True)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import BertConfig
 
+import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig
 from hf_catquant.cli import main
 from hf_catquant.entries import entries_checksum
 from hf_catquant.integrity import file_checksums
+from hf_catquant.plain import save_quantized
 from hf_catquant.verify import verify
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -77,8 +80,9 @@ def edit_checksums(folder: Path, checksums: dict[str, int], signed: bool = True)
 def test_what_was_saved_is_whole(name, root):
     found = verify(saved(name, root))
     assert found.is_whole, str(found)
-    assert not found.remarks
-    assert set(found.files) == {"config.json", "model.safetensors"}
+    written = {"generation_config.json"} if (saved(name, root) / "generation_config.json").is_file() else set()
+    assert len(found.remarks) == len(written)  # no report has its SHA-256
+    assert set(found.files) == {"config.json", "model.safetensors", *written}
     assert found.modules
     assert found.provenance["solver"] == "rtn"
 
@@ -173,11 +177,79 @@ def test_a_config_without_its_checksums_is_not_whole(folder, caplog):
     del fields["layer_norm_eps"], fields["id2label"]
     stored["provenance"]["fields"] = fields
     edit(folder, quantization_config=stored)
+    absent = "layer_norm_eps of config.json have no checksum, which every save writes"
+    assert f"id2label, {absent}" in verify(folder).problems[0]
+    assert absent in loaded(folder, caplog)
+
+
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_field_that_lost_its_checksum_is_not_whole(folder, caplog, emptied):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    fields = stored["provenance"]["fields"]
+    stored["provenance"]["fields"] = {} if emptied else {n: crc for n, crc in fields.items() if n != "hidden_act"}
+    for name in ("checksum", "request_checksum"):  # as before these were written
+        del stored["provenance"][name]
+    edit(folder, quantization_config=stored, hidden_act="relu")
+    absent = "has no fields" if emptied else "hidden_act of config.json have no checksum"
+    assert absent in verify(folder).problems[0]
+    assert absent in loaded(folder, caplog)
+
+
+def test_a_field_that_is_gone_with_its_checksum_is_missed(root, tmp_path, caplog):
+    folder = Path(shutil.copytree(saved("bert", root), tmp_path / "bert"))
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw.pop("layer_norm_eps") == BertConfig().layer_norm_eps
+    del raw["quantization_config"]["provenance"]["fields"]["layer_norm_eps"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert "quantization_config: provenance is not what was saved" in verify(folder).problems[0]
+    assert "provenance of config.json is not what was saved" in loaded(folder, caplog)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("the request", "weights", "binary"),
+        ("the request", "group_size", 64),
+        ("the request", "activations", "int8"),
+        ("the request", "solver", "gptq"),
+        ("the request", "bits", 1),
+        ("the request", "seed", None),  # gone
+        ("provenance", "calibration", {"source": "10,000 texts", "num_samples": 10_000, "fingerprint": "deadbeef"}),
+        ("provenance", "skipped", {"a.layer": "no reason"}),
+        ("provenance", "versions", None),
+        ("provenance", "checksum", None),
+    ],
+)
+def test_a_request_or_a_provenance_that_was_changed_is_named(folder, where, name, value):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    held = stored if where == "the request" else stored["provenance"]
+    held[name] = value
+    if value is None:
+        del held[name]
+    edit(folder, quantization_config=stored)
+    assert re.search(rf"quantization_config: {where}.* is not what was saved", verify(folder).problems[0])
+
+
+def test_a_field_that_a_newer_transformers_has_is_no_change(folder, caplog):
+    """Its checksum is not there, nor is it in the file, and it is as the class has it."""
+    raw = json.loads((folder / "config.json").read_text())
+    fields = raw["quantization_config"]["provenance"]["fields"]
+    for name in ("checksum", "request_checksum"):
+        del raw["quantization_config"]["provenance"][name]
+    del fields["is_decoder"], raw["is_decoder"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert loaded(folder, caplog) == ""
+    assert verify(folder).is_whole
+
+
+def test_a_checkpoint_of_before_the_request_had_a_checksum_loads_and_is_remarked(folder, caplog):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    del stored["provenance"]["checksum"], stored["provenance"]["request_checksum"]
+    edit(folder, quantization_config=stored)
+    assert loaded(folder, caplog) == ""
     found = verify(folder)
-    assert found.is_whole  # another version may have saved it
-    assert found.remarks == [
-        "id2label, layer_norm_eps of config.json have no checksum: whether they were changed after the save cannot be told"
-    ]
+    assert found.is_whole
+    assert "the request and the provenance have no checksums" in found.remarks[0]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -211,13 +283,34 @@ def test_an_index_does_not_lead_out_of_the_folder(root, tmp_path, target):
     assert "metadata must be an object, got None" in str(verify(folder))  # transformers would raise a KeyError
 
 
+def test_a_folder_of_save_quantized_is_verified(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    config = CatQuantConfig(weights="int4", group_size=16, solver="rtn", correction=None)
+    save_quantized(hf_catquant.quantize(model, config), tmp_path)
+    found = verify(tmp_path)
+    assert found.is_whole, str(found)
+    assert found.modules == 2
+    assert set(found.files) == {"catquant.json", "model.safetensors"}
+    assert len(found.remarks) == 1
+    assert "a folder of save_quantized" in found.remarks[0]
+    path = tmp_path / "catquant.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"solver": "gptq"}))
+    assert "the request" in verify(tmp_path).problems[0]
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert "are not those that were saved" in verify(tmp_path).problems[0]
+
+
 def test_a_careful_user_is_told_what_lies_beside(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"x")
+    for name in ("pytorch_model.bin", "old.PKL", "last.pth.tar"):
+        (folder / name).write_bytes(b"x")
     (folder / "modeling_x.py").write_text("")
     save_file({"x": torch.zeros(1)}, folder / "old.safetensors")
     found = verify(folder)
     assert found.is_whole
-    assert len(found.remarks) == 3
+    assert len(found.remarks) == 5
+    assert sum("may hold Python objects" in remark for remark in found.remarks) == 3
 
 
 def test_an_adapter_that_would_be_loaded_instead_is_named(folder):

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lossy", action="store_true", help="leave out what the form has no place for, and say it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="safetensors: of the weights")
     parser.add_argument("--ternary", choices=TERNARY, help="gguf: type of ternary weights without offsets")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--no-vocabulary", action="store_true", help="gguf: leave the tokenizer out")
 
 
@@ -30,4 +31,5 @@ def run(args: argparse.Namespace) -> None:
     """Export and say what was written."""
     options = {"dtype": args.dtype, "ternary": args.ternary, "vocabulary": False if args.no_vocabulary else None}
     given = {name: value for name, value in options.items() if value is not None}
-    print(export(args.model, args.out, args.to, lossy=args.lossy, **given))
+    trust = args.trust_remote_code
+    print(export(args.model, args.out, args.to, lossy=args.lossy, trust_remote_code=trust, **given))

@@ -1,7 +1,8 @@
 """Check a quantized folder, write its model card and plots, and upload it to the Hub in one commit.
 
 The card is made from the folder's config.json, report.json and evaluation.json; what was not measured is said to be
-missing. Files of Python objects (.bin, .pt, .pkl) are never uploaded.
+missing. Files that are no part of the model (data, Python objects, older
+checkpoints) are not uploaded, and named.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluation", metavar="FILE", help="what catquant eval --json wrote for this folder")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--keep-card", action="store_true", help="upload the folder's README.md as it is")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, where a report is made"
+    )
     parser.add_argument("--dry-run", action="store_true", help="write the card and the plots, upload nothing")
 
 
@@ -41,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.evaluation is not None and not Path(args.evaluation).is_file():
         raise ValueError(f"--evaluation: there is no file {args.evaluation}")
     facts = {name: getattr(args, name) for name in ("base_model", "license", "evaluation", "relation", "origin")}
+    facts["trust_remote_code"] = args.trust_remote_code
     if args.dry_run:
         print(f"card: {describe(args.folder, args.repo, **facts)}")
         return

@@ -36,6 +36,7 @@ def export(
     to: str = "safetensors",
     *,
     lossy: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Exported:
     """Write a quantized model in a form that needs no hf_catquant; says what was written and what was left out.
@@ -45,6 +46,7 @@ def export(
         out: folder to make, for "gguf" the file; it must not be there.
         to: a key of :data:`TARGETS`.
         lossy: leave out what the target has no place for, instead of refusing.
+        trust_remote_code: run the code that comes with the model.
         options: of the target. "safetensors": ``dtype``, of the float weights. "gguf": ``ternary``, "TQ2_0" (the default,
             faster) or "TQ1_0" (smaller); ``vocabulary=False`` leaves the tokenizer out.
 
@@ -60,4 +62,4 @@ def export(
     if unknown:
         raise ValueError(f"an export to {to} has no option {unknown[0]!r}; it has {', '.join(taken) or 'none'}")
     place = free_place(out)
-    return TARGETS[to](open_model(model), place, lossy=lossy, **options)
+    return TARGETS[to](open_model(model, trust_remote_code), place, lossy=lossy, **options)

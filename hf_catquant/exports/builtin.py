@@ -89,9 +89,9 @@ def _write(source: Source, out: Path, target: str, packed: Packed, config: Any, 
     with written_beside(out) as folder:
         model.save_pretrained(folder, state_dict=state)
         _check(type(model), folder, weights)
-        copy_processor(source, folder)
+        left_out = copy_processor(source, folder)
         size = weight_bytes(folder)
-    notes = [f"{len(packed)} of {layers} quantized layers are packed, the others are float and exact"]
+    notes = [f"{len(packed)} of {layers} quantized layers are packed, the others are float and exact", *left_out]
     if target == "metal":
         notes.append(
             "to load it away from Apple silicon pass device_map, as in from_pretrained(folder, device_map='cpu')"

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoint import INDEX, weight_files
 from ..correction import ClusterAffine, corrections, detach
+from ..identity import CARD, EVALUATION, PLOTS, REPORT
+from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
 from ..layers import QuantizedModule
 from ..model import quantized_modules, replace_module
-from ..tasks import load_processor, load_quantized
-
-# Files of tokenizers and processors, which go along as they are.
-_PROCESSOR_FILES = ("*token*", "vocab*", "merges.txt", "*processor_config.json", "chat_template*", "*.model")
+from ..tasks import load_quantized
 
 
 @dataclass
@@ -61,14 +62,14 @@ class Source:
     name: str | None
 
 
-def open_model(model: str | Path | PreTrainedModel) -> Source:
+def open_model(model: str | Path | PreTrainedModel, trust_remote_code: bool = False) -> Source:
     """The model, loaded, or a copy of the one in memory.
 
     Raises:
         ValueError: it is not a quantized transformers model.
     """
     if isinstance(model, str | Path):
-        source = Source(load_quantized(str(model)), str(model))
+        source = Source(load_quantized(str(model), trust_remote_code), str(model))
     elif isinstance(model, PreTrainedModel):
         source = Source(copy.deepcopy(model).cpu(), None)
     else:
@@ -173,19 +174,27 @@ def written_beside(place: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def copy_processor(source: Source, folder: Path) -> None:
-    """Put the tokenizer or processor that came with the model into ``folder``."""
+def copy_processor(source: Source, folder: Path) -> list[str]:
+    """Put what came with the model (tokenizer, processor, licence, code) into ``folder``; a note of what was left out.
+
+    Card, plots, report and evaluation are of the quantized model, and stay with it.
+    """
     if source.name is None:
-        return
-    if not Path(source.name).is_dir():
-        processor = load_processor(source.name)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        return
-    for pattern in _PROCESSOR_FILES:
-        for file in Path(source.name).glob(pattern):
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        return []
+    there = Path(source.name)
+    if not there.is_dir():
+        there = Path(snapshot_download(source.name, allow_patterns=PATTERNS))
+    own = {"config.json", INDEX, CARD, REPORT, EVALUATION, *PLOTS, *(path.name for path in weight_files(there))}
+    left = []
+    for name in names_in(there):
+        if name in own or (folder / name).exists():
+            continue
+        if (is_companion(name) or is_paper(name)) and (there / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(there / name, folder / name)
+        else:
+            left.append(name)
+    return [f"not copied, as they are no part of the model: {shortly(left)}"] if left else []
 
 
 def weight_bytes(folder: Path) -> int:

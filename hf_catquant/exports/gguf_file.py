@@ -8,6 +8,7 @@ product to 8 bits in its own way, so its logits differ from ours by that.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def write(
     lost = settle_losses(source, [*_settings_lost(model.config), *fold_corrections(model)], lossy, "gguf")
     fields = vocabulary_fields(source.name, model.config) if vocabulary else None
     arch = ARCHITECTURES[model.config.model_type]
-    moved, kinds = 0.0, Counter[str]()
+    moved, kinds, written = 0.0, Counter[str](), dict[str, tuple[str, int, int]]()
     with written_beside(out) as file:
         writer = library.GGUFWriter(file, arch)
         _write_settings(writer, library, model)
@@ -65,12 +66,14 @@ def write(
             if target is None:
                 raise ValueError(f"{name}: llama.cpp's {arch} has no such tensor")
             writer.add_tensor(f"{target}.{suffix}", data, raw_dtype=library.GGMLQuantizationType[kind])
+            written[f"{target}.{suffix}"] = (kind, *_bytes_of(data))
             if data.ndim > 1:
                 kinds[kind] += 1
             moved = max(moved, by)
         factors = _rope_factors(model)
         if factors is not None:
             writer.add_tensor("rope_freqs.weight", factors)
+            written["rope_freqs.weight"] = ("F32", *_bytes_of(factors))
         for step in (
             writer.write_header_to_file,
             writer.write_kv_data_to_file,
@@ -78,11 +81,28 @@ def write(
             writer.close,
         ):
             step()
+        _check(library, file, written)
         size = file.stat().st_size
     notes = ["matrices: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))]
     if moved:
         notes.append(f"float16 minima moved a weight by at most {moved:.1e} of its step")
     return Exported(out, "gguf", size, lost, notes)
+
+
+def _bytes_of(data: np.ndarray) -> tuple[int, int]:
+    return data.nbytes, zlib.crc32(np.ascontiguousarray(data).tobytes())
+
+
+def _check(library: Any, file: Path, written: dict[str, tuple[str, int, int]]) -> None:
+    """Read the file back, and compare the name, the type and the bytes of every tensor.
+
+    Raises:
+        ValueError: naming a tensor that is not what was to be written.
+    """
+    found = {t.name: (t.tensor_type.name, *_bytes_of(t.data)) for t in library.GGUFReader(file).tensors}
+    wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"the file does not give back what was written: {', '.join(wrong[:5])}: is the disk whole?")
 
 
 def _library() -> Any:

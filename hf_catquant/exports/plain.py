@@ -38,9 +38,9 @@ def write(source: Source, out: Path, *, lossy: bool = False, dtype: torch.dtype 
     with written_beside(out) as folder:
         model.save_pretrained(folder)
         _check(model, folder)
-        copy_processor(source, folder)
+        notes = copy_processor(source, folder)
         size = weight_bytes(folder)
-    return Exported(out, "safetensors", size, lost)
+    return Exported(out, "safetensors", size, lost, notes)
 
 
 def _check(model: Any, folder: Path) -> None:

@@ -262,3 +262,18 @@ def test_a_real_story_teller_in_llama_cpp(realdata, tmp_path):
     found = logits_of(tmp_path / "m.gguf", ids)
     assert np.linalg.norm(found - wanted) < 0.022 * np.linalg.norm(wanted)
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
+
+
+def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch):
+    honest = gguf.GGUFWriter.write_tensors_to_file
+
+    def damaged(self, *args, **kwargs):
+        held = next(iter(self.tensors[0].values()))
+        held.tensor = held.tensor.copy()
+        held.tensor.reshape(-1)[0] += 1
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", damaged)
+    with pytest.raises(ValueError, match="does not give back what was written: "):
+        export(quantized("llama"), tmp_path / "x.gguf", to="gguf", vocabulary=False)
+    assert not list(tmp_path.iterdir())

@@ -177,3 +177,46 @@ def test_a_file_that_does_not_give_the_weights_back_is_no_export(tmp_path, monke
 def _add_bias(head: Any) -> list[str]:
     head.bias = torch.nn.Parameter(torch.ones(96), requires_grad=False)
     return []
+
+
+def test_what_came_with_the_model_goes_along_and_the_rest_is_named(tmp_path):
+    folder = tmp_path / "in"
+    quantized("bert").save_pretrained(folder)
+    beside = [
+        "source.spm",
+        "target.spm",
+        "normalizer.json",
+        "bpe.codes",
+        "entity_vocab.json",
+        "modules.json",
+        "vocab.json",
+    ]
+    beside += ["1_Pooling/config.json", "additional_chat_templates/rag.jinja", "LICENSE", "modeling_x.py"]
+    for name in (*beside, "report.json", "README.md", "optimizer.pt", "rows.parquet", "checkpoint-1/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    done = export(folder, tmp_path / "out")
+    there = {path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()}
+    assert there == {*beside, "config.json", "model.safetensors"}
+    assert done.notes == ["not copied, as they are no part of the model: optimizer.pt, rows.parquet, checkpoint-1/"]
+
+
+@pytest.mark.parametrize("verb", [["export", "{folder}", "{folder}-out"], ["push", "{folder}", "me/x", "--dry-run"]])
+def test_code_of_the_model_runs_only_when_it_is_trusted(tmp_path, verb):
+    model = quantized("bert")
+    folder = tmp_path / "in"
+    model.save_pretrained(folder)
+    code = "from transformers import BertConfig, BertForSequenceClassification\n\n\n"
+    code += "class OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
+    code += "class OwnForSequenceClassification(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    (folder / "modeling_own.py").write_text(code)
+    raw = json.loads((folder / "config.json").read_text())
+    remote = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForSequenceClassification": "modeling_own.OwnForSequenceClassification",
+    }
+    own = {"model_type": "own", "auto_map": remote, "architectures": ["OwnForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps({**raw, **own}))
+    words = [word.format(folder=folder) for word in verb]
+    assert main(words) == 1
+    assert main([*words, "--trust-remote-code"]) == 0
