@@ -154,6 +154,79 @@ def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
     assert digests(out) == digests(tmp_path / "whole")
 
 
+TOY = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class ToyConfig(LlamaConfig):
+    model_type = "catquant_toy"
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_going_on_with_other_code_of_the_model_is_refused(tmp_path, source, monkeypatch, elsewhere):
+    home = tmp_path / "code_of_catquant_toy" if elsewhere else source
+    home.mkdir(exist_ok=True)
+    (home / "modeling_toy.py").write_text(TOY)
+    config = json.loads((source / "config.json").read_text())
+    prefix = f"{home}--" if elsewhere else ""
+    config["auto_map"] = {
+        "AutoConfig": f"{prefix}modeling_toy.ToyConfig",
+        "AutoModelForCausalLM": f"{prefix}modeling_toy.ToyForCausalLM",
+    }
+    config |= {"model_type": "catquant_toy", "architectures": ["ToyForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    interrupted(source, out, request(**ROUND), monkeypatch, trust_remote_code=True)
+    (home / "modeling_toy.py").write_text(TOY.replace("return super", "return  super"))
+    with pytest.raises(ValueError, match=r'begun with code.*modeling_toy\.py = "'):
+        quantize_folder(source, out, request(**ROUND), resume=True, trust_remote_code=True)
+    (home / "modeling_toy.py").write_text(TOY)
+    quantize_folder(source, out, request(**ROUND), resume=True, trust_remote_code=True)
+
+
+def test_going_on_with_another_tokenizer_is_refused(tmp_path, source, monkeypatch):
+    class Processor:
+        def __call__(self, sample):
+            return sample
+
+        def save_pretrained(self, folder):
+            shutil.copy(source / "tokenizer.json", folder)
+
+    (source / "tokenizer.json").write_text("{}")
+    config, out = request(processor=Processor(), **ROUND), tmp_path / "out"
+    interrupted(source, out, config, monkeypatch)
+    (source / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"begun with files\.tokenizer\.json = "):
+        quantize_folder(source, out, config, resume=True)
+
+
+def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    out = tmp_path / "out"
+    (out / "additional_chat_templates").mkdir(parents=True)
+    for name in ("vocab.json", "tokenizer.json", "generation_config.json", "additional_chat_templates/a.jinja"):
+        (out / name).write_text("of another model")
+    (out / "vocab.json").write_text("its own")
+    (source / "vocab.json").write_text("its own")
+    (source / "generation_config.json").unlink()
+    kept = ("notes.txt", "template.jinja", "my_vocab.json", "README.md")
+    for name in kept:
+        (out / name).write_text("mine")
+    quantize_folder(source, out, request(**ROUND), overwrite=True)
+    assert (out / "vocab.json").read_text() == "its own"
+    assert all((out / name).read_text() == "mine" for name in kept)
+    assert not (out / "tokenizer.json").exists()
+    assert not (out / "additional_chat_templates" / "a.jinja").exists()
+    assert f"{out / 'tokenizer.json'} is removed" in caplog.text
+    assert (
+        not (out / "generation_config.json").exists()
+        or "of another" not in (out / "generation_config.json").read_text()
+    )
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("edit", "words"),
