@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from hf_catquant import CatQuantConfig, folder, quantize_folder, walk
+from hf_catquant import CatQuantConfig, folder, mixed, pipeline, quantize_folder, walk
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
@@ -152,6 +153,36 @@ def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
     quantize_folder(source, out, request(), resume=True)
     quantize_folder(source, tmp_path / "whole", request())
     assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_search_for_formats_loses_no_layer_that_was_tried(tmp_path, source, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    out, tried, alone = tmp_path / "out", [], mixed.Losses.alone
+    monkeypatch.setattr(
+        mixed.Losses, "alone", lambda self, site, name: tried.append((site.name, name)) or alone(self, site, name)
+    )
+    config = request(weights="int4", average_bits=7.0, dataset=tiny_models.samples("llama_tied", 4), **ROUND)
+    interrupted(source, out, config, monkeypatch, after=3)
+    assert len({site for site, _ in tried}) == 3
+    assert "mixed formats: 14 layers are tried in int4, int8 each" in caplog.text.splitlines()[0]
+    assert [line for line in caplog.text.splitlines() if "[2/14] model.layers.0.self_attn.k_proj: tried in" in line]
+    steps = sorted(path.name for path in (tmp_path / "out.journal").glob("*.safetensors"))
+    assert steps == [f"formats-000{number}.safetensors" for number in range(3)]
+    before = tried.copy()
+    quantize_folder(source, out, config, resume=True)
+    assert not {*before} & {*tried[len(before) :]}
+    quantize_folder(source, tmp_path / "whole", config)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not (tmp_path / "out.journal").exists()
+
+
+def test_what_was_tried_on_batches_of_another_size_is_tried_again(tmp_path):
+    journal, calls = open_journal(tmp_path / "journal", resume=False), []
+    site = SimpleNamespace(name="layer")
+    for size, count in ((8, 1), (8, 1), (4, 2), (4, 2)):
+        found = pipeline._journaled(journal, size, 0, site, lambda: calls.append(0) or {"int4": 0.1 + len(calls)})
+        assert found == {"int4": 0.1 + count}
+    journal.close()
 
 
 TOY = """
