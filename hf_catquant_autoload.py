@@ -7,8 +7,9 @@ import ``hf_catquant`` when a catquant checkpoint is met, and not before.
 
 A .pth file and not an entry point of ``torch.backends``: torch raises when such an entry point cannot be imported, so a
 removed checkout would break ``import torch`` for everything in the environment. Here nothing that goes wrong is ever raised:
-without this hook a checkpoint does not load, which is what it does without the package. ``CATQUANT_AUTOLOAD=0`` switches it
-off. Only the standard library is used, and of it only what Python has loaded by then.
+without this hook a checkpoint does not load, which is what it does without the package. ``CATQUANT_AUTOLOAD=0`` (or
+``false``, ``off``, ``no``, in any case, or set to nothing) switches it off. Only the standard library is used, and of it
+only what Python has loaded by then.
 """
 
 import os
@@ -17,11 +18,13 @@ import sys
 MODULE = "transformers.quantizers.auto"
 METHOD = "catquant"
 SWITCH = "CATQUANT_AUTOLOAD"
+OFF = ("", "0", "false", "off", "no")
 
 
 def install():
     """Wait for transformers, unless the environment says not to or it is there already."""
-    if os.environ.get(SWITCH, "1") != "0" and not any(isinstance(finder, Finder) for finder in sys.meta_path):
+    wanted = os.environ.get(SWITCH, "1").strip().lower() not in OFF
+    if wanted and not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())
 
 

@@ -38,6 +38,7 @@ from .pipeline import agreed_batches
 from .quantizer import quantize
 from .report import library_versions, report
 from .sizes import output_bytes
+from .source_files import code_digests, left_behind, other_digests, weight_digests
 from .streaming import open_on_shelf
 from .tasks import float_config, load_quantized, model_class
 from .whole import load_whole
@@ -90,7 +91,7 @@ def quantize_folder(
         model = _quantized(source, config, journal, dtype, stream, trust_remote_code)
         if model is not None:
             _write(model, config.processor, journal, made or {})
-        _install(journal, out)
+        _install(journal, out, source)
         journal.drop()
         return model or load_quantized(str(out), trust_remote_code)
     except BaseException:
@@ -105,12 +106,14 @@ def _quantized(
     source: str | Path, config: CatQuantConfig, journal: Journal, dtype: torch.dtype, stream: bool, trust: bool
 ) -> PreTrainedModel | None:
     """The quantized model; None if an interrupted run of the same request has written it already."""
-    float_config(str(source), trust)
+    model_config = float_config(str(source), trust)
     folder = local_folder(str(source))
     files = weight_files(folder)
     request = {k: v for k, v in config.to_dict().items() if k not in ("modules", "checksums", "provenance")}
     journal.agree(
-        weights=_digests(folder, files),
+        weights=weight_digests(folder, files),
+        code=code_digests(folder, model_config, trust),
+        files=other_digests(folder, config.processor),
         config={**request, "dtype": str(dtype)},
         versions={**library_versions(), "source": source_digest()},
         machine=f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, kernels {native.PATH}",
@@ -227,11 +230,6 @@ def places(source: str | Path, out: str | Path, resume: bool, overwrite: bool) -
     return out, place
 
 
-def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
-    held = [*files, folder / "config.json"] if files else [*sorted(folder.glob("*.bin")), folder / "config.json"]
-    return {path.name: sha256(path) for path in held}
-
-
 def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[str, Any]) -> None:
     """Write the output beside its place."""
     staging = journal.output
@@ -249,10 +247,11 @@ def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[
     journal.change(_WRITTEN, {path.relative_to(staging).as_posix(): sha256(path) for path in files})
 
 
-def _install(journal: Journal, out: Path) -> None:
+def _install(journal: Journal, out: Path, source: str | Path) -> None:
     """Put the finished output in its place: at once where there is none, else file by file, the config last.
 
-    A model of old and new files does not load: the checksums in its config are of one save.
+    A model of old and new files does not load: the checksums in its config are of one save. What another model left of its
+    weights, its processor and its generation goes.
 
     Raises:
         ValueError: a file is not what was written, here or by the run that was interrupted after it wrote it.
@@ -278,7 +277,17 @@ def _install(journal: Journal, out: Path) -> None:
             if path.name not in wanted:
                 path.unlink()
         _drop_measured(out)
+        _drop_left(out, wanted, source)
         sync_folder(out)
+
+
+def _drop_left(out: Path, wanted: dict[str, str], source: str | Path) -> None:
+    """Take away the tokenizer of the model that was here before: it would load with the new one, and mean other words."""
+    for path in left_behind(out, wanted, local_folder(str(source))):
+        logger.warning(
+            "%s is removed: it is not of the model that is in this folder now, which was quantized without it", path
+        )
+        path.unlink()
 
 
 def _drop_measured(out: Path) -> None:

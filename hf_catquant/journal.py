@@ -1,4 +1,4 @@
-"""The journal of a quantization: what is finished is on disk, so that a killed run loses the unit in work and no more.
+"""The journal of a quantization: what is finished is on disk, so that a killed run loses the step in work and no more.
 
 A folder beside the output holds
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 MANIFEST, LOCK, OUTPUT = "manifest.json", "lock", "output"
-_STEPS = re.compile(r"(unit-\d{4,}|formats|model)\.safetensors")  # names of the files of finished steps
+_STEPS = re.compile(r"(unit-\d{4,}|formats(-\d{4,})?|model)\.safetensors")  # names of the files of finished steps
 
 
 def is_begun(folder: Path) -> bool:

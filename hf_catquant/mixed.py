@@ -6,8 +6,11 @@ are taken to add up; then the choice is a knapsack, and the convex hulls of its 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +43,29 @@ class _Step:
     gain: float
 
 
+Trial = Callable[[int, Site, Callable[[], dict[str, float]]], dict[str, float]]
+
+
 @torch.no_grad()
-def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data: Batches) -> str:
+def choose(
+    model: nn.Module, selection: Selection, config: CatQuantConfig, data: Batches, trial: Trial | None = None
+) -> str:
     """Set the formats of the sites that ``config`` leaves free, in ``selection``; returns in words what was chosen.
+
+    Args:
+        trial: given the number of a site, the site, and what finds its losses by format; returns them, perhaps from where
+            it has kept them. None: they are found.
 
     Raises:
         ValueError: the budget is less than ``config.weights`` takes everywhere, or no layer is free.
     """
-    free = [site for site in selection.sites if site.is_free and site.tied_to is None]
-    names = [name for name, fmt in FORMATS.items() if _size(fmt) >= _size(get_format(config.weights))]
+    free, names = free_sites(selection), formats_to_try(config)
     bits = {site.name: {name: _bits(site, name) for name in names} for site in free}
     count = sum(layer.rows_ * layer.columns for layer in (_empty(site, config.weights) for site in free))
     if not count:
         raise ValueError(f"{config.budget}: no layer inside the blocks is left to choose a format for; drop it")
-    losses = _Losses(model, data)
+    logger.info("mixed formats: %d layers are tried in %s each", len(free), ", ".join(names))
+    losses = Losses(model, data)
     least = sum(sizes[config.weights] for sizes in bits.values())
     budget = (
         _bits_left(config, least, count)
@@ -61,9 +73,12 @@ def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data:
         else _bytes_left(model, selection, config, losses)
     )
     steps: list[_Step] = []
-    for number, site in enumerate(free, start=1):
-        steps += _hull(site.name, bits[site.name], {name: losses.alone(site, name) for name in names})
-        logger.info("[%d/%d] %s: tried in %s", number, len(free), site.name, ", ".join(names))
+    for number, site in enumerate(free):
+        start = time.perf_counter()
+        attempt = partial(losses.of, site, names)
+        steps += _hull(site.name, bits[site.name], attempt() if trial is None else trial(number, site, attempt))
+        seconds = time.perf_counter() - start
+        logger.info("[%d/%d] %s: tried in %d formats, %.1f s", number + 1, len(free), site.name, len(names), seconds)
     chosen, left = dict.fromkeys(bits, config.weights), budget
     stopped: set[str] = set()
     for step in sorted(steps, key=lambda step: -step.gain / step.bits):
@@ -76,6 +91,16 @@ def choose(model: nn.Module, selection: Selection, config: CatQuantConfig, data:
     words = ", ".join(f"{counts[name]} in {name}" for name in names if counts[name])
     took = sum(bits[name][weights] for name, weights in chosen.items())
     return f"mixed formats: {words}; {took / count:.3f} bits a weight"
+
+
+def free_sites(selection: Selection) -> list[Site]:
+    """The sites whose format a budget chooses; those that share a weight follow its owner."""
+    return [site for site in selection.sites if site.is_free and site.tied_to is None]
+
+
+def formats_to_try(config: CatQuantConfig) -> list[str]:
+    """Names of the formats that a layer may get: that of ``config`` and all that take more."""
+    return [name for name, fmt in FORMATS.items() if _size(fmt) >= _size(get_format(config.weights))]
 
 
 def _size(fmt: Format) -> tuple[float, bool]:
@@ -94,7 +119,7 @@ def _bits_left(config: CatQuantConfig, least: int, count: int) -> int:
     return int(config.average_bits * count) - least
 
 
-def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, losses: _Losses) -> int:
+def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, losses: Losses) -> int:
     """Bits to spend beyond what the whole model takes in the formats of ``selection``, and corrections at most."""
     assert config.target_bytes is not None
     blocks = [block for names in stacks(model).values() for block in names]
@@ -112,7 +137,7 @@ def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, 
     return 8 * (config.target_bytes - least)
 
 
-class _Losses:
+class Losses:
     """How far the model's answers go from its own when one layer is rounded."""
 
     def __init__(self, model: nn.Module, data: Batches) -> None:
@@ -127,6 +152,10 @@ class _Losses:
         self.wanted = [self._answers(batch) for batch in self.batches]
         whole = [torch.cat([rows.flatten() for rows in parts]).detach() for parts in zip(*self.wanted, strict=True)]
         self.spreads = [float(values.var().clamp_min(1e-12)) if len(values) > 1 else 1.0 for values in whole]
+
+    def of(self, site: Site, names: Sequence[str]) -> dict[str, float]:
+        """What :meth:`alone` finds, by format."""
+        return {name: self.alone(site, name) for name in names}
 
     def alone(self, site: Site, weights: str) -> float:
         """Mean divergence of the logits (where there are none, of all answers), over what is no padding."""

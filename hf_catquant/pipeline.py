@@ -6,7 +6,9 @@ Both go unit by unit. Each finished unit is a step of the journal, if there is o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from .calibrate import Calibration, check_ranges
 from .config import CatQuantConfig
 from .journal import Journal
 from .log import logger
-from .model import Selection, quantized_modules, select, stacks
+from .model import Selection, Site, quantized_modules, select, stacks
 from .modules import close_experts
 from .shelf import shelf_of
 from .steps import Steps, tensors_of
@@ -105,10 +107,25 @@ def _mixed_formats(
         chosen = record["weights"]
         selection.sites = [replace(s, scheme=replace(s.scheme, weights=chosen[s.name])) for s in selection.sites]
         return [record["note"]]
-    note = mixed.choose(model, selection, config, batches)
-    if journal is not None:
-        journal.write(step, {}, {"weights": {s.name: s.scheme.weights for s in selection.sites}, "note": note})
+    if journal is None:
+        return [mixed.choose(model, selection, config, batches)]
+    note = mixed.choose(model, selection, config, batches, partial(_journaled, journal, config.batch_size))
+    journal.write(step, {}, {"weights": {s.name: s.scheme.weights for s in selection.sites}, "note": note})
     return [note]
+
+
+def _journaled(
+    journal: Journal, batch_size: int, number: int, site: Site, attempt: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """The losses of one layer by format: from the journal, where an earlier run tried it on batches of the same size."""
+    step, tried = f"formats-{number:04d}", {"site": site.name, "batch_size": batch_size}
+    if journal.has(step):
+        _, record = journal.read(step)
+        if {name: record[name] for name in tried} == tried:
+            return record["losses"]
+    losses = attempt()
+    journal.write(step, {}, {**tried, "losses": losses})
+    return losses
 
 
 def _beyond_budget(model: nn.Module, config: CatQuantConfig) -> list[str]:

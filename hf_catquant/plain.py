@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,7 +61,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     """Make the float ``model`` the quantized one that :func:`save_quantized` wrote, in place, and return it.
 
     Raises:
-        ValueError: the folder is not whole, or is that of another model.
+        ValueError: the folder is not whole, or is that of another model; ``model`` is as it was then.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -71,22 +73,66 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     verify_entries(config.modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(config.modules, config.checksums)
     verify_files([folder / WEIGHTS], config.checksums)
-    prepare(model, config.modules)
+    with _as_it_was_if_refused(model) as numbers:
+        _fill(model, config, folder / WEIGHTS, numbers)
+    model.quantization_config = config  # type: ignore[assignment]
+    return model.eval()
+
+
+def _fill(
+    model: nn.Module, config: CatQuantConfig, weights: Path, numbers: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Put the layers and corrections of ``config`` into the float ``model``, and the tensors of a file into all of it.
+
+    ``numbers`` is given every tensor of the float model that the file writes over, and a copy.
+    """
+    prepare(model, config.modules or {})
     for name, entry in config.corrections.items():
         attach(model, name, empty_correction(entry, next(model.buffers()).device))
-    check_room(model, (folder / WEIGHTS).stat().st_size)
-    missing, extra = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-    lost = [name for name in missing if name in _once(model.state_dict())]
+    check_room(model, weights.stat().st_size)
+    loaded, wanted = load_file(weights), model.state_dict()
+    lost, extra = (
+        [name for name in _once(wanted) if name not in loaded],
+        [name for name in loaded if name not in wanted],
+    )
+    kind = type(model).__name__
     if lost or extra:
-        raise ValueError(
-            f"{folder} is of another {type(model).__name__}: it lacks {lost[:5]}, and has {extra[:5]} more"
-        )
+        raise ValueError(f"{weights.parent} is of another {kind}: it lacks {lost[:5]}, and has {extra[:5]} more")
+    for name, tensor in loaded.items():
+        if tensor.shape != wanted[name].shape:
+            here, there = list(wanted[name].shape), list(tensor.shape)
+            raise ValueError(f"{weights.parent} is of another {kind}: {name} has shape {there} there, and {here} here")
+    new = {id(tensor) for layer in quantized_modules(model).values() for tensor in layer.buffers(recurse=False)}
+    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in new]
+    numbers += [(tensor, tensor.detach().clone()) for tensor in held]
+    model.load_state_dict(loaded, strict=False)
     for module in quantized_modules(model).values():
         module.check_values()
     for name, correction in corrections(model).items():
         check_values(name, correction)
-    model.quantization_config = config  # type: ignore[assignment]
-    return model.eval()
+
+
+@contextmanager
+def _as_it_was_if_refused(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Give ``model`` back the modules and hooks that it had if the ``with`` ends in an exception.
+
+    The tensors that are put into the list with a copy each get its numbers back, too.
+    """
+    tables = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._modules, module._parameters, module._buffers, module._forward_hooks)
+    ]
+    numbers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        yield numbers
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)  # type: ignore[arg-type]
+        for tensor, value in numbers:
+            tensor.data.copy_(value)
+        raise
 
 
 def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

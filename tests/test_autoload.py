@@ -62,6 +62,17 @@ def test_switched_off_it_fails_closed(folder):
     assert "REFUSED RuntimeError" in python(START + LOAD, folder, CATQUANT_AUTOLOAD="0")
 
 
+@pytest.mark.parametrize("word", ["0", "false", "False", " OFF ", "no", "", "1", "true", "2"])
+def test_the_usual_words_switch_it_off(word, monkeypatch):
+    spec = importlib.util.spec_from_file_location("fresh_autoload", ROOT / "hf_catquant_autoload.py")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.setenv("CATQUANT_AUTOLOAD", word)
+    fresh.install()
+    assert len(sys.meta_path) == (word in ("1", "true", "2"))
+
+
 def test_an_installation_without_the_package_fails_closed(folder):
     gone = "sys.modules['hf_catquant'] = None\n"
     printed = python(START + gone + LOAD, folder)

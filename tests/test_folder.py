@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from hf_catquant import CatQuantConfig, folder, quantize_folder, walk
+from hf_catquant import CatQuantConfig, folder, mixed, pipeline, quantize_folder, walk
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
@@ -152,6 +153,110 @@ def test_going_on_with_something_else_is_refused(tmp_path, source, monkeypatch):
     quantize_folder(source, out, request(), resume=True)
     quantize_folder(source, tmp_path / "whole", request())
     assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_search_for_formats_loses_no_layer_that_was_tried(tmp_path, source, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    out, tried, alone = tmp_path / "out", [], mixed.Losses.alone
+    monkeypatch.setattr(
+        mixed.Losses, "alone", lambda self, site, name: tried.append((site.name, name)) or alone(self, site, name)
+    )
+    data = {"dataset": tiny_models.samples("llama_tied", 2), "modules_to_not_convert": ["model.layers.1"]}
+    config = request(weights="int4", average_bits=7.0, **data, **ROUND)
+    interrupted(source, out, config, monkeypatch, after=3)
+    assert len({site for site, _ in tried}) == 3
+    assert "mixed formats: 7 layers are tried in int4, int8 each" in caplog.text.splitlines()[0]
+    assert [line for line in caplog.text.splitlines() if "[2/7] model.layers.0.self_attn.k_proj: tried in" in line]
+    steps = sorted(path.name for path in (tmp_path / "out.journal").glob("*.safetensors"))
+    assert steps == [f"formats-000{number}.safetensors" for number in range(3)]
+    before = tried.copy()
+    quantize_folder(source, out, config, resume=True)
+    assert not {*before} & {*tried[len(before) :]}
+    quantize_folder(source, tmp_path / "whole", config)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not (tmp_path / "out.journal").exists()
+
+
+def test_what_was_tried_on_batches_of_another_size_is_tried_again(tmp_path):
+    journal, calls = open_journal(tmp_path / "journal", resume=False), []
+    site = SimpleNamespace(name="layer")
+    for size, count in ((8, 1), (8, 1), (4, 2), (4, 2)):
+        found = pipeline._journaled(journal, size, 0, site, lambda: calls.append(0) or {"int4": 0.1 + len(calls)})
+        assert found == {"int4": 0.1 + count}
+    journal.close()
+
+
+TOY = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class ToyConfig(LlamaConfig):
+    model_type = "catquant_toy"
+class ToyForCausalLM(LlamaForCausalLM):
+    config_class = ToyConfig
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_going_on_with_other_code_of_the_model_is_refused(tmp_path, source, monkeypatch, elsewhere):
+    home = tmp_path / "code_of_catquant_toy" if elsewhere else source
+    home.mkdir(exist_ok=True)
+    (home / "modeling_toy.py").write_text(TOY)
+    config = json.loads((source / "config.json").read_text())
+    prefix = f"{home}--" if elsewhere else ""
+    config["auto_map"] = {
+        "AutoConfig": f"{prefix}modeling_toy.ToyConfig",
+        "AutoModelForCausalLM": f"{prefix}modeling_toy.ToyForCausalLM",
+    }
+    config |= {"model_type": "catquant_toy", "architectures": ["ToyForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    interrupted(source, out, request(**ROUND), monkeypatch, trust_remote_code=True)
+    (home / "modeling_toy.py").write_text(TOY.replace("return super", "return  super"))
+    with pytest.raises(ValueError, match=r'begun with code.*modeling_toy\.py = "'):
+        quantize_folder(source, out, request(**ROUND), resume=True, trust_remote_code=True)
+    (home / "modeling_toy.py").write_text(TOY)
+    quantize_folder(source, out, request(**ROUND), resume=True, trust_remote_code=True)
+
+
+def test_going_on_with_another_tokenizer_is_refused(tmp_path, source, monkeypatch):
+    class Processor:
+        def __call__(self, sample):
+            return sample
+
+        def save_pretrained(self, folder):
+            shutil.copy(source / "tokenizer.json", folder)
+
+    (source / "tokenizer.json").write_text("{}")
+    config, out = request(processor=Processor(), **ROUND), tmp_path / "out"
+    interrupted(source, out, config, monkeypatch)
+    (source / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"begun with files\.tokenizer\.json = "):
+        quantize_folder(source, out, config, resume=True)
+
+
+def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    out = tmp_path / "out"
+    (out / "additional_chat_templates").mkdir(parents=True)
+    for name in ("vocab.json", "tokenizer.json", "generation_config.json", "additional_chat_templates/a.jinja"):
+        (out / name).write_text("of another model")
+    (out / "vocab.json").write_text("its own")
+    (source / "vocab.json").write_text("its own")
+    (source / "generation_config.json").unlink()
+    kept = ("notes.txt", "template.jinja", "my_vocab.json", "README.md")
+    for name in kept:
+        (out / name).write_text("mine")
+    quantize_folder(source, out, request(**ROUND), overwrite=True)
+    assert (out / "vocab.json").read_text() == "its own"
+    assert all((out / name).read_text() == "mine" for name in kept)
+    assert not (out / "tokenizer.json").exists()
+    assert not (out / "additional_chat_templates" / "a.jinja").exists()
+    assert f"{out / 'tokenizer.json'} is removed" in caplog.text
+    assert (
+        not (out / "generation_config.json").exists()
+        or "of another" not in (out / "generation_config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])

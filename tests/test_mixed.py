@@ -128,14 +128,14 @@ def test_classes_of_a_map_are_compared_class_by_class():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 7, 1))
     x = torch.randn(8, 3, 5, 6)
     data = SimpleNamespace(batches=[{"input": x}])
-    wanted = mixed._Losses(model, data).wanted[0][0]
+    wanted = mixed.Losses(model, data).wanted[0][0]
     assert torch.equal(wanted, model(x).movedim(1, -1).reshape(-1, 7))
 
 
 @pytest.mark.parametrize(("weights", "tried"), [("ternary", False), ("ternary_symmetric", True)])
 def test_only_what_takes_no_fewer_bits_is_tried(weights, tried, monkeypatch):
     names = []
-    monkeypatch.setattr(mixed._Losses, "alone", lambda self, site, name: names.append(name) or 1.0)
+    monkeypatch.setattr(mixed.Losses, "alone", lambda self, site, name: names.append(name) or 1.0)
     model, samples = uneven()
     quantize(model, request(dataset=samples, weights=weights, average_bits=6.0))
     assert ("ternary_symmetric" in names) == tried

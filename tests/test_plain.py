@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_catquant import CatConfig, CatQuantConfig, quantize
 from hf_catquant.correction import corrections
+from hf_catquant.model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
 from toys import Cnn, Shared
 
@@ -70,6 +71,38 @@ def test_another_model_is_refused(folder: Path):
     model.extra = nn.BatchNorm2d(3)
     with pytest.raises(ValueError, match=r"it lacks \['extra.weight'"):
         load_quantized(model, folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["another model", "a lost layer", "another shape", "a scale that is no number"])
+def test_after_a_refusal_the_model_is_as_it_was(fault: str, tmp_path: Path):
+    images = list(torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    stored = build(Cnn)
+    correction = CatConfig(num_clusters=2, alpha=0.5)
+    quantize(stored, CatQuantConfig(weights="ternary", group_size=8, dataset=images, correction=correction))
+    model = build(Cnn)
+    for parameter in model.parameters():
+        parameter.add_(0.25)  # the file has other numbers
+    if fault == "a scale that is no number":
+        list(quantized_modules(stored).values())[-1].weight_scale.fill_(float("nan"))
+    elif fault == "another shape":
+        model.blocks[1].norm2 = nn.BatchNorm2d(5)
+    elif fault == "a lost layer":
+        del model.head
+    else:
+        model.extra = nn.BatchNorm2d(3)
+    save_quantized(stored, tmp_path)
+    x = torch.stack(images[:3])
+    modules, state = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) for module in modules]
+    with pytest.raises(ValueError, match=r"is of another|no module|not finite|must be"):
+        load_quantized(model, tmp_path)
+    assert all(now is before for now, before in zip(model.modules(), modules, strict=True))
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    if fault == "another model":
+        assert torch.isfinite(model(x)).all()
 
 
 def test_changed_entries_and_other_folders_are_refused(folder: Path, tmp_path: Path):

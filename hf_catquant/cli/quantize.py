@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -168,7 +168,23 @@ def _command(args: argparse.Namespace) -> str:
 
 def _without_folder(word: str) -> str:
     """Of files and folders on this machine the name: where they are is nobody else's business."""
-    return Path(word).name if Path(word).exists() or Path(word).is_absolute() else word
+    option, sign, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if option and not sign:
+        return word
+    return f"{option}{sign}{_name(value) if _is_place(value) else value}"
+
+
+def _is_place(value: str) -> bool:
+    """Whether a value names a place on a machine, or a URL; what has one slash may be the name of a repository."""
+    drive = value[1:2] == ":" and value[:1].isalpha()
+    begins = value.startswith(("/", "~", "./", "../", "file:"))
+    return begins or drive or "\\" in value or value.count("/") > 1 or (bool(value) and Path(value).exists())
+
+
+def _name(place: str) -> str:
+    """The last part of a path or URL; of a home folder, or where a file system begins, nothing but the sign."""
+    name = PureWindowsPath(place.removeprefix("file:")).name  # knows slashes of both kinds
+    return "~" if name.startswith("~") and len(PureWindowsPath(place).parts) == 1 else name or "."
 
 
 def _option(text: str) -> tuple[str, int | float]:

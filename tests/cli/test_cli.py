@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreT
 
 import tiny_models
 from hf_catquant.cli import main
+from hf_catquant.cli.quantize import _without_folder
 from hf_catquant.demo import run_demo
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -161,6 +162,43 @@ def test_the_column_of_labels_is_no_input(folder, tmp_path, capsys):
         assert main([*test, "--label-column", "sentiment", "--json", str(tmp_path / "t.json"), *more]) == 0
         both.append(json.loads((tmp_path / "t.json").read_text())["rows"])
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("--dataset=/home/alice/secret/train.jsonl", "--dataset=train.jsonl"),
+        ("--data=~/secret/train.jsonl", "--data=train.jsonl"),
+        ("~alice/secret/train.jsonl", "train.jsonl"),
+        ("~alice", "~"),
+        ("/", "."),
+        ("../secret/train.jsonl", "train.jsonl"),
+        ("secret/of/alice/train.jsonl", "train.jsonl"),
+        ("--dataset=C:\\Users\\alice\\train.jsonl", "--dataset=train.jsonl"),
+        ("C:/Users/alice/train.jsonl", "train.jsonl"),
+        ("\\\\server\\alice\\train.jsonl", "train.jsonl"),
+        ("--dataset=file:///home/alice/train.jsonl", "--dataset=train.jsonl"),
+        ("--weights=int8", "--weights=int8"),
+        ("block_steps=20", "block_steps=20"),
+        ("--skip=lm_head", "--skip=lm_head"),
+        ("org/model-7b", "org/model-7b"),
+        ("--correction", "--correction"),
+    ],
+)
+def test_where_files_lie_is_not_told(word, kept):
+    assert _without_folder(word) == kept
+
+
+def test_no_file_of_the_output_names_a_folder_of_this_machine(folder, tmp_path):
+    private, out = tmp_path / "alice-secret", tmp_path / "out"
+    private.mkdir()
+    shutil.copy(folder / "rows.csv", private / "rows.csv")
+    words = ["--group-size=16", "--solver=rtn", "--correction=none", f"--dataset={private}/rows.csv", "--column=text"]
+    assert main(["quantize", str(folder / "bert"), str(out), *words]) == 0
+    assert "--dataset=rows.csv" in json.loads((out / "report.json").read_text())["command"]
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        for secret in (str(tmp_path), str(folder)):
+            assert secret.encode() not in path.read_bytes(), path.name
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,92 @@
+"""The files of a model's folder that decide what comes of it: weights, config, code that is trusted, processor.
+
+Their digests tell whether an interrupted run goes on with what it was begun with; their names, what a model that is
+replaced has left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_cached_module_file
+from transformers.utils import HF_MODULES_CACHE
+
+from .integrity import sha256
+
+# What saving a tokenizer, an image processor, a feature extractor or the defaults of generation writes.
+GENERATION = "generation_config.json"
+PROCESSOR = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json", "entity_vocab.json"),
+    *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model", "sentencepiece.model"),
+    *(
+        "source.spm",
+        "target.spm",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ),
+    *("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+
+
+def weight_digests(folder: Path, files: Collection[Path]) -> dict[str, str]:
+    """SHA-256 of the weights of a float model and its config, by name; ``files`` are its safetensors files, if any."""
+    weights = files or sorted(folder.glob("*.bin"))
+    return {path.name: sha256(path) for path in (*weights, folder / "config.json")}
+
+
+def other_digests(folder: Path, processor: Any) -> dict[str, str]:
+    """Of what is saved beside the weights: defaults of generation and, if ``processor`` saves itself, its files."""
+    patterns = (GENERATION, *(PROCESSOR if hasattr(processor, "save_pretrained") else ()))
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in _matching(folder, patterns)}
+
+
+def code_digests(folder: Path, config: Any, trust_remote_code: bool) -> dict[str, str]:
+    """Of the Python files that come with a model, and of those of other repositories that its config names.
+
+    Args:
+        folder: of the model.
+        config: the model's.
+        trust_remote_code: nothing of it runs otherwise, so that it decides nothing.
+    """
+    if not trust_remote_code:
+        return {}
+    found = {path.relative_to(folder).as_posix(): sha256(path) for path in _python(folder)}
+    named = (getattr(config, "auto_map", None) or {}).values()
+    references = [ref for value in named for ref in (value if isinstance(value, list | tuple) else [value]) if ref]
+    for repository, _, name in (ref.partition("--") for ref in references if "--" in ref):
+        module = get_cached_module_file(repository, f"{name.partition('.')[0]}.py")
+        copied = (Path(HF_MODULES_CACHE) / module).parent
+        label = Path(repository).name if Path(repository).is_dir() else repository
+        found |= {f"{label}/{path.relative_to(copied).as_posix()}": sha256(path) for path in _python(copied)}
+    return found
+
+
+def left_behind(out: Path, written: Collection[str], source: Path) -> list[Path]:
+    """Files in ``out`` that belong to the processor or the generation of another model than was written there now.
+
+    Args:
+        written: names of what was written.
+        source: folder of the float model: what has the same bytes as there is its own.
+    """
+    found = [
+        path for path in _matching(out, (GENERATION, *PROCESSOR)) if path.relative_to(out).as_posix() not in written
+    ]
+    return [path for path in found if not _same(path, source / path.relative_to(out))]
+
+
+def _matching(folder: Path, patterns: Collection[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+
+
+def _python(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*.py")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
