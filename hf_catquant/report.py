@@ -165,8 +165,11 @@ def config_of(model: nn.Module) -> CatQuantConfig | None:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a checkpoint of ``model`` holds, shared ones once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()  # tables that are computed again
     tensors: dict[tuple[int | str, int], Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if name in left_out:
+            continue
         # Tensors that are offloaded to disk have no address; then the ties that transformers keeps are all there is.
         if not (tensor.is_meta and name in tied):
             tensors[name if tensor.is_meta else tensor.data_ptr(), tensor.nbytes] = tensor
