@@ -72,7 +72,7 @@ def check_whole(model: PreTrainedModel, name: str, found: Mapping[str, Collectio
             f"{name} has tensors that {kind}, which config.json does not name, does not read, and would lose: "
             f"{_first(rest)}: {way_out}"
         )
-    note = f"{kind}, the class that config.json names, does not read {len(rest)} tensors of the float model: {_first(rest)}"
+    note = f"{kind}, the class that config.json names, does not read {len(rest)} tensors of the files: {_first(rest)}"
     logger.warning("%s: %s", name, note)
     model.__dict__[_LEFT] = note
 
