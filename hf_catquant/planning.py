@@ -8,7 +8,7 @@ then, what both streams hold, and for layers that were not tried what a solver t
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .layers import layer_for
 from .memory import peak, release, reset_peak, resident
 from .model import Selection, Site, select
 from .pipeline import collect, sites_by_unit
+from .planning_time import float_seconds, search_seconds, whole_seconds
 from .shelf import Shelf, shelf_of
 from .sizes import float_bytes, output_bytes, packed_bytes
 from .solvers import AT_ONCE
@@ -44,7 +45,7 @@ class Plan:
         peak_ram: bytes resident at most, libraries and mapped files included.
         peak_vram: bytes on the accelerator at most.
         disk: bytes that the journal and the output take beside each other.
-        seconds: of quantizing, the reading of the data not counted.
+        seconds: the sum of ``phases``. Reading the data, corrections of the whole model and writing are not counted.
         base: bytes resident with the libraries, the model's small parameters and the data.
         packed: bytes of the packed layers, which stay in memory.
         largest: name of the unit with the most float weights.
@@ -53,6 +54,8 @@ class Plan:
         work: bytes that a solver and its matrices take at most.
         phase: what the peak is expected in.
         units: units in all.
+        phases: seconds of each phase that is counted: "formats" (trying every layer in every format, if there is a budget),
+            "units", "whole model" (the steps of all of it at the end, if the solver learns).
     """
 
     peak_ram: int
@@ -67,17 +70,24 @@ class Plan:
     work: int
     phase: str
     units: int
+    phases: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
         return asdict(self)
 
     def __str__(self) -> str:
+        notes = {
+            "formats": "every layer in every format, as long as one that was tried",
+            "units": f"{self.units} units, at the speed of those that were tried",
+            "whole model": "its steps at the end, at the speed of a block that learned",
+        }
         rows = (
             ("peak RAM", _size(self.peak_ram), f"while {self.phase}"),
             ("peak VRAM", _size(self.peak_vram), "quantizing runs where the model is: on the CPU"),
             ("disk", _size(self.disk), "the journal and the output, until the journal is dropped"),
-            ("time", _time(self.seconds), f"{self.units} units, at the speed of those that were tried"),
+            ("time", _time(self.seconds), "without reading the data, corrections of the whole model and writing"),
+            *((f"  {name}", _time(seconds), notes[name]) for name, seconds in self.phases.items()),
             ("", "", "of the peak:"),
             ("  base", _size(self.base), "libraries, small parameters, data"),
             ("  packed", _size(self.packed), "all finished layers"),
@@ -85,7 +95,7 @@ class Plan:
             ("  streams", _size(self.streams), "inputs and outputs of units, float and quantized"),
             ("  solver", _size(self.work), "statistics and what is derived from them"),
         )
-        return "\n".join(f"{name:<10} {value:>10}  {note}".rstrip() for name, value, note in rows)
+        return "\n".join(f"{name:<13} {value:>10}  {note}".rstrip() for name, value, note in rows)
 
 
 @dataclass
@@ -154,6 +164,7 @@ def _plan_without_data(model: nn.Module, selection: Selection, total: int) -> Pl
         max(0, work),
         phase,
         len(units),
+        {"units": seconds},
     )
 
 
@@ -179,8 +190,12 @@ def _plan_with_data(
     packed = sum(map(packed_bytes, selection.sites))
     shelf = shelf_of(model)
     reset_peak()
+    phases: dict[str, float] = {}
+    if config.budget is not None:
+        phases["formats"] = search_seconds(model, selection, config, data)
+    searched, one, start = peak(), float_seconds(model, config, data), time.perf_counter()
     calibration = Calibration(model, config, selection, data, [])
-    probed = peak()
+    probed, seconds = peak(), time.perf_counter() - start
     units = calibration.walk.plan.units
     inside = {u.name: [s for n, s in sites.items() if n == u.name or n.startswith(f"{u.name}.")] for u in units}
     weights = {name: sum(float_bytes(s) for s in held if not s.tied_to) for name, held in inside.items()}
@@ -189,8 +204,8 @@ def _plan_with_data(
     largest_block = max(blocks, key=lambda name: weights[name])
     release()
     base = resident()
-    seconds, done, trials = 0.0, 0, {}
-    most, phase = probed, "finding out who reads what"
+    done, trials = 0, {}
+    most, phase = probed, "finding out who reads what" if probed > searched else "trying formats"
     for index, unit in enumerate(units):
         reset_peak()
         before, start = resident(), time.perf_counter()
@@ -229,11 +244,16 @@ def _plan_with_data(
     ):
         if guess > most:
             most, phase = guess, words
+    phases["units"] = seconds
+    if whole := whole_seconds(calibration, largest_block, selection.sites, one):
+        phases["whole model"] = whole
+    seconds = sum(phases.values())
     largest = max(weights, key=lambda name: weights[name])
     work = max(0, tried.bytes - weights[largest_block])
     size = shelf.largest() if isinstance(shelf, Shelf) else weights[largest]
     most += _WRITING
-    return Plan(most, 0, 2 * total, seconds, base, packed, largest, size, 6 * hidden, work, phase, len(units))
+    memory = (most, 0, 2 * total, seconds, base, packed, largest, size, 6 * hidden, work)
+    return Plan(*memory, phase, len(units), phases)
 
 
 def _operations(site: Site) -> float:

@@ -11,6 +11,7 @@ block that learning would not help stays as the solver left it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ from .model import quantized_modules, replace_module
 from .outputs import LOGITS, answers
 from .replay import run
 from .solvers.reconstruct import Options
-from .training import Group, Progress, learning, train
+from .training import STEP, Group, Progress, learning, train
 from .walk import Call, run_unit
 
 _DROP = 0.5  # share of the values whose input quantization is dropped while a block is learned (QDrop)
@@ -48,6 +49,7 @@ class Reconstruction:
         held_out: those of the batches that decide.
         seed: of everything random.
         fixed: names of layers that share their packed weight with others, which do not learn.
+        pace: seconds that a forward took while a unit learned, its gradient counted as two more; by unit, "" is the model.
     """
 
     options: Options
@@ -58,6 +60,7 @@ class Reconstruction:
     fixed: set[str]
     weights: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
+    pace: dict[str, float] = field(default_factory=dict)
 
     def unit(
         self, name: str, live: nn.Module, float_unit: nn.Module, calls: Sequence[list[Call]], outputs: list[list[Any]]
@@ -139,8 +142,11 @@ class Reconstruction:
             if not learned:
                 return None
             pull = 0.0 if name else self.options.scale_pull
+            forwards, start = 0, time.perf_counter()
 
             def loss_with_drop(batch: int, learning: bool) -> Tensor:
+                nonlocal forwards
+                forwards += STEP if learning else 1
                 for layer in learned.values():
                     layer.drop = drop if learning else 0.0
                 loss = loss_of(batch, learning)
@@ -152,7 +158,7 @@ class Reconstruction:
             with learning([p for group in groups for p in group["params"]]):
                 say = None if name else partial(_say, steps)
                 done = train(groups, loss_with_drop, self.batches, self.held_out, steps, self.seed, say)
-            self.progress[name] = done
+            self.progress[name], self.pace[name] = done, (time.perf_counter() - start) / max(1, forwards)
         return done
 
     @contextmanager

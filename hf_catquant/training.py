@@ -18,6 +18,7 @@ CHECKS = 8  # looks at the held-out loss
 PATIENCE = 4  # looks in a row without a better one that end the training
 RETREAT = 2  # such looks in a row that make it go back to the best state
 BACK_OFF = 0.4  # what the rates are multiplied by then
+STEP = 3  # forwards that a step takes, its gradient included
 HELD_OUT = 4  # one batch of so many is kept from learning
 FEW, HELD_OUT_OF_FEW = 8, 8  # of fewer batches one sample of so many: learning needs the others more
 
@@ -43,6 +44,11 @@ def set_apart(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]]
     *before, split = batches[:first]
     parts = ({name: t[:-wanted] for name, t in split.items()}, {name: t[-wanted:] for name, t in split.items()})
     return [*before, *parts, *batches[first:]], range(first, count + 1)
+
+
+def forwards(steps: int, batches: int, held_out: int) -> int:
+    """How many forwards :func:`train` takes at most with so many steps, batches to learn from and held-out ones."""
+    return STEP * steps + 2 * batches + (CHECKS + 1) * (held_out or batches)
 
 
 @dataclass(frozen=True)

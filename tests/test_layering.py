@@ -43,7 +43,7 @@ ROWS = [
     "extract learned training mixed",
     "reconstruction",
     "calibrate",
-    "pipeline",
+    "pipeline planning_time",
     "planning",
     "report",
     "plain identity",

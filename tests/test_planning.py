@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +19,15 @@ import tiny_models
 from hf_catquant import CatQuantConfig, memory
 from hf_catquant.cli import main
 from hf_catquant.folder import open_source
+from hf_catquant.mixed import Losses
 from hf_catquant.model import select
 from hf_catquant.pipeline import quantize_modules
 from hf_catquant.planning import plan_model
+from hf_catquant.planning_time import size, whole_seconds
 from hf_catquant.report import stored_bytes
 from hf_catquant.sizes import output_bytes, packed_bytes
 from hf_catquant.solvers import SLICE, row_slices
+from hf_catquant.training import STEP, forwards, train
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "resnet", "wav2vec2", "gpt2"])
@@ -55,6 +60,61 @@ def test_a_plan_of_a_model(tmp_path, solver):
     assert json.loads(json.dumps(plan.to_dict()))["largest"] == plan.largest
     assert plan.largest in ("model.layers.0", "model.layers.1", "model.embed_tokens", "lm_head")
     assert re.search(r"peak RAM +\d+\.\d+ .iB  while ", str(plan))
+
+
+def test_a_plan_counts_the_search_for_formats(tmp_path, monkeypatch):
+    folder = tiny_models.folder_of("llama", str(tmp_path))
+    tried = []
+
+    def slow(self, site, names):
+        tried.append((site.name, names))
+        time.sleep(0.2)
+        return dict.fromkeys(names, 1.0)
+
+    monkeypatch.setattr(Losses, "of", slow)
+    data = {"dataset": tiny_models.samples("llama", 4), "batch_size": 4}
+    config = CatQuantConfig("int4", group_size=16, solver="rtn", correction=None, average_bits=7.0, **data)
+    plan = plan_model(open_source(folder, torch.float32, True, False), config)
+    assert [names for _, names in tried] == [["int4", "int8"]]
+    assert 14 * 0.2 <= plan.phases["formats"] < 28 * 0.2
+    assert plan.seconds == pytest.approx(sum(plan.phases.values()))
+    assert re.search(r"\n  formats +\d+ s  every layer in every format.*\n  units ", str(plan))
+
+
+@pytest.mark.parametrize("block_steps", [0, 2])
+def test_a_plan_counts_the_steps_of_the_whole_model(tmp_path, block_steps):
+    folder = tiny_models.folder_of("llama", str(tmp_path))
+    data = {"dataset": tiny_models.samples("llama", 2), "batch_size": 2, "rotation": None, "correction": None}
+    options = {"block_steps": block_steps, "model_steps": 40_000}
+    config = CatQuantConfig("int4", group_size=16, solver="reconstruct", solver_options=options, **data)
+    phases = plan_model(open_source(folder, torch.float32, True, False), config).phases
+    assert phases["whole model"] > phases["units"]  # 120,000 forwards
+
+
+def test_a_step_of_the_whole_takes_as_long_for_a_weight_as_one_of_a_block():
+    model = tiny_models.build("llama")
+    sites = select(model, CatQuantConfig(group_size=16, dataset=[1])).sites
+    options = SimpleNamespace(model_steps=100)
+    learner = SimpleNamespace(options=options, pace={"model.layers.0": 0.5}, batches=range(3), held_out=range(3, 4))
+    calibration = SimpleNamespace(reconstruction=learner)
+    block = sum(size(site) for site in sites if site.name.startswith("model.layers.0."))
+    head = next(size(site) for site in sites if site.name == "lm_head")
+    found = whole_seconds(calibration, "model.layers.0", sites, 0.0)
+    assert found == pytest.approx(0.5 * (2 + head / block) * (300 + 6 + 9))
+    options.model_steps = 0
+    assert whole_seconds(calibration, "model.layers.0", sites, 0.0) == 0
+
+
+@pytest.mark.parametrize(("batches", "held_out"), [([0, 1, 2], [3]), ([0, 1], [])])
+def test_training_takes_the_forwards_that_are_counted(batches, held_out):
+    parameter, taken = torch.nn.Parameter(torch.tensor(1.0)), []
+
+    def loss_of(batch, learning):
+        taken.append(STEP if learning else 1)
+        return parameter.square()
+
+    train([{"params": [parameter], "lr": 1e-3}], loss_of, batches, held_out, 24, 0)
+    assert sum(taken) == forwards(24, len(batches), len(held_out))
 
 
 def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
