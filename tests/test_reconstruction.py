@@ -60,7 +60,7 @@ def test_closer_to_the_float_model_than_its_start(name):
     assert learned < 0.95 * start
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", "gpt2", "wav2vec2", "clip", *slow("mobilenet_v2")])
+@pytest.mark.parametrize("name", ["t5", "wav2vec2", *slow("whisper", "gpt2", "clip", "mobilenet_v2")])
 @pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_runs_on_any_architecture(name, dtype):
     model = build(name).to(dtype)
