@@ -179,7 +179,7 @@ def is_measured(case: Case, setting: Setting) -> bool:
 def is_drawn(model: str, table: Table) -> bool:
     """Whether the results of another benchmark hold all rows of this model."""
     found = [r for r in read(table.results()) if r.get("model", model) == model]
-    found = [r for r in found if table.weights in (None, r["weights"])]
+    found = [r for r in found if table.weights is None or r["weights"] == table.weights]
     if not table.takes_model:
         return bool(found)
     return set(table.rows(model)) <= {r[table.field] for r in found}
