@@ -10,10 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.pipelines import PIPELINE_REGISTRY
 
+from .card_usage import task_of, usage
 from .checkpoint import read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import broken_seals, is_sealed
@@ -23,24 +22,9 @@ from .identity import EVALUATION, REPORT, checked_evaluation, checked_report, re
 from .integrity import read_header, sha256
 from .report import Report
 from .report_checks import check_report
-from .tasks import SOUND_CLASSIFIERS
 from .verify import stored_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# What the class name of a model ends in, and the Hub's word for its task.
-TASKS = {
-    "ForSequenceClassification": "text-classification",
-    "ForImageClassification": "image-classification",
-    "ForAudioClassification": "audio-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForSpeechSeq2Seq": "automatic-speech-recognition",
-    "ForCTC": "automatic-speech-recognition",
-}
-# What the base model is to this one: the float model itself, or what the float model was fine-tuned from.
 RELATIONS = ("quantized", "finetune")
 _WORST = 5  # layers of the table of errors
 # What a request says beside the defaults is on the card; what quantizing found is in the tables.
@@ -104,7 +88,7 @@ def model_card(
     table = None if raw_table is None else checked_evaluation(folder / EVALUATION, raw_table, quantization)
     data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
     architecture = (config.get("architectures") or ["A model"])[0]
-    task = _task(architecture)
+    task = task_of(architecture)
     # A base model that is not quite the float model does not lend it its name.
     named = base if relation == RELATIONS[0] and origin is None else None
     title = f"{(named or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
@@ -120,7 +104,7 @@ def model_card(
         bits=f"{report.bits_per_parameter:.2f}",
         size_before=_megabytes(report.bytes_before),
         size_after=_megabytes(report.bytes_after),
-        usage=_usage(folder, config, task, repo or folder.name),
+        usage=usage(folder, config, task, repo or folder.name),
         calibrated=isinstance(quantization.provenance.get("calibration"), dict),
         beside=sorted(recorded_files(folder, quantization) or {}),
         evaluation=None if table is None else table.to_markdown(),
@@ -137,13 +121,6 @@ def model_card(
         files=files_of(folder),
         limits=_limits(quantization, table, report),
     )
-
-
-def _task(architecture: str) -> str | None:
-    """The Hub's word for what a class does, None if its name says nothing."""
-    if architecture in SOUND_CLASSIFIERS:
-        return "audio-classification"
-    return next((tag for ending, tag in TASKS.items() if architecture.endswith(ending)), None)
 
 
 def files_of(folder: Path) -> list[dict[str, Any]]:
@@ -201,37 +178,6 @@ def _metadata(
         tags=[QUANT_METHOD, "quantized", "post-training-quantization", config.weights],
         **more,
     )
-
-
-def _usage(folder: Path, config: dict[str, Any], task: str | None, repo: str) -> str:
-    """Python that loads the model: a pipeline where the folder has all that one needs, else its class."""
-    trust = ", trust_remote_code=True" if "auto_map" in config else ""
-    if task in PIPELINE_REGISTRY.get_supported_tasks() and _feeds(folder, str(task)):
-        return f'from transformers import pipeline\n\nrun = pipeline("{task}", model="{repo}"{trust})'
-    name = _class_name(config)
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}"{trust})'
-
-
-def _feeds(folder: Path, task: str) -> bool:
-    """Whether a folder has what turns the rows of a task into inputs."""
-    has = {
-        "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
-        "processor": ("preprocessor_config.json", "processor_config.json"),
-    }
-    needed = {"image-classification": ["processor"], "audio-classification": ["processor"]}
-    needed["automatic-speech-recognition"] = ["tokenizer", "processor"]
-    kinds = needed.get(task, ["tokenizer"])
-    return all(any((folder / name).is_file() for name in has[kind]) for kind in kinds)
-
-
-def _class_name(config: dict[str, Any]) -> str:
-    """The class of transformers that loads the model with its head."""
-    architecture = (config.get("architectures") or [""])[0]
-    remote = config.get("auto_map") or {}
-    autos = [name for name, target in remote.items() if str(target).endswith(f".{architecture}") and architecture]
-    if autos:
-        return str(autos[0])
-    return architecture if isinstance(getattr(transformers, architecture, None), type) else "AutoModel"
 
 
 def _stored(config: CatQuantConfig, report: Report) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -25,10 +24,7 @@ from transformers import PreTrainedModel
 from .alignment import align
 from .checkpoint import weight_files
 from .config import CatQuantConfig
-from .disk import sync, sync_folder, writing
-from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
-from .integrity import sha256
-from .inventory import digests
+from .installing import WRITTEN, install, write_output
 from .journal import Journal, open_journal
 from .journal_place import check_own
 from .kernels import native
@@ -36,16 +32,12 @@ from .log import logger
 from .model import select
 from .pipeline import agreed_batches
 from .quantizer import quantize
-from .report import library_versions, report
+from .report import library_versions
 from .sizes import output_bytes
-from .source_files import code_digests, left_behind, other_digests, weight_digests
+from .source_files import code_digests, other_digests, weight_digests
 from .streaming import open_on_shelf
 from .tasks import float_config, load_quantized, model_class
 from .whole import load_whole
-
-_WRITTEN = "written"  # in the manifest: the files of a finished output
-# What names a set of weights of the same model: shards of an older save must not stay beside new ones.
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 def quantize_folder(
@@ -90,8 +82,8 @@ def quantize_folder(
     try:
         model = _quantized(source, config, journal, dtype, stream, trust_remote_code)
         if model is not None:
-            _write(model, config.processor, journal, made or {})
-        _install(journal, out, source)
+            write_output(model, config.processor, journal, made or {})
+        install(journal, out, local_folder(str(source)))
         journal.drop()
         return model or load_quantized(str(out), trust_remote_code)
     except BaseException:
@@ -121,7 +113,7 @@ def _quantized(
     )
     config = copy.deepcopy(config)
     config.batch_size = journal.settled("batch_size", config.batch_size)
-    if journal.settled(_WRITTEN, None) is not None:
+    if journal.settled(WRITTEN, None) is not None:
         agreed_batches(open_source(source, dtype, stream, trust), config, journal)
         return None
     return _backing_off(source, config, journal, dtype, stream, trust)
@@ -228,77 +220,3 @@ def places(source: str | Path, out: str | Path, resume: bool, overwrite: bool) -
         raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
     check_own(place)
     return out, place
-
-
-def _write(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[str, Any]) -> None:
-    """Write the output beside its place."""
-    staging = journal.output
-    with writing(staging):
-        if staging.exists():
-            shutil.rmtree(staging)
-        model.save_pretrained(staging)
-        if hasattr(processor, "save_pretrained"):
-            processor.save_pretrained(staging)
-        said = {**report(model).to_dict(), **made, **identity(model), "files": digests(staging)}
-        text = json.dumps(said, indent=2)
-        (staging / REPORT).write_text(text, encoding="utf-8")
-        sync_folder(staging)
-    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-    journal.change(_WRITTEN, {path.relative_to(staging).as_posix(): sha256(path) for path in files})
-
-
-def _install(journal: Journal, out: Path, source: str | Path) -> None:
-    """Put the finished output in its place: at once where there is none, else file by file, the config last.
-
-    A model of old and new files does not load: the checksums in its config are of one save. What another model left of its
-    weights, its processor and its generation goes.
-
-    Raises:
-        ValueError: a file is not what was written, here or by the run that was interrupted after it wrote it.
-    """
-    staging, wanted = journal.output, journal.settled(_WRITTEN, {})
-    for name, digest in wanted.items():
-        path = staging / name if (staging / name).exists() else out / name
-        if not path.is_file() or sha256(path) != digest:
-            raise ValueError(f"{path} is not what the interrupted run wrote: begin anew with --overwrite")
-    with writing(out):
-        # The folder that somebody works in stays: a new one of its name would be another.
-        if out.is_dir() and not any(out.iterdir()) and not out.samefile(Path.cwd()):
-            out.rmdir()
-        if not out.exists():
-            staging.rename(out)
-            sync(out.parent)
-            return
-        for name in sorted(wanted, key=lambda name: (name == "config.json", name)):
-            if (staging / name).exists():
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                (staging / name).replace(out / name)
-        for path in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
-            if path.name not in wanted:
-                path.unlink()
-        _drop_measured(out)
-        _drop_left(out, wanted, source)
-        sync_folder(out)
-
-
-def _drop_left(out: Path, wanted: dict[str, str], source: str | Path) -> None:
-    """Take away the tokenizer of the model that was here before: it would load with the new one, and mean other words."""
-    for path in left_behind(out, wanted, local_folder(str(source))):
-        logger.warning(
-            "%s is removed: it is not of the model that is in this folder now, which was quantized without it", path
-        )
-        path.unlink()
-
-
-def _drop_measured(out: Path) -> None:
-    """Take away the evaluation of the model that was here before, and its plots: they would pass for the new one's."""
-    try:
-        config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        measured = json.loads((out / EVALUATION).read_text(encoding="utf-8"))
-        kept = is_of(measured, CatQuantConfig.from_dict(config))  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, AttributeError):
-        kept = False
-    for path in [] if kept else [out / name for name in (EVALUATION, *PLOTS)]:
-        if path.is_file():
-            logger.warning("%s is removed: it speaks of the model that was in this folder before", path)
-            path.unlink()

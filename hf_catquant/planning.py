@@ -8,8 +8,8 @@ then, what both streams hold, and for layers that were not tried what a solver t
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .layers import layer_for
 from .memory import peak, release, reset_peak, resident
 from .model import Selection, Site, select
 from .pipeline import collect, sites_by_unit
+from .plan_table import Plan
 from .planning_time import float_seconds, search_seconds, whole_seconds
 from .shelf import Shelf, shelf_of
 from .sizes import float_bytes, output_bytes, packed_bytes
@@ -37,74 +38,14 @@ _FIT = 4  # copies of the rows that a correction is fitted on
 _FIT_ROWS = 1 << 28  # bytes of those rows at most, by stream
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What quantizing will take. ``print(plan)`` shows it; ``to_dict()`` is JSON-clean.
-
-    Attributes:
-        peak_ram: bytes resident at most, libraries and mapped files included.
-        peak_vram: bytes on the accelerator at most.
-        disk: bytes that the journal and the output take beside each other.
-        seconds: the sum of ``phases``. Reading the data, corrections of the whole model and writing are not counted.
-        base: bytes resident with the libraries, the model's small parameters and the data.
-        packed: bytes of the packed layers, which stay in memory.
-        largest: name of the unit with the most float weights.
-        largest_float: their bytes.
-        streams: bytes of the outputs and inputs of units that are kept, in both streams; 0 without data.
-        work: bytes that a solver and its matrices take at most.
-        phase: what the peak is expected in.
-        units: units in all.
-        phases: seconds of each phase that is counted: "formats" (trying every layer in every format, if there is a budget),
-            "units", "whole model" (the steps of all of it at the end, if the solver learns).
-    """
-
-    peak_ram: int
-    peak_vram: int
-    disk: int
-    seconds: float
-    base: int
-    packed: int
-    largest: str
-    largest_float: int
-    streams: int
-    work: int
-    phase: str
-    units: int
-    phases: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        notes = {
-            "formats": "every layer in every format, as long as one that was tried",
-            "units": f"{self.units} units, at the speed of those that were tried",
-            "whole model": "its steps at the end, at the speed of a block that learned",
-        }
-        rows = (
-            ("peak RAM", _size(self.peak_ram), f"while {self.phase}"),
-            ("peak VRAM", _size(self.peak_vram), "quantizing runs where the model is: on the CPU"),
-            ("disk", _size(self.disk), "the journal and the output, until the journal is dropped"),
-            ("time", _time(self.seconds), "without reading the data, corrections of the whole model and writing"),
-            *((f"  {name}", _time(seconds), notes[name]) for name, seconds in self.phases.items()),
-            ("", "", "of the peak:"),
-            ("  base", _size(self.base), "libraries, small parameters, data"),
-            ("  packed", _size(self.packed), "all finished layers"),
-            ("  float", _size(self.largest_float), f"{self.largest}, the largest unit"),
-            ("  streams", _size(self.streams), "inputs and outputs of units, float and quantized"),
-            ("  solver", _size(self.work), "statistics and what is derived from them"),
-        )
-        return "\n".join(f"{name:<13} {value:>10}  {note}".rstrip() for name, value, note in rows)
-
-
 @dataclass
 class _Trial:
-    """What trying a unit took: its peak above what was there before, and seconds."""
+    """What trying a unit took: its peak above what was there before, seconds, and the peak of the process."""
 
     name: str
     bytes: int
     seconds: float
+    peak: int
 
 
 @torch.no_grad()
@@ -180,7 +121,7 @@ def _try_rounding(model: nn.Module, swap: Swap, unit: str, names: list[str]) -> 
     seconds, most = time.perf_counter() - start, peak()
     del tensors
     shelf.done(unit)
-    return _Trial(unit, most - before, seconds)
+    return _Trial(unit, most - before, seconds, most)
 
 
 def _plan_with_data(
@@ -204,18 +145,12 @@ def _plan_with_data(
     largest_block = max(blocks, key=lambda name: weights[name])
     release()
     base = resident()
-    done, trials = 0, {}
     most, phase = probed, "finding out who reads what" if probed > searched else "trying formats"
-    for index, unit in enumerate(units):
-        reset_peak()
-        before, start = resident(), time.perf_counter()
-        calibration.quantize_unit(index, unit)
-        trials[unit.name] = _Trial(unit.name, peak() - before, time.perf_counter() - start)
-        if peak() > most:
-            most, phase = peak(), f"calibrating {unit.name}"
-        done += sum(map(packed_bytes, inside[unit.name]))
-        if unit.name == largest_block:
-            break
+    trials = {trial.name: trial for trial in _try_units(calibration, largest_block)}
+    for trial in trials.values():
+        if trial.peak > most:
+            most, phase = trial.peak, f"calibrating {trial.name}"
+    done = sum(packed_bytes(site) for name in trials for site in inside[name])
     tried = trials[largest_block]
     hidden = _held(calibration)
     after = resident() - done  # base and streams
@@ -254,6 +189,17 @@ def _plan_with_data(
     most += _WRITING
     memory = (most, 0, 2 * total, seconds, base, packed, largest, size, 6 * hidden, work)
     return Plan(*memory, phase, len(units), phases)
+
+
+def _try_units(calibration: Calibration, last: str) -> Iterator[_Trial]:
+    """Quantize every unit up to the one called ``last``."""
+    for index, unit in enumerate(calibration.walk.plan.units):
+        reset_peak()
+        before, start = resident(), time.perf_counter()
+        calibration.quantize_unit(index, unit)
+        yield _Trial(unit.name, peak() - before, time.perf_counter() - start, peak())
+        if unit.name == last:
+            return
 
 
 def _operations(site: Site) -> float:
@@ -303,13 +249,3 @@ def _head_rows(calibration: Calibration, hidden: int) -> int:
         return hidden
     rows, columns = layer.matrix_shape(site.module)
     return hidden * rows // columns
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ from typing import Any
 from .config import CatQuantConfig
 from .integrity import Stored
 from .report import Report
-from .verify import expected_kind
+from .stored_tensors import expected_kind
 
 _BYTES = {"U8": 1, "F16": 2, "F32": 4}
 

@@ -7,6 +7,7 @@ replaced has left behind.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +90,4 @@ def _python(folder: Path) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+    return other.is_file() and cmp(one, other, shallow=False)

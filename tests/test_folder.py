@@ -305,7 +305,7 @@ def test_once_all_is_written_something_else_is_refused_too(tmp_path, source, mon
     """Killed between writing the output and putting it in its place."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_install", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folder, "install", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantize_folder(source, out, request())
     other = tiny_models.samples("llama_tied", 12, seed=5)

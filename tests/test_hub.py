@@ -21,7 +21,9 @@ import fake_hub
 import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig
-from hf_catquant.card import _task, _usage, model_card
+from hf_catquant.card import model_card
+from hf_catquant.card_usage import task_of
+from hf_catquant.card_usage import usage as usage_of
 from hf_catquant.cli import main
 from hf_catquant.hub import push
 from hf_catquant.identity import identity
@@ -148,12 +150,12 @@ def test_the_usage_of_a_card_with_a_tokenizer_is_a_pipeline(copy):
 
 def test_a_pipeline_is_offered_where_there_is_one(copy, tmp_path):
     config = {"architectures": ["BertForQuestionAnswering"]}
-    assert "BertForQuestionAnswering.from_pretrained" in _usage(copy, config, "question-answering", "me/x")
+    assert "BertForQuestionAnswering.from_pretrained" in usage_of(copy, config, "question-answering", "me/x")
     custom = {"architectures": ["KWT"], "auto_map": {"AutoConfig": "k.C", "AutoModelForAudioClassification": "k.KWT"}}
-    said = _usage(tmp_path, custom, "audio-classification", "me/x")
+    said = usage_of(tmp_path, custom, "audio-classification", "me/x")
     assert 'AutoModelForAudioClassification.from_pretrained("me/x", trust_remote_code=True)' in said
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    assert 'pipeline("audio-classification"' in _usage(tmp_path, custom, "audio-classification", "me/x")
+    assert 'pipeline("audio-classification"' in usage_of(tmp_path, custom, "audio-classification", "me/x")
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,7 @@ def test_a_damaged_folder_is_not_pushed(copy, capsys):
 def test_the_task_of_a_sound_classifier_is_not_that_of_a_text(name):
     architecture = type(tiny_models.build(name)).__name__
     sound = name != "bert"
-    assert _task(architecture) == ("audio-classification" if sound else "text-classification")
+    assert task_of(architecture) == ("audio-classification" if sound else "text-classification")
     config = tiny_models.build(name).config
     config.architectures = [architecture]
     auto = AutoModelForAudioClassification if sound else AutoModelForSequenceClassification

@@ -76,7 +76,7 @@ def test_what_was_saved_is_neither_refused_nor_changed(made, tmp_path, said):
 
 
 def test_the_judges_can_find(made, tmp_path, said, monkeypatch):
-    monkeypatch.setattr("hf_catquant.verify.verify_files", lambda files, expected: None)
+    monkeypatch.setattr("hf_catquant.stored_tensors.verify_files", lambda files, expected: None)
     monkeypatch.setattr("hf_catquant.quantizer.verify_files", lambda files, expected: None)
     _, finds = run(made, tmp_path, said, loads=3)
     assert any("calls whole what is not what was saved" in find for find in finds)
