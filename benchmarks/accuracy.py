@@ -118,10 +118,17 @@ PLAN = (
 TABLES = (
     Table("peers.py", field="peer", rows=lambda model: peers.PEERS),
     Table(
-        "ablation.py", ABLATED, True, "what", lambda model: [name for name, *_ in ablation.plan()], weights="ternary"
+        "ablation.py", ABLATED, field="what", rows=lambda model: [n for n, *_ in ablation.plan()], weights="ternary"
     ),
     # The most that 2.3 bits keep of the text encoder.
-    Table("ablation.py", ("minilm",), True, "what", lambda model: [RANK_1], (*RANK_1_OF, "--rows", RANK_1), "int2"),
+    Table(
+        "ablation.py",
+        ("minilm",),
+        field="what",
+        rows=lambda model: [RANK_1],
+        more=(*RANK_1_OF, "--rows", RANK_1),
+        weights="int2",
+    ),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
     Table("plugin.py", field="peer", rows=plugin.peers_of),
@@ -130,9 +137,8 @@ TABLES = (
     Table(
         "autoround.py",
         tuple(autoround.SUBJECTS),
-        True,
-        "what",
-        lambda model: autoround.plan(2, autoround.SUBJECTS[model]),
+        field="what",
+        rows=lambda model: autoround.plan(2, autoround.SUBJECTS[model]),
     ),
     Table("larger_llama.py", ("stories",), takes_model=False),
 )
