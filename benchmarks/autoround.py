@@ -1,7 +1,7 @@
 """AutoRound beside hf_catquant, on the very same layers and rows of the models that it takes.
 
     pip install auto-round
-    python benchmarks/autoround.py --data FOLDER [--only stories ...] [--bits 2 ...] [--rows AutoRound ...]
+    python benchmarks/autoround.py --data FOLDER [--only stories ...] [--bits 2 ...] [--rows AutoRound ...] [--seeds 0 ...]
 
 FOLDER as in ``realdata.py``. AutoRound leaves out layers whose width is no multiple of 32, which are the MLPs of
 stories260K, and all outside the blocks, so hf_catquant leaves them in float here, too. Both calibrate on the same texts: of
@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Subject:
         group_size: of AutoRound.
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
-        ternary: groups of hf_catquant in ternary.
+        ternary: of hf_catquant in ternary: format, group size and rotation, by what the row says of it.
         about: what the page says.
     """
 
@@ -50,7 +51,7 @@ class Subject:
     padded: bool
     group_size: int
     groups: tuple[int, ...]
-    ternary: int
+    ternary: dict[str, tuple[str, int, str]]
     about: str
 
 
@@ -61,7 +62,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        -1,
+        {"": ("ternary_symmetric", -1, "auto")},
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
     ),
     "minilm-l6-sst2": Subject(
@@ -70,7 +71,7 @@ SUBJECTS = {
         True,
         64,
         (128,),
-        128,
+        {"": ("ternary_symmetric", 128, "auto"), ", group 192, rotated": ("ternary", 192, "hadamard")},
         "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56.",
     ),
 }
@@ -83,14 +84,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(SUBJECTS), help="parts of model names")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of the weights")
     parser.add_argument("--rows", nargs="+", default=[""], help="parts of the names of rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of what a recipe draws at random")
     args = parser.parse_args()
     for case in (case for case in chosen(args.only) if case.model in SUBJECTS):
         bench, subject = Bench(case, args.data), SUBJECTS[case.model]
         for bits in args.bits:
             for name, (run, how) in plan(bits, subject).items():
-                if any(part in name for part in args.rows):
-                    result = one(bench, subject, bits, name, run, how)
-                    put(RESULTS, [result], "model", "bits", "what")
+                for seed in args.seeds if any(part in name for part in args.rows) else ():
+                    result = one(bench, subject, bits, name, run, (*how, seed))
+                    put(RESULTS, [{**result, "seed": seed}], "model", "bits", "what", "seed")
                     write_page()
 
 
@@ -100,9 +102,10 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
     for solver in ("gptq", "reconstruct"):
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
-            runs[f"hf_catquant{mark}, {solver}"] = (ours, (f"int{bits}", group_size, solver))
+            runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto"), solver))
         if bits == 2:
-            runs[f"hf_catquant ternary, {solver}"] = (ours, ("ternary_symmetric", subject.ternary, solver))
+            for mark, scheme in subject.ternary.items():
+                runs[f"hf_catquant ternary{mark}, {solver}"] = (ours, (scheme, solver))
     return runs
 
 
@@ -142,28 +145,32 @@ def stored_bits(bits: int, group_size: int) -> float:
 
 
 def autoround(
-    model: Any, tokenizer: Any, rows: list[dict[str, Tensor]], bits: int, steps: int, group_size: int
+    model: Any, tokenizer: Any, rows: list[dict[str, Tensor]], bits: int, steps: int, group_size: int, seed: int = 42
 ) -> Any:
-    """AutoRound with its defaults but for the group size, the rows and the steps."""
+    """AutoRound with its defaults (of which the seed is one) but for the group size, the rows and the steps."""
     from auto_round import AutoRound
 
-    options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps}
+    options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps, "seed": seed}
     options |= {"seqlen": rows[0]["input_ids"].shape[1], "nsamples": len(rows), "batch_size": 4, "device_map": "cpu"}
     options |= {"enable_torch_compile": False, "amp": False}
     return AutoRound(model, tokenizer, dataset=rows, **options).quantize()[0].float()
 
 
-def peer(bench: Bench, subject: Subject, bits: int, steps: int) -> Any:
-    """AutoRound on the layers that it takes."""
-    return autoround(bench.load(), bench.processor, rows_of(bench, subject), bits, steps, subject.group_size)
+def peer(bench: Bench, subject: Subject, bits: int, steps: int, seed: int) -> Any:
+    """AutoRound on the layers that it takes; its seed is 42 plus ``seed``, so that the first is its default."""
+    rows = rows_of(bench, subject)
+    return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, 42 + seed)
 
 
-def ours(bench: Bench, subject: Subject, weights: str, group_size: int, solver: str) -> Any:
+def ours(bench: Bench, subject: Subject, scheme: tuple[str, int, str], solver: str, seed: int) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
+    weights, group_size, rotation = scheme
     config = CatQuantConfig(
         weights=weights,
         group_size=group_size,
+        rotation=rotation,
         solver=solver,
+        seed=seed,
         correction=None,
         dataset=bench.calibration,
         processor=bench.processor,
@@ -186,20 +193,29 @@ def write_page() -> None:
         "# Beside AutoRound",
         "",
         "Made by `python benchmarks/autoround.py --data FOLDER`: the linears that AutoRound takes, asymmetric, everything",
-        "else in float, with 95 % intervals. Both calibrate on the same texts; hf_catquant without a correction. AutoRound",
-        "needs a tokenizer: it refuses the image and speech models (`tokenizer should not be None`).",
+        "else in float. Both calibrate on the same texts; hf_catquant without a correction. A result has its 95 % interval,",
+        "that of several seeds (`--seeds`) is their mean, with the least and the greatest. AutoRound needs a tokenizer: it",
+        "refuses the image and speech models (`tokenizer should not be None`).",
     ]
     for model, subject in SUBJECTS.items():
-        mine = sorted((r for r in results if r["model"] == model), key=lambda r: (r["bits"], r["what"]))
+        mine = [r for r in results if r["model"] == model]
         rows = [
-            [r["bits"], r["what"], f"{r['stored']:.3g}", span(r), f"{r['kl']:.4f}", f"{r['seconds']:.0f}"]
-            for r in mine
+            line([r for r in mine if (r["bits"], r["what"]) == key])
+            for key in sorted({(r["bits"], r["what"]) for r in mine})
         ]
         lines += ["", f"## {model}", "", f"{subject.about} Groups of {subject.group_size} unless said.", ""]
-        lines += table(("bits", "what", "stored bits a weight", "result", "KL", "s"), rows)
+        lines += table(("bits", "what", "stored bits a weight", "seeds", "result", "KL", "s"), rows)
     for day, machine, used in sorted({(r["date"], r["machine"], r["auto-round"]) for r in results}):
         lines += ["", f"{day}: {machine}, auto-round {used}."]
     write(PAGE, lines)
+
+
+def line(found: list[dict[str, Any]]) -> list[Any]:
+    """One line of the page: a row's results with one seed each."""
+    first, metrics = found[0], [r["metric"] for r in found]
+    result = span(first) if len(found) == 1 else f"{fmean(metrics):.2f} ({min(metrics):.2f} to {max(metrics):.2f})"
+    kl, seconds = (fmean(r[name] for r in found) for name in ("kl", "seconds"))
+    return [first["bits"], first["what"], f"{first['stored']:.3g}", len(found), result, f"{kl:.4f}", f"{seconds:.0f}"]
 
 
 if __name__ == "__main__":
