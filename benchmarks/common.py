@@ -78,9 +78,9 @@ class Bench:
         self.auto = auto_class(transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust))
         self.teacher = self.load()
         self.processor = load_processor(self.folder, self.trust)
-        self.calibration = self._samples(read_rows(str(data / "data" / case.calibration), case.column))
+        self.calibration = self.samples(read_rows(str(data / "data" / case.calibration), case.column))
         rows = read_rows(str(data / "data" / case.test), case.column)
-        self.batches = self.collected(self._samples(rows))
+        self.batches = self.collected(self.samples(rows))
         self.labels = None if self.auto in LANGUAGE_MODELS else labels_of(rows, "label", self.teacher)
 
     def load(self, **options: Any) -> Any:
@@ -99,7 +99,8 @@ class Bench:
             return evaluate_language_model(self.teacher, model, self.batches)
         return evaluate_classifier(self.teacher, model, self.batches, self.labels, self.case.label_offset)
 
-    def _samples(self, rows: Any) -> list[Any]:
+    def samples(self, rows: Any) -> list[Any]:
+        """Rows of a file as the model takes them."""
         return list(as_samples(rows, self.processor, self.case.column))
 
 
