@@ -110,7 +110,13 @@ def write_page() -> None:
         mine = [r for r in results if r["variant"] == variant]
         gains, falls = [r["gain"] for r in mine], [100 * (1 - r["kl_after"] / r["kl"]) for r in mine]
         on, worse = sum(r["clusters"] > 0 for r in mine), sum(r["high"] < 0 for r in mine)
-        summary = [f"{fmean(gains):+.2f}", f"{min(gains):+.2f}", worse, f"{fmean(falls):+.1f} %", f"{min(falls):+.1f} %"]
+        summary = [
+            f"{fmean(gains):+.2f}",
+            f"{min(gains):+.2f}",
+            worse,
+            f"{fmean(falls):+.1f} %",
+            f"{min(falls):+.1f} %",
+        ]
         rows.append([f"`{variant}`" if variant != DEFAULT else variant, f"{on} of {len(mine)}", *summary])
     head = ("CatConfig", "on", "mean gain", "least gain", "significantly worse", "KL falls by", "least")
     lines = [
