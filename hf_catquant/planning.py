@@ -8,7 +8,7 @@ then, what both streams hold, and for layers that were not tried what a solver t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -124,71 +124,84 @@ def _try_rounding(model: nn.Module, swap: Swap, unit: str, names: list[str]) -> 
     return _Trial(unit, most - before, seconds, most)
 
 
+class _Highest:
+    """The most bytes at once, and the phase that takes them."""
+
+    def __init__(self, size: int, phase: str) -> None:
+        self.bytes, self.phase = size, phase
+
+    def see(self, size: int, phase: str) -> None:
+        """Take in that ``phase`` has ``size`` bytes in memory."""
+        if size > self.bytes:
+            self.bytes, self.phase = size, phase
+
+
+class _Units:
+    """The units of a walk by name, in its order: their layers, bytes of their weights, and what solving them counts."""
+
+    def __init__(self, calibration: Calibration, sites: list[Site]) -> None:
+        units = [unit.name for unit in calibration.walk.plan.units]
+        self.inside = {u: [s for s in sites if s.name == u or s.name.startswith(f"{u}.")] for u in units}
+        self.weights = {u: sum(float_bytes(s) for s in held if not s.tied_to) for u, held in self.inside.items()}
+        self.cost = {u: sum(map(_operations, held)) for u, held in self.inside.items()}
+        self.packed = {u: sum(map(packed_bytes, held)) for u, held in self.inside.items()}
+        self.blocks = [u for u in units if u in set(calibration.blocks)] or units
+        self.largest_block = max(self.blocks, key=lambda u: self.weights[u])
+        self.largest = max(units, key=lambda u: self.weights[u])
+
+    def seconds(self, trials: dict[str, _Trial]) -> float:
+        """Of quantizing all units, where some were tried; the others by the largest block."""
+        most, known = self.cost[self.largest_block], {name: trial.seconds for name, trial in trials.items()}
+        block = trials[self.largest_block].seconds
+        return sum(known.get(u, block * cost / max(1, most) if cost else 0.0) for u, cost in self.cost.items())
+
+    def untried(self, trials: dict[str, _Trial], alone: Callable[[list[Site]], int]) -> Iterator[tuple[str, int]]:
+        """Each other unit with what is in memory at it beside both streams: all that is packed by then, and its own work.
+
+        ``alone`` says what the layers of a unit take that is no block; a block takes what the largest did, by its weights.
+        """
+        block, most = trials[self.largest_block].bytes, max(1, self.weights[self.largest_block])
+        done = sum(self.packed[u] for u in trials)
+        for unit in (unit for unit in self.inside if unit not in trials):
+            work = int(block * self.weights[unit] / most) if unit in self.blocks else alone(self.inside[unit])
+            yield unit, done + work
+            done += self.packed[unit]
+
+
 def _plan_with_data(
     model: nn.Module, config: CatQuantConfig, selection: Selection, data: samples.Batches, total: int
 ) -> Plan:
-    sites = {site.name: site for site in selection.sites}
-    packed = sum(map(packed_bytes, selection.sites))
-    shelf = shelf_of(model)
-    reset_peak()
+    shelf, count = shelf_of(model), len(data.batches)
     phases: dict[str, float] = {}
+    reset_peak()
     if config.budget is not None:
         phases["formats"] = search_seconds(model, selection, config, data)
-    searched, one, start = peak(), float_seconds(model, config, data), time.perf_counter()
+    highest, one, start = _Highest(peak(), "trying formats"), float_seconds(model, config, data), time.perf_counter()
     calibration = Calibration(model, config, selection, data, [])
-    probed, seconds = peak(), time.perf_counter() - start
-    units = calibration.walk.plan.units
-    inside = {u.name: [s for n, s in sites.items() if n == u.name or n.startswith(f"{u.name}.")] for u in units}
-    weights = {name: sum(float_bytes(s) for s in held if not s.tied_to) for name, held in inside.items()}
-    cost = {name: sum(map(_operations, held)) for name, held in inside.items()}
-    blocks = [unit.name for unit in units if unit.name in set(calibration.blocks)] or [u.name for u in units]
-    largest_block = max(blocks, key=lambda name: weights[name])
+    highest.see(peak(), "finding out who reads what")
+    probing = time.perf_counter() - start
+    units = _Units(calibration, selection.sites)
     release()
     base = resident()
-    most, phase = probed, "finding out who reads what" if probed > searched else "trying formats"
-    trials = {trial.name: trial for trial in _try_units(calibration, largest_block)}
+    trials = {trial.name: trial for trial in _try_units(calibration, units.largest_block)}
     for trial in trials.values():
-        if trial.peak > most:
-            most, phase = trial.peak, f"calibrating {trial.name}"
-    done = sum(packed_bytes(site) for name in trials for site in inside[name])
-    tried = trials[largest_block]
+        highest.see(trial.peak, f"calibrating {trial.name}")
     hidden = _held(calibration)
-    after = resident() - done  # base and streams
-    for unit in units:
-        if unit.name in trials:
-            seconds += trials[unit.name].seconds
-            continue
-        done_then = done
-        done += sum(map(packed_bytes, inside[unit.name]))
-        share = cost[unit.name] / max(1, cost[largest_block])
-        seconds += tried.seconds * share if cost[unit.name] else 0.0
-        if unit.name in blocks:
-            guess, words = (
-                after + done_then + int(tried.bytes * weights[unit.name] / max(1, weights[largest_block])),
-                "",
-            )
-        else:
-            guess, words = after + done_then + _alone(inside[unit.name], hidden, config, len(data.batches)), ""
-        if guess > most:
-            most, phase = guess, f"calibrating {unit.name}{words}"
+    streams = resident() - sum(units.packed[name] for name in trials)  # and what was there before them
+    for name, size in units.untried(trials, lambda held: _alone(held, hidden, config, count)):
+        highest.see(streams + size, f"calibrating {name}")
+    packed = sum(map(packed_bytes, selection.sites))
     heads = _head_rows(calibration, hidden) if config.correction is not None else 0
-    kept = _kept(heads, len(data.batches))
-    for guess, words in (
-        (after + packed + kept * 3 + _FIT * min(heads, _FIT_ROWS), "fitting the correction"),
-        (base + packed + total, "saving"),
-    ):
-        if guess > most:
-            most, phase = guess, words
-    phases["units"] = seconds
-    if whole := whole_seconds(calibration, largest_block, selection.sites, one):
+    fitting = _kept(heads, count) * 3 + _FIT * min(heads, _FIT_ROWS)
+    highest.see(streams + packed + fitting, "fitting the correction")
+    highest.see(base + packed + total, "saving")
+    phases["units"] = probing + units.seconds(trials)
+    if whole := whole_seconds(calibration, units.largest_block, selection.sites, one):
         phases["whole model"] = whole
-    seconds = sum(phases.values())
-    largest = max(weights, key=lambda name: weights[name])
-    work = max(0, tried.bytes - weights[largest_block])
-    size = shelf.largest() if isinstance(shelf, Shelf) else weights[largest]
-    most += _WRITING
-    memory = (most, 0, 2 * total, seconds, base, packed, largest, size, 6 * hidden, work)
-    return Plan(*memory, phase, len(units), phases)
+    work = max(0, trials[units.largest_block].bytes - units.weights[units.largest_block])
+    size = shelf.largest() if isinstance(shelf, Shelf) else units.weights[units.largest]
+    memory = (highest.bytes + _WRITING, 0, 2 * total, sum(phases.values()), base, packed)
+    return Plan(*memory, units.largest, size, 6 * hidden, work, highest.phase, len(units.inside), phases)
 
 
 def _try_units(calibration: Calibration, last: str) -> Iterator[_Trial]:
