@@ -23,7 +23,8 @@ from .cluster_fit import LEAST_ROWS
 from .config import CatQuantConfig
 from .correcting import Corrections
 from .expert_rows import ExpertRows
-from .fitting import placed, sample_count
+from .fitting import placed, resolve_sites, sample_count
+from .float_parameters import listed_parameters, parameters_of_several
 from .gather import Gather, Streams
 from .journal import Journal
 from .layers import layer_for
@@ -92,7 +93,11 @@ class Calibration:
         kept = [name for name in selection.skipped if name in dict(model.named_modules())]
         inside = tuple(f"{block}." for block in self.blocks)
         loose = [name for name in opened_experts(model) if not name.startswith(inside)]  # up and down go together
-        self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept])
+        # What sits on a whole unit waits if the model will learn on: by then its outputs are others.
+        self.waits = options is not None and options.model_steps > 0
+        corrected = resolve_sites(model, config.correction, self.blocks, None)
+        late = [name for name in corrected if self.waits or name not in self.blocks]
+        self.walk = Walk(model, batches, [*self.blocks, *loose], [*self.swap.sites, *norms, *kept], late)
         self.diverged = False
         count = len(batches)
         self.solve_batches = range(held_out.start if learns else count)
@@ -105,8 +110,9 @@ class Calibration:
         shared = {name for site in selection.sites if site.tied_to for name in (site.name, site.tied_to)}
         self.reconstruction = None
         if options is not None:
+            still = (listed_parameters(model, config), parameters_of_several(model, self.blocks))
             self.reconstruction = Reconstruction(
-                options, self.gather, self.solve_batches, held_out, config.seed, shared
+                options, self.gather, self.solve_batches, held_out, config.seed, shared, *still
             )
         self.corrections = Corrections(
             model, config, self.gather, self.walk, self.blocks, fit_batches, self.swap.outcome
@@ -238,9 +244,7 @@ class Calibration:
                 self.reconstruction.progress[unit.name] = Progress(**record["learned"])
 
     def _corrections_inside(self, unit: Unit) -> list[str]:
-        # What sits on a whole unit waits if the model will learn on: by then its outputs are others.
-        waits = self.reconstruction is not None and self.reconstruction.options.model_steps > 0
-        return self.corrections.inside(unit.name, waits=waits)
+        return self.corrections.inside(unit.name, waits=self.waits)
 
     def _progress(self, index: int, unit: Unit, solved: list[str], learned: Progress | None, seconds: float) -> None:
         if not solved:

@@ -11,7 +11,7 @@ from .answers import problem_of
 from .cluster_fit import LEAST_ROWS, UnusableTeacher
 from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
-from .fitting import Pairs, conv_channels, features_dim, output_of, resolve_sites, sample_count, tensor_of
+from .fitting import Pairs, Widths, output_of, resolve_sites, sample_count, tensor_of
 from .gather import Gather, Streams
 from .judge import Judge
 from .log import logger
@@ -50,7 +50,7 @@ class Corrections:
         self.names = resolve_sites(model, config.correction, blocks, self.logits)
         # Now, while all modules are where they are: units that are finished hide what is in them.
         sites = [*self.names, self.logits]
-        self._channels = {name: conv_channels(model.get_submodule(name)) for name in sites if name is not None}
+        self._widths = {name: Widths.of(model.get_submodule(name)) for name in sites if name is not None}
         if config.correction is not None and not self.names:
             self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
 
@@ -146,7 +146,7 @@ class Corrections:
     def _rows(self, name: str, batch: int, output: Any) -> tuple[Tensor, int, Tensor | None, int]:
         """An output as rows are taken of it: the tensor, its dimension of features, what is no padding, its samples."""
         value = tensor_of(output)
-        dim = features_dim(self._channels[name], value)
+        dim = self._widths[name].dim(value)
         mask = self.gather.mask(batch, name, value) if dim == -1 and value.dim() == 3 else None
         return value, dim, mask, sample_count(self.walk.batches[batch])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,20 +106,33 @@ def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
     return caught[-1]
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Numbers of features that the layers in a module return: convolutions at dimension 1, linears at the last one."""
+
+    channels: frozenset[int]
+    features: frozenset[int]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Widths:
+        """Those in ``module``."""
+        inner: list[Any] = list(module.modules())
+        channels = (m.out_channels for m in inner if hasattr(m, "out_channels") and hasattr(m, "kernel_size"))
+        return cls(frozenset(channels), frozenset(m.out_features for m in inner if hasattr(m, "out_features")))
+
+    def dim(self, output: Tensor) -> int:
+        """As :func:`correction_dim`, of what the module returns.
+
+        A text or sound of as many steps as a convolution inside has channels (Conformer) is no map: linears decide.
+        """
+        if output.dim() < 3 or output.shape[1] not in self.channels:
+            return -1
+        return -1 if output.dim() == 3 and output.shape[-1] in self.features else 1
+
+
 def correction_dim(module: nn.Module, output: Tensor) -> int:
     """The dimension of features: 1 for images and for what convolutions return, else the last one."""
-    return features_dim(conv_channels(module), output)
-
-
-def conv_channels(module: nn.Module) -> frozenset[int]:
-    """Numbers of channels that the convolutions in ``module`` return."""
-    convolutions: list[Any] = [m for m in module.modules() if hasattr(m, "out_channels") and hasattr(m, "kernel_size")]
-    return frozenset(m.out_channels for m in convolutions)
-
-
-def features_dim(channels: frozenset[int], output: Tensor) -> int:
-    """As :func:`correction_dim`, of a module whose convolutions return ``channels``."""
-    return 1 if output.dim() > 2 and output.shape[1] in channels else -1
+    return Widths.of(module).dim(output)
 
 
 def resolve_sites(model: nn.Module, config: CatConfig | None, blocks: list[str], logits: str | None) -> list[str]:

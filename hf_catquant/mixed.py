@@ -113,8 +113,9 @@ def _bits_left(config: CatQuantConfig, least: int, count: int) -> int:
     assert config.average_bits is not None
     if config.average_bits * count < least:
         raise ValueError(
-            f"average_bits must be at least {least / count:.3f}, what weights={config.weights!r} and group_size="
-            f"{config.group_size} take, got {config.average_bits}: raise it, or choose fewer bits or larger groups"
+            f"average_bits must be at least {least / count:.3f}, what weights={config.weights!r}, group_size="
+            f"{config.group_size} and low_rank={config.low_rank} take, got {config.average_bits}: raise it, or choose fewer "
+            "bits, larger groups or a smaller low_rank"
         )
     return int(config.average_bits * count) - least
 
@@ -131,8 +132,8 @@ def _bytes_left(model: nn.Module, selection: Selection, config: CatQuantConfig, 
     if config.target_bytes < least:
         raise ValueError(
             f"target_bytes must be at least {least}, what weights={config.weights!r}, edge_weights={config.edge_weights!r}, "
-            f"group_size={config.group_size} and {len(places)} corrections take, got {config.target_bytes}: raise it, or "
-            "choose fewer bits, larger groups or correction=None"
+            f"group_size={config.group_size}, low_rank={config.low_rank} and {len(places)} corrections take, got "
+            f"{config.target_bytes}: raise it, or choose fewer bits, larger groups, a smaller low_rank or correction=None"
         )
     return 8 * (config.target_bytes - least)
 

@@ -18,6 +18,7 @@ from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
 from .log import logger
 from .modules import close_experts, holds, move_correction, open_experts, replace_module
+from .rotation import block_size
 
 LISTED = "listed in modules_to_not_convert"
 _SMALL = 2  # parameters of fewer dimensions (biases, norms) are not weights
@@ -68,7 +69,7 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
         ValueError: a pattern of ``modules_to_not_convert`` or ``overrides`` matches no module, nothing at all would be
             quantized, or ``strict`` is set and something would be skipped.
     """
-    open_experts(model, lambda name: not all(_is_listed(f"{name}.{child}", config) for child in (UP, DOWN)))
+    open_experts(model, lambda name: not all(is_listed(f"{name}.{child}", config) for child in (UP, DOWN)))
     try:
         return _select(model, config)
     except ValueError:
@@ -90,7 +91,7 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
         elif name in candidates:
             edge = name in edges
             scheme = config.scheme_for(name, edge)
-            if not candidates[name].rotates:
+            if not candidates[name].rotates or block_size(candidates[name].matrix_shape(module)[1]) == 1:
                 scheme = replace(scheme, rotation=None)
             if not candidates[name].takes_product:
                 scheme = replace(scheme, low_rank=0)
@@ -245,7 +246,7 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
         if weight is not None and weight.dim() >= _SMALL:
             return f"{type(module).__name__} is not a layer type that can be quantized"
         return None
-    if _is_listed(name, config):
+    if is_listed(name, config):
         return LISTED
     if not isinstance(weight, Tensor) or not (
         {"weight", "parametrizations"} & {*module._parameters, *module._modules}
@@ -256,7 +257,7 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
     return layer.refusal(module)
 
 
-def _is_listed(name: str, config: CatQuantConfig) -> bool:
+def is_listed(name: str, config: CatQuantConfig) -> bool:
     """Whether ``modules_to_not_convert`` means this module.
 
     Of a module that holds others all are meant, which transformers' own rule does not say of a bare name.
@@ -301,7 +302,7 @@ def _skip_loose_parameters(model: nn.Module, selection: Selection, config: CatQu
             if parameter not in ("weight", "bias") and value is not None and value.dim() >= _SMALL:
                 full = f"{name}.{parameter}" if name else parameter
                 reason = f"a parameter of {type(module).__name__}, not a layer that can be quantized"
-                selection.skipped[full] = LISTED if name and _is_listed(name, config) else reason
+                selection.skipped[full] = LISTED if name and is_listed(name, config) else reason
 
 
 def _weight(model: nn.Module, name: str) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,34 +52,51 @@ class Unit:
 
 @dataclass
 class Plan:
-    """The units in the order the model runs them; what its output reads; where its logits come from."""
+    """The units in the order the model runs them; what its output reads; where its logits come from.
+
+    ``watched`` is what modules read that are looked at when all units are done.
+    """
 
     units: list[Unit]
     final_reads: set[int]
     logits_site: str | None
+    watched: set[int] = field(default_factory=set)
 
-    def last_reads(self) -> list[int]:
-        """Index of the last unit that reads each unit's outputs, itself if none does; past the end: the model's output."""
-        readers = [*enumerate(unit.reads for unit in self.units), (len(self.units), self.final_reads)]
+    def last_reads(self, *, watched: bool) -> list[int]:
+        """Index of the last unit that reads each unit's outputs, itself if none does; past the end: the model's output.
+
+        ``watched``: what watched modules read is read past the end, too.
+        """
+        final = self.final_reads | self.watched if watched else self.final_reads
+        readers = [*enumerate(unit.reads for unit in self.units), (len(self.units), final)]
         return [max([r for r, reads in readers if i in reads], default=i) for i in range(len(self.units))]
 
 
-def make_plan(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str], leaves: Sequence[str]) -> Plan:
-    """Run one batch and see which units run, in which order, and what each of them reads."""
-    probe = _Probe(model, blocks, leaves)
+def make_plan(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    blocks: Sequence[str],
+    leaves: Sequence[str],
+    watched: Sequence[str] = (),
+) -> Plan:
+    """Run one batch and see which units run, in which order, and what each of them reads.
+
+    ``watched`` are names of modules whose outputs are asked for when all units are done; those inside a unit do not count.
+    """
+    probe = _Probe(model, blocks, leaves, watched)
     with torch.enable_grad():
         output = probe.run(batch)
     _detach_caches(model)
     if probe.silent:
-        return make_plan(model, batch, [block for block in blocks if block not in probe.silent], leaves)
-    plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned))
+        return make_plan(model, batch, [block for block in blocks if block not in probe.silent], leaves, watched)
+    plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned), probe.watched_reads)
     if not probe.check(plan, batch, own(output)):
         logger.warning(
             "%s hides which of its blocks read which: all hidden states are kept in memory", type(model).__name__
         )
         for index, unit in enumerate(plan.units):
             unit.reads = set(range(index))
-        plan.final_reads = set(range(len(plan.units)))
+        plan.final_reads = plan.watched = set(range(len(plan.units)))
     return plan
 
 
@@ -97,11 +115,15 @@ def _has_graph(value: Any) -> bool:
 class _Probe:
     """One forward in which every unit's output is a fresh leaf of the autograd graph."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], leaves: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str], leaves: Sequence[str], watched: Sequence[str]) -> None:
         self.model = model
         inside = {leaf: block for block in blocks for leaf in leaves if leaf.startswith(f"{block}.")}
         self.names = list(dict.fromkeys(inside.get(leaf, leaf) for leaf in leaves))
         self.inside = inside
+        within = tuple(f"{name}." for name in self.names)
+        self.watched = [name for name in watched if not name.startswith(within)]
+        self.watched_reads: set[int] = set()
+        self.watched_outputs: list[Any] = []
         self.units: list[Unit] = []
         self.order: dict[str, int] = {}
         self.inputs: list[list[Any]] = []
@@ -124,6 +146,8 @@ class _Probe:
         for leaf, block in self.inside.items():
             module = self.model.get_submodule(leaf)
             handles.append(module.register_forward_pre_hook(self._visit(leaf, block), with_kwargs=True))
+        for name in self.watched:
+            handles.append(self.model.get_submodule(name).register_forward_hook(self._watch))
         for name, module in self.model.named_modules():
             if name:
                 handles.append(module.register_forward_hook(note_into(self.returned, name)))
@@ -151,9 +175,9 @@ class _Probe:
 
     @torch.no_grad()
     def check(self, plan: Plan, batch: dict[str, Tensor], output: Any) -> bool:
-        """Whether every unit, and the model's output, stay the same when outputs are zeros after their last reader."""
+        """Whether every unit, the model's output and the watched ones stay the same, outputs being zeros once all read."""
         replays: dict[int, Replay] = {}
-        last_reads = plan.last_reads()
+        last_reads = plan.last_reads(watched=True)
 
         def recall(past: int, call: int) -> Any:
             output = self.outputs[past][call]
@@ -168,7 +192,7 @@ class _Probe:
                     return False
                 replays[index] = Replay(module, partial(recall, index))
                 replace_module(self.model, unit.name, replays[index])
-            return _same(_replayed(self.model, replays, batch), output)
+            return self._rest_agrees(replays, batch, output)
         finally:
             for index, replay in replays.items():
                 replace_module(self.model, plan.units[index].name, replay.original)
@@ -186,6 +210,18 @@ class _Probe:
         with hooked(module, before=before):
             _replayed(self.model, replays, batch)
         return _same(caught, inputs)
+
+    def _rest_agrees(self, replays: dict[int, Replay], batch: dict[str, Tensor], output: Any) -> bool:
+        caught: list[Any] = []
+        with ExitStack() as hooks:
+            for name in self.watched:
+                module = self.model.get_submodule(name)
+                hooks.enter_context(hooked(module, after=lambda m, a, k, output: caught.append(own(output))))
+            return _same(_replayed(self.model, replays, batch), output) and _same(caught, self.watched_outputs)
+
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.watched_reads |= self.reads(output)
+        self.watched_outputs.append(own(output))
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .answers import Kind, answer_kind, divergences, problem_of
-from .fitting import tensor_of
+from .fitting import Widths, tensor_of
 from .formats import get_format
 from .gather import Gather
 from .layers import QuantizedModule
@@ -49,6 +49,8 @@ class Reconstruction:
         held_out: those of the batches that decide.
         seed: of everything random.
         fixed: names of layers that share their packed weight with others, which do not learn.
+        kept: names of float parameters that stay as they are.
+        common: names of those that several units hold, which learn with the whole model only.
         pace: seconds that a forward took while a unit learned, its gradient counted as two more; by unit, "" is the model.
     """
 
@@ -58,6 +60,8 @@ class Reconstruction:
     held_out: Sequence[int]
     seed: int
     fixed: set[str]
+    kept: set[str] = field(default_factory=set)
+    common: set[str] = field(default_factory=set)
     weights: dict[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
     pace: dict[str, float] = field(default_factory=dict)
@@ -109,13 +113,18 @@ class Reconstruction:
             return
         problem = problem_of(model)
         spreads = {name: _spread([target[name] for target in targets if name in target]) for name in targets[0]}
+        # Now, while the layers of the module that returns the logits say what they are.
+        widths = None if site is None else Widths.of(model.get_submodule(site))
 
         def loss_of(batch: int, learning: bool) -> Tensor:
             found, losses = answers(model, run(model, data[batch])), []
             for name, target in targets[batch].items():
-                kind = answer_kind(problem, target.shape[-1]) if site is not None and name in LOGITS else "values"
+                dim = widths.dim(target) if widths is not None and name in LOGITS else -1
+                kind = answer_kind(problem, target.shape[dim]) if site is not None and name in LOGITS else "values"
                 if site is not None and kind != "values":
-                    losses.append(self._divergence(batch, site, found[name], target, kind))
+                    # Classes of a map are no last dimension.
+                    rows, wanted = found[name].movedim(dim, -1), target.movedim(dim, -1)
+                    losses.append(self._divergence(batch, site, rows, wanted, kind))
                 elif name in spreads and found[name].shape == target.shape:  # boxes may be as many as were found
                     losses.append(self._answer(batch, name, found[name], target) / spreads[name])
             if not losses:
@@ -154,7 +163,7 @@ class Reconstruction:
                     return loss
                 return loss + pull * torch.stack([layer.drift() for layer in learned.values()]).mean()
 
-            groups = self._groups(root, learned, rate)
+            groups = self._groups(name, root, learned, rate)
             with learning([p for group in groups for p in group["params"]]):
                 say = None if name else partial(_say, steps)
                 done = train(groups, loss_with_drop, self.batches, self.held_out, steps, self.seed, say)
@@ -178,7 +187,7 @@ class Reconstruction:
             for inner, stand_in in learned.items():
                 replace_module(root, inner, stand_in.write_back())
 
-    def _groups(self, root: nn.Module, learned: dict[str, LearnedLayer], rate: float) -> list[Group]:
+    def _groups(self, name: str, root: nn.Module, learned: dict[str, LearnedLayer], rate: float) -> list[Group]:
         options = self.options
         groups: list[Group] = []
         mine: set[int] = set()
@@ -190,8 +199,10 @@ class Reconstruction:
                     groups.append({"params": [p], "lr": rate * options.scale_rate * float(p.detach().abs().mean())})
             if layer.bias is not None:
                 groups.append({"params": [layer.bias], "lr": rate * options.float_rate})
+        still = self.kept | self.common if name else self.kept
+        inner = ((f"{name}.{n}" if name else n, p) for n, p in root.named_parameters() if id(p) not in mine)
         # Half precision has no room for steps this small.
-        others = [p for p in root.parameters() if id(p) not in mine and p.dtype == torch.float32]
+        others = [p for full, p in inner if full not in still and p.dtype == torch.float32]
         return [*groups, {"params": others, "lr": rate * options.float_rate}] if others else groups
 
     def _square(self, batch: int, name: str, found: Tensor, target: Tensor) -> Tensor:

@@ -39,21 +39,27 @@ class Walk:
         batches: keyword arguments of ``forward``, on the model's device.
         blocks: names of the repeated blocks.
         leaves: names of the layers to treat.
+        watched: names of modules whose outputs in the float stream :meth:`outputs_of` will be asked for.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[dict[str, Tensor]], blocks: Sequence[str], leaves: Sequence[str]
+        self,
+        model: nn.Module,
+        batches: Sequence[dict[str, Tensor]],
+        blocks: Sequence[str],
+        leaves: Sequence[str],
+        watched: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.batches = batches
         # Two samples show the wiring as well as a whole batch does, and autograd keeps all they touch.
         size = max((v.shape[0] for v in batches[0].values() if v.dim()), default=0)
         few = {k: v[:2] if v.dim() and v.shape[0] == size else v for k, v in batches[0].items()}
-        self.plan = make_plan(model, few, blocks, leaves)
+        self.plan = make_plan(model, few, blocks, leaves, watched)
         self._replays: dict[int, Replay] = {}
         self._recorded: dict[str, dict[int, Outputs]] = {"float": {}, "quantized": {}}
         self._stream, self._batch = "float", 0
-        self._last_read = self.plan.last_reads()
+        self._last_reads = {stream: self.plan.last_reads(watched=stream == "float") for stream in self._recorded}
 
     def inputs(self, index: int, stream: str) -> Sequence[list[Call]]:
         """Arguments that unit ``index`` receives in ``stream``, by batch, by call; until the unit is recorded."""
@@ -79,7 +85,7 @@ class Walk:
     def is_too_wide(self, index: int) -> bool:
         """Whether unit ``index`` is a layer whose outputs are too large to keep, and only the model's output reads them."""
         is_layer = [leaf.name for leaf in self.plan.units[index].leaves] == [""]
-        if not is_layer or self._last_read[index] < len(self.plan.units):
+        if not is_layer or self._last_reads["quantized"][index] < len(self.plan.units):
             return False
         outputs = self._catch(index, "float", 0, until="output")[1]
         return _nbytes(outputs) * len(self.batches) > KEPT_BYTES
@@ -88,8 +94,9 @@ class Walk:
         """Let unit ``index`` run whenever its outputs are asked for, in the float stream ``float_unit`` in its place."""
         unit = self.plan.units[index]
         live = self.model.get_submodule(unit.name)
-        for read in unit.reads:
-            self._last_read[read] = len(self.plan.units)
+        for last_read in self._last_reads.values():
+            for read in unit.reads:
+                last_read[read] = len(self.plan.units)
         self._put(index, Rerun(live, lambda call: float_unit if self._stream == "float" else live))
 
     def record(self, index: int, outputs: dict[str, Outputs]) -> None:
@@ -103,16 +110,20 @@ class Walk:
         """Put ``replay`` in the place of unit ``index``; forget outputs that nobody reads any more."""
         self._replays[index] = replay
         replace_module(self.model, self.plan.units[index].name, replay)
-        for past in [i for i in self._recorded["float"] if self._last_read[i] <= index]:
-            for stream in self._recorded:
-                self._recorded[stream][past] = pytree.tree_map_only(Tensor, forget, self._recorded[stream][past])
+        for stream, recorded in self._recorded.items():
+            for past in [i for i in recorded if self._last_reads[stream][i] <= index]:
+                recorded[past] = pytree.tree_map_only(Tensor, forget, recorded[past])
 
     def recorded(self, stream: str) -> dict[int, Outputs]:
         """What the finished units put out, by index; forgotten tensors are no tensors any more."""
         return self._recorded[stream]
 
     def outputs_of(self, name: str, stream: str, batches: Sequence[int]) -> Iterator[Any]:
-        """What the module called ``name`` returns at its last call, by batch, once every unit is recorded."""
+        """What the module called ``name`` returns at its last call, by batch, once every unit is recorded.
+
+        The module is the model itself (""), the one that returns its logits, or a watched one in the float stream: what
+        others read is forgotten by then.
+        """
         for batch in batches:
             caught: list[Any] = []
             with hooked(

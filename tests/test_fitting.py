@@ -14,6 +14,7 @@ import tiny_models
 from helpers import global_rng_untouched
 from hf_catquant import CatConfig, CatQuantConfig, fit_correction, load_correction, quantize, save_correction
 from hf_catquant.correction import corrections, detach
+from hf_catquant.fitting import correction_dim
 
 FIXED = CatConfig(num_clusters=1, alpha=1.0, shrinkage=1.0)
 
@@ -32,6 +33,43 @@ def distance(model: nn.Module, teacher: nn.Module, rows: list[torch.Tensor]) -> 
     with torch.no_grad():
         x = torch.stack(rows)
         return float((model(x) - teacher(x)).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "dim"),
+    [
+        (nn.Conv1d(4, 8, 1), (2, 8, 5), 1),
+        (nn.Conv1d(4, 8, 1), (2, 8, 8), 1),
+        (nn.Linear(4, 8), (2, 8, 8), -1),
+        # A Conformer's block: as many steps as a convolution inside has channels are no map.
+        (nn.Sequential(nn.Conv1d(8, 16, 1), nn.Linear(16, 8)), (2, 16, 8), -1),
+        (nn.Sequential(nn.Conv1d(8, 16, 1), nn.Linear(16, 8)), (2, 5, 8), -1),
+        # ConvNeXt's: linears inside, and a map as wide as they are.
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 16)), (2, 8, 16, 16), 1),
+        (nn.Conv2d(4, 8, 1), (2, 8), -1),
+    ],
+)
+def test_features_are_found_by_what_layers_return(module, shape, dim):
+    assert correction_dim(module, torch.zeros(shape)) == dim
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "solver"),
+    [("llama", "model.norm", "gptq"), ("bert", "bert.encoder", "gptq"), ("bert", "blocks", "reconstruct")],
+)
+def test_a_correction_outside_finished_units_is_fitted_to_what_float_returns(name, place, solver):
+    rows, test = tiny_models.samples(name, 32), tiny_models.samples(name, 16, seed=5)
+    batch = {key: torch.stack([row[key] for row in test]) for key in test[0]}
+    options = {"solver_options": {"block_steps": 0, "model_steps": 1}} if solver == "reconstruct" else {}
+    fields = {"weights": "int4", "group_size": 16, "rotation": None, "dataset": rows, "batch_size": 8, **options}
+    errors = []
+    for correction in (None, CatConfig(num_clusters=1, alpha=1.0, at=place)):
+        model = quantize(tiny_models.build(name), CatQuantConfig(solver=solver, correction=correction, **fields))
+        with torch.no_grad():
+            found, wanted = (tiny_models.main_output(m(**batch)) for m in (model, tiny_models.build(name)))
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert bool(corrections(model))
+    assert errors[1] < 1.3 * errors[0]
 
 
 def test_plain_torch_modules():

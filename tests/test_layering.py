@@ -30,7 +30,7 @@ ROWS = [
     "entries lora modules",
     "config",
     "model resolve",
-    "model_inputs padding load_checks streaming sizes",
+    "model_inputs padding load_checks streaming sizes float_parameters",
     "collate",
     "decoder_inputs processors",
     "raw_samples",

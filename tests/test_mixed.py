@@ -175,11 +175,11 @@ def test_what_is_set_by_hand_stays(tmp_path):
     [
         (
             {"average_bits": 2.0},
-            r"average_bits must be at least 4\.\d+, what weights='ternary' and group_size=16 take, got 2",
+            r"average_bits must be at least 4\.\d+, what weights='ternary', group_size=16 and low_rank=0 take, got 2",
         ),
         (
             {"target_bytes": 100},
-            r"target_bytes must be at least \d+, what .* edge_weights='int8', group_size=16 and 0 corrections",
+            r"target_bytes must be at least \d+, what .* edge_weights='int8', group_size=16, low_rank=0 and 0 corrections",
         ),
         ({"target_bytes": 1.5}, r"target_bytes must be None or a positive integer, got 1\.5"),
         ({"target_bytes": 9000, "average_bits": 5}, "average_bits 5 and target_bytes 9000 are both given"),

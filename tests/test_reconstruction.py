@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import tiny_models
@@ -249,6 +250,56 @@ def test_scales_alone_by_the_divergence_are_stage_one_of_cat():
         moves.append(sum(float((buffers[name] - start[name]).abs().sum()) for name in scales))
     assert moves[0] > 3 * moves[1]
     assert moves[0] > 0
+
+
+def test_what_is_listed_does_not_learn():
+    listed = ["classifier", "pooler"]
+    start = build("bert").state_dict()
+    model = quantized("bert", solver="reconstruct", solver_options=FEW, modules_to_not_convert=listed).state_dict()
+    same = {name for name, value in model.items() if name in start and torch.equal(value, start[name])}
+    assert {name for name in start if name.startswith(("classifier.", "bert.pooler."))} <= same
+    assert "bert.embeddings.LayerNorm.weight" not in same
+
+
+def test_blocks_do_not_learn_what_they_share():
+    model = build("bert")
+    first, second = model.bert.encoder.layer
+    second.output.LayerNorm = first.output.LayerNorm
+    weight = first.output.LayerNorm.weight
+    kept, start = weight.detach().clone(), first.attention.output.LayerNorm.weight.detach().clone()
+    options = {"block_steps": 20, "model_steps": 0}
+    quantize(model, request("bert", solver="reconstruct", solver_options=options))
+    assert torch.equal(weight, kept)
+    assert not torch.equal(first.attention.output.LayerNorm.weight, start)
+
+
+def test_classes_of_a_map_are_told_from_its_columns(monkeypatch):
+    config = tf.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[3, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        num_labels=5,
+    )
+    model = tf.SegformerForSemanticSegmentation(config).eval()
+    shapes = []
+    divergence = Reconstruction._divergence
+
+    def noted(self: Any, batch: int, site: str, found: Tensor, target: Tensor, kind: Any) -> Tensor:
+        shapes.append((found.shape[-1], target.shape[-1]))
+        return divergence(self, batch, site, found, target, kind)
+
+    monkeypatch.setattr(Reconstruction, "_divergence", noted)
+    images = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(8)]
+    options = {"block_steps": 0, "model_steps": 2}
+    fields = {"weights": "ternary", "group_size": 16, "correction": None, "solver_options": options}
+    quantize(model, CatQuantConfig(solver="reconstruct", dataset=images, batch_size=2, **fields))
+    assert set(shapes) == {(5, 5)}
 
 
 @pytest.mark.parametrize("heat", [1.0, 4.0])

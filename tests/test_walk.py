@@ -6,8 +6,8 @@ import copy
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -20,15 +20,15 @@ from hf_catquant import CatQuantConfig, quantize, walk
 from hf_catquant.layers import layer_for
 from hf_catquant.log import logger
 from hf_catquant.model import stacks
-from hf_catquant.replay import Replay, own
+from hf_catquant.replay import Replay, own, run
 from hf_catquant.walk import Walk, hooked, leaf_inputs
 from toys import TOYS, Deep, Layer, make
 
 
-def walk_over(model: nn.Module, batches: list[dict[str, Tensor]]) -> Walk:
+def walk_over(model: nn.Module, batches: list[dict[str, Tensor]], watched: Sequence[str] = ()) -> Walk:
     blocks = [block for names in stacks(model).values() for block in names]
     leaves = [name for name, m in model.named_modules() if layer_for(m) is not None or isinstance(m, nn.BatchNorm2d)]
-    return Walk(model, batches, blocks, leaves)
+    return Walk(model, batches, blocks, leaves, watched)
 
 
 @contextmanager
@@ -99,6 +99,34 @@ def test_the_quantized_stream_carries_the_change_of_earlier_units(name):
         outputs = walk.inputs_and_outputs(index, "quantized")[1]
         walk.record(index, {"float": float_outputs, "quantized": outputs})
     walk.finish()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOYS)
+def test_what_watched_modules_return_in_float_can_be_asked_for_at_the_end(name):
+    model, batches = make(name)
+    original = copy.deepcopy(model)
+    last = [last_outputs(original, batch) for batch in batches]
+    units = [unit.name for unit in walk_over(model, batches).plan.units]
+    watched = [name for name in last[0] if name and not name.startswith(tuple(f"{unit}." for unit in units))]
+    assert set(units) <= set(watched)
+    walk = walk_over(model, batches, watched)
+    for index in range(len(units)):
+        outputs = walk.outputs(index, "float")
+        other = pytree.tree_map_only(Tensor, torch.zeros_like, outputs)
+        walk.record(index, {"float": outputs, "quantized": other})
+    for name in watched:
+        assert_same(list(walk.outputs_of(name, "float", range(len(batches)))), [found[name] for found in last])
+
+
+def last_outputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What every module returns at its last call in an ordinary forward."""
+    found: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(hooked(module, after=lambda m, a, k, out, name=name: found.update({name: own(out)})))
+        run(model, batch)
+    return found
 
 
 def test_units_come_in_the_order_they_run():
