@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -77,7 +78,7 @@ class Table:
     field: str = "model"
     rows: Callable[[str], Iterable[str]] = lambda model: [model]
     more: tuple[str, ...] = ()
-    weights: str | None = None  # of the results that count, where there are others
+    where: tuple[tuple[str, Any], ...] = ()  # fields of the results that count, where there are others
 
     def results(self) -> Path:
         """The file that it writes."""
@@ -118,7 +119,11 @@ PLAN = (
 TABLES = (
     Table("peers.py", field="peer", rows=lambda model: peers.PEERS),
     Table(
-        "ablation.py", ABLATED, field="what", rows=lambda model: [n for n, *_ in ablation.plan()], weights="ternary"
+        "ablation.py",
+        ABLATED,
+        field="what",
+        rows=lambda model: [n for n, *_ in ablation.plan()],
+        where=(("weights", "ternary"),),
     ),
     # The most that 2.3 bits keep of the text encoder.
     Table(
@@ -127,18 +132,35 @@ TABLES = (
         field="what",
         rows=lambda model: [RANK_1],
         more=(*RANK_1_OF, "--rows", RANK_1),
-        weights="int2",
+        where=(("weights", "int2"),),
     ),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
     Table("plugin.py", field="peer", rows=plugin.peers_of),
     Table("batch_norm.py", ("resnet",), takes_model=False),
     Table("solver_time.py", ("minilm", "resnet")),
-    Table(
-        "autoround.py",
-        tuple(autoround.SUBJECTS),
-        field="what",
-        rows=lambda model: autoround.plan(2, autoround.SUBJECTS[model]),
+    *(
+        Table(
+            "autoround.py",
+            tuple(autoround.SUBJECTS),
+            field="what",
+            rows=lambda model, bits=bits: autoround.plan(bits, autoround.SUBJECTS[model]),
+            more=("--bits", str(bits)),
+            where=(("bits", bits), ("seed", 0)),
+        )
+        for bits in (2, 3, 4)
+    ),
+    # Two more seeds, where one is a sentence or two better than another.
+    *(
+        Table(
+            "autoround.py",
+            ("minilm",),
+            field="what",
+            rows=lambda model: autoround.SEVERAL,
+            more=("--bits", "2", "--seeds", str(seed), "--rows", *autoround.SEVERAL),
+            where=(("bits", 2), ("seed", seed)),
+        )
+        for seed in (1, 2)
     ),
     Table("larger_llama.py", ("stories",), takes_model=False),
 )
@@ -185,7 +207,7 @@ def is_measured(case: Case, setting: Setting) -> bool:
 def is_drawn(model: str, table: Table) -> bool:
     """Whether the results of another benchmark hold all rows of this model."""
     found = [r for r in read(table.results()) if r.get("model", model) == model]
-    found = [r for r in found if table.weights is None or r["weights"] == table.weights]
+    found = [r for r in found if all(r[name] == value for name, value in table.where)]
     if not table.takes_model:
         return bool(found)
     return set(table.rows(model)) <= {r[table.field] for r in found}

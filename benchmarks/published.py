@@ -27,19 +27,23 @@ def lines(results: list[dict]) -> list[str]:
     for key in dict.fromkeys(figure[:3] for figure in FIGURES):
         for *same, method, source, before, after in FIGURES:
             if tuple(same) == key:
-                rows.append([*named(*key), f"{method}, {source}", before, after, f"{100 * after / before:.1f} %"])
+                rows.append([*named(*key), f"{method}, {source}", "-", before, after, f"{100 * after / before:.1f} %"])
         for r in (r for r in results if (r["model"], r["weights"], r["activations"]) == key):
             count, before, after = pooled(r)
             how = f"hf_catquant, group {r['group_size']}, {r['solver']}, on {count:,} images"
-            rows.append([*named(*key), how, f"{before:.2f}", f"{after:.2f}", f"{100 * after / before:.1f} %"])
+            tops = (f"{before:.2f}", f"{after:.2f}", f"{100 * after / before:.1f} %")
+            rows.append([*named(*key), how, f"{r['weight_bits']:.2f}", *tops])
     return [
         "",
         "## Published figures, on other images",
         "",
         "Weights and inputs of few bits; first and last layer 8 bits. The papers' figures are of all 50,000 validation",
-        "images and of other float checkpoints: only the share of float that is left can be set side by side.",
+        "images and of other float checkpoints: only the share of float that is left can be set side by side. Nor is the work",
+        "the same: those methods have a scale for a whole channel of weights and ranges of inputs that are fixed beforehand,",
+        "and of the transformers they round what enters attention's two products, too; here every group of weights has its own",
+        "scale (the bits count them), a linear's input has a range for every token, and attention computes in float.",
         "",
-        *table(("model", "weights, inputs", "method", "float", "quantized", "left"), rows),
+        *table(("model", "weights, inputs", "method", "bits a weight", "float", "quantized", "left"), rows),
     ]
 
 

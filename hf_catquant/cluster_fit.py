@@ -44,9 +44,10 @@ class CorrectionFit:
     Attributes:
         correction: the correction, or None: "off" was best.
         clusters, alpha, gamma: what was chosen; 0, 0.0 and "" for "off".
-        gain: loss without minus loss with correction, mean over rows that the fit had not seen; None if it was not
-            measured (clusters, alpha and gamma are fixed).
-        gain_low, gain_high: 95 % interval of the gain, by the paired bootstrap over samples.
+        gain: loss without minus loss with correction, mean over rows that the map of their fold had not seen; None if it
+            was not measured (clusters, alpha and gamma are fixed). A little too good: projection and centroids are of all
+            rows, and the same folds chose among the candidates.
+        gain_low, gain_high: 95 % interval of that mean, by the paired bootstrap over samples.
         loss_before, loss_after: mean loss over the same rows.
         metric: "kl" (Kullback-Leibler divergence to the teacher, nats) or "mse".
         rows: rows that were fitted on.
