@@ -42,8 +42,7 @@ class Subject:
         group_size: of AutoRound.
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
-        ternary: of hf_catquant in ternary: format, group size, rotation and the steps that blocks learn, by what the row says
-            of it.
+        ternary: of hf_catquant in ternary: format, group size, rotation and the steps that blocks learn, by what a row says.
         about: what the page says.
     """
 
@@ -102,7 +101,9 @@ def main() -> None:
 
 def plan(bits: int, subject: Subject) -> dict[str, Any]:
     """Who is run with what, by the name of the row."""
-    runs: dict[str, Any] = {f"AutoRound, {steps} steps": (peer, (bits, steps)) for steps in (200, 1000)}
+    runs: dict[str, Any] = {f"AutoRound, {steps} steps": (peer, (bits, steps, 4)) for steps in (200, 1000)}
+    if bits == 2:
+        runs["AutoRound, 1000 steps of 8 texts"] = (peer, (bits, 1000, 8))
     for solver in ("gptq", "reconstruct"):
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
@@ -149,21 +150,29 @@ def stored_bits(bits: int, group_size: int) -> float:
 
 
 def autoround(
-    model: Any, tokenizer: Any, rows: list[dict[str, Tensor]], bits: int, steps: int, group_size: int, seed: int = 42
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Tensor]],
+    bits: int,
+    steps: int,
+    group_size: int,
+    batch_size: int = 4,
+    seed: int = 42,
 ) -> Any:
-    """AutoRound with its defaults (of which the seed is one) but for the group size, the rows and the steps."""
+    """AutoRound with its defaults (of which the seed is one) but for the group size, the rows, the steps and the batches."""
     from auto_round import AutoRound
 
     options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps, "seed": seed}
-    options |= {"seqlen": rows[0]["input_ids"].shape[1], "nsamples": len(rows), "batch_size": 4, "device_map": "cpu"}
+    options |= {"seqlen": rows[0]["input_ids"].shape[1], "nsamples": len(rows), "device_map": "cpu"}
+    options |= {"batch_size": batch_size}
     options |= {"enable_torch_compile": False, "amp": False}
     return AutoRound(model, tokenizer, dataset=rows, **options).quantize()[0].float()
 
 
-def peer(bench: Bench, subject: Subject, bits: int, steps: int, seed: int) -> Any:
+def peer(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int, seed: int) -> Any:
     """AutoRound on the layers that it takes; its seed is 42 plus ``seed``, so that the first is its default."""
     rows = rows_of(bench, subject)
-    return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, 42 + seed)
+    return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, batch_size, 42 + seed)
 
 
 def ours(bench: Bench, subject: Subject, scheme: tuple[str, int, str, int | None], solver: str, seed: int) -> Any:
@@ -199,7 +208,8 @@ def write_page() -> None:
         "",
         "Made by `python benchmarks/autoround.py --data FOLDER`: the linears that AutoRound takes, asymmetric, everything",
         "else in float. Both calibrate on the same texts; hf_catquant without a correction. A result has its 95 % interval,",
-        "that of several seeds (`--seeds`) is their mean, with the least and the greatest. AutoRound needs a tokenizer: it",
+        "that of several seeds (`--seeds`) is their mean, with the least and the greatest. AutoRound learns from",
+        "batches of 4 texts unless said (its default is 8) and needs a tokenizer: it",
         "refuses the image and speech models (`tokenizer should not be None`).",
     ]
     for model, subject in SUBJECTS.items():
