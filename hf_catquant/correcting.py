@@ -13,7 +13,7 @@ from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
 from .fitting import Pairs, Widths, output_of, resolve_sites, sample_count, tensor_of
 from .gather import Gather, Streams
-from .judge import Judge
+from .judge import NOT_JUDGED, Judge
 from .log import logger
 from .swap import Outcome
 from .walk import Unit, Walk, leaf_outputs
@@ -164,3 +164,4 @@ class Corrections:
         self.outcome.fits[name] = fit
         if entry is not None:
             self.outcome.corrections[name] = entry
+            fit["notes"] += [NOT_JUDGED] if self.logits is None else []

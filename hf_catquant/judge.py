@@ -19,6 +19,9 @@ from .log import logger
 from .site_rows import SiteRows
 
 
+NOT_JUDGED = "not judged by the answers, as no module returns the model's logits"
+
+
 class Judge:
     """The float model's logits on some batches, and how far another model's are from them.
 

@@ -13,7 +13,7 @@ from . import samples
 from .answers import problem_of
 from .correction import CatConfig, attach, detach
 from .fitting import Pairs, correction_dim, evaluating, output_of, placed, resolve_sites, sample_count, tensor_of
-from .judge import Judge
+from .judge import NOT_JUDGED, Judge
 from .logits import logits_site
 from .model import stacks
 from .request_checks import check_count
@@ -122,6 +122,8 @@ def _fit_sites(
             pairs.expect(*_outputs(teacher, name, batch), sample_count(batch))
             pairs.add(tensor_of(output_of(model, name, placed(batch, model))))
         entry, fits[name] = pairs.fit_and_attach(model, name, config, answers=name == logits)
+        if logits is None and entry is not None:
+            fits[name]["notes"].append(NOT_JUDGED)
         if judge is not None and losses is not None and logits is not None and entry is not None and name != logits:
             after = judge.losses(_answers(model, logits, data))
             if judge.helps(name, losses, after, fits[name]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, fit_correction, quantize, report
 from hf_catquant.correction import corrections
-from hf_catquant.judge import Judge
+from hf_catquant.judge import NOT_JUDGED, Judge
 
 
 class Block(nn.Module):
@@ -92,6 +92,23 @@ def test_a_fixed_correction_is_not_judged(monkeypatch):
     config = CatConfig(num_clusters=1, alpha=1.0, gamma="ls", at="layers.0")
     fit_correction(model, teacher, rows, config, num_samples=120)
     assert set(corrections(model)) == {"layers.0"}
+
+
+@pytest.mark.parametrize(("answer", "judged"), [("scores", False), ("logits", True)])
+def test_what_no_logits_judge_says_so(answer, judged):
+    class Named(Model):
+        def forward(self, x: Tensor) -> Any:
+            return {answer: super().forward(x)}
+
+    torch.manual_seed(0)
+    teacher = Named().eval()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.layers[0].linear.bias.add_(0.5)
+    fits = fit_correction(model, teacher, list(torch.randn(120, 8)), CatConfig(at="layers.0"), num_samples=120)
+    fit = fits["layers.0"]
+    assert fit["clusters"]
+    assert ("answers_gain" in fit, NOT_JUDGED in fit["notes"]) == (judged, not judged)
 
 
 def test_a_model_that_names_its_head_otherwise_is_refused():
