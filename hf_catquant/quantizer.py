@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
-from .correction_file import check_values, empty_correction, entry_of
-from .entries import check_tensors, entries_checksum, seal, verify_entries
+from .correction_file import check_values, empty_correction
+from .entries import check_tensors, verify_entries
 from .fields import check_depth, check_tables, field_checksums
-from .integrity import checksums, verify_files
+from .integrity import verify_files
 from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
@@ -40,6 +39,7 @@ from .modules import holds, open_experts, opened_experts
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
+from .saving import update_config
 
 _FLOAT_TIES = "_catquant_float_ties"  # of a model: the tied weights keys that it had before some were packed
 
@@ -176,20 +176,12 @@ class CatQuantizer(HfQuantizer):
         state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
         for name, module in opened_experts(model).items():
             state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
-        config = self.quantization_config
-        for name, m in quantized_modules(model).items():  # an adapter that was merged is part of the scheme
-            if config.modules is not None and name in config.modules:
-                config.modules[name].update(asdict(m.scheme))
-        # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
-        config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
-        config.checksums = checksums(_as_written(model, state))
-        config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
         # As save_pretrained writes them, which sets these two only after it has asked for the tensors.
         name = type(model).__name__.removeprefix("FSDP")
         written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
-        config.provenance["fields"] = field_checksums(model.config.to_dict() | written)
-        config.provenance = seal(config.to_dict())
-        model.config.quantization_config = config
+        fields = field_checksums(model.config.to_dict() | written)
+        update_config(self.quantization_config, model, _as_written(model, state), fields)
+        model.config.quantization_config = self.quantization_config
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
