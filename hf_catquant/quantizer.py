@@ -40,8 +40,7 @@ from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 from .saving import update_config
-
-_FLOAT_TIES = "_catquant_float_ties"  # of a model: the tied weights keys that it had before some were packed
+from .ties import say_tied, tie_again, untie
 
 
 class CatQuantizer(HfQuantizer):
@@ -112,7 +111,7 @@ class CatQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
         warn_of_changes(model, config.provenance)
-        _untie(model)
+        untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
         sentinels |= {
@@ -176,6 +175,7 @@ class CatQuantizer(HfQuantizer):
         state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
         for name, module in opened_experts(model).items():
             state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
+        say_tied(model)
         # As save_pretrained writes them, which sets these two only after it has asked for the tensors.
         name = type(model).__name__.removeprefix("FSDP")
         written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
@@ -190,12 +190,10 @@ class CatQuantizer(HfQuantizer):
                 "the corrections at %s stay in memory; a copy saved without quantization would lose them",
                 ", ".join(corrections(model)),
             )
+        say_tied(model)
         # A config that has been saved holds its dtype as a word.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and _FLOAT_TIES in module.__dict__:
-                module._tied_weights_keys = module.__dict__.pop(_FLOAT_TIES)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        tie_again(model)
         return model
 
 
@@ -245,7 +243,7 @@ def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | 
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None
     if isinstance(model, PreTrainedModel):
-        _untie(model)
+        untie(model)
     return config
 
 
@@ -265,21 +263,3 @@ def _parameters_as_written(model: PreTrainedModel) -> dict[str, Tensor]:
         if name not in model.all_tied_weights_keys and not any(re.search(key, name) for key in optional)
     }
     return revert_weight_conversion(model, state)
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Take packed weights out of transformers' own tying, which knows parameters only."""
-    for module in model.modules():
-        ties = getattr(module, "_tied_weights_keys", None)
-        if isinstance(module, PreTrainedModel) and ties:
-            inside = quantized_modules(module)
-            module.__dict__.setdefault(_FLOAT_TIES, ties)
-            module._tied_weights_keys = {k: v for k, v in ties.items() if not _names_packed(k, v, inside)}
-    packed = quantized_modules(model)
-    model.all_tied_weights_keys = {
-        k: v for k, v in model.all_tied_weights_keys.items() if not _names_packed(k, v, packed)
-    }
-
-
-def _names_packed(target: str, source: str, packed: dict[str, Any]) -> bool:
-    return any(name.removesuffix(".weight") in packed for name in (target, source))

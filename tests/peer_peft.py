@@ -152,6 +152,20 @@ def test_a_tied_weight_takes_no_adapter_after_calibration():
         model = adapted.unload()
 
 
+def test_a_tied_head_stays_tied_through_a_merge(tmp_path: Path):
+    """PEFT takes packed embeddings for untied, and has the config say so: a float copy would lack the head."""
+    merged = get_peft_model(quantized("llama_tied"), lora()).merge_and_unload()
+    merged.save_pretrained(tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    assert merged.config.tie_word_embeddings
+    assert again.config.tie_word_embeddings
+    merged.config.tie_word_embeddings = False  # not saved in between
+    for name, model in (("merged", merged), ("again", again)):
+        wanted = logits(model.dequantize())
+        model.save_pretrained(tmp_path / name)
+        assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / name)), wanted)
+
+
 def test_merging_can_be_undone():
     model = get_peft_model(quantized(low_rank=2), lora())
     shake(model)

@@ -30,7 +30,7 @@ ROWS = [
     "entries lora modules",
     "config",
     "model resolve",
-    "model_inputs padding load_checks streaming sizes saving",
+    "model_inputs padding load_checks streaming sizes saving ties",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
