@@ -136,10 +136,12 @@ def test_a_card_tells_a_merged_adapter(tmp_path: Path):
     assert "Output correction (CAT), measured before the fine-tuning:" in parts["What is stored"]
     assert "without the layers that it changed" in parts["What is stored"]
     assert "q_proj" not in parts["What is stored"]
-    edit = json.loads((folder / "config.json").read_text())
-    edit["quantization_config"]["provenance"]["merged_adapters"] = {}
-    (folder / "config.json").write_text(json.dumps(edit))
-    assert "provenance is not what was saved" in verify(folder).problems[0]
+    stored = json.loads((folder / "config.json").read_text())
+    assert verify(folder).provenance["fine-tuning"] == f"{summary} after quantizing"
+    for table, problem in (({}, "provenance is not what was saved"), ({"a": "b"}, "must be {module: rank}, got")):
+        stored["quantization_config"]["provenance"]["merged_adapters"] = table
+        (folder / "config.json").write_text(json.dumps(stored))
+        assert problem in verify(folder).problems[-1]
 
 
 def test_a_tied_weight_takes_no_adapter_after_calibration():
