@@ -5,13 +5,13 @@ Nothing on it is typed by hand: what was measured is shown with its rows and int
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .card_making import calibration, cell, request, versions
 from .card_usage import task_of, usage
 from .checkpoint import read_object, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
@@ -22,30 +22,12 @@ from .identity import EVALUATION, REPORT, checked_evaluation, checked_report, re
 from .integrity import read_header, sha256
 from .report import Report
 from .report_checks import check_report
+from .saving import merges_of
 from .verify import stored_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 RELATIONS = ("quantized", "finetune")
 _WORST = 5  # layers of the table of errors
-# What a request says beside the defaults is on the card; what quantizing found is in the tables.
-_REQUEST = (
-    "weights",
-    "group_size",
-    "activations",
-    "solver",
-    "solver_options",
-    "correction",
-    "num_samples",
-    "batch_size",
-    "seed",
-    "edge_weights",
-    "modules_to_not_convert",
-    "overrides",
-    "low_rank",
-    "rotation",
-    "average_bits",
-    "target_bytes",
-)
 
 
 def model_card(
@@ -64,7 +46,8 @@ def model_card(
         repo: Hub id that the folder is pushed to.
         base_model: Hub id of the float model; None: what ``report.json`` says, if that is an id.
         license: Hub word for the licence of the weights, which is that of the base model.
-        relation: "quantized" if the base model is the float model, "finetune" if the float model was fine-tuned from it.
+        relation: "quantized" if the base model is the float model, "finetune" if the float model was fine-tuned from it. A
+            model into which adapters were merged is always a "finetune".
         origin: a sentence that says where the float model comes from, where its id does not.
 
     Raises:
@@ -83,7 +66,8 @@ def model_card(
         raise ValueError(f"{folder / 'config.json'}: {'; '.join(broken)}")
     headers = {name: stored for path in weight_files(folder) for name, stored in read_header(path).items()}
     check_report(folder / REPORT, report, quantization, headers)
-    base = _base_model(base_model, raw.get("model"))
+    base, merges = _base_model(base_model, raw.get("model")), merges_of(quantization.provenance)
+    relation = relation if merges is None else RELATIONS[1]
     raw_table = read_object(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     table = None if raw_table is None else checked_evaluation(folder / EVALUATION, raw_table, quantization)
     data = None if raw_table is None else str(raw_table.get("dataset", "unnamed rows"))
@@ -93,31 +77,33 @@ def model_card(
     named = base if relation == RELATIONS[0] and origin is None else None
     title = f"{(named or str(raw.get('model') or folder.name)).rstrip('/').split('/')[-1]}, {quantization.weights}"
     return ModelCard.from_template(
-        _metadata(quantization, title, (base, relation), license, task, table, data),
+        _metadata(quantization, merges, title, (base, relation), license, task, table, data),
         template_path=str(TEMPLATE),
         title=title,
         architecture=architecture,
         base=None if base is None else _base_link(base, relation),
-        origin=None if origin is None else _cell(origin),
+        origin=None if origin is None else cell(origin),
         weights=quantization.weights,
         repo=repo or folder.name,
         bits=f"{report.bits_per_parameter:.2f}",
         size_before=_megabytes(report.bytes_before),
         size_after=_megabytes(report.bytes_after),
         usage=usage(folder, config, task, repo or folder.name),
+        merges=merges,
         calibrated=isinstance(quantization.provenance.get("calibration"), dict),
         beside=sorted(recorded_files(folder, quantization) or {}),
         evaluation=None if table is None else table.to_markdown(),
-        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}",
+        evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}"
+        + (" What was evaluated is the model after the fine-tuning." if merges else ""),
         plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
         stored=_stored(quantization, report),
-        skipped=[(name, _cell(reason)) for name, reason in report.skipped.items()],
+        skipped=[(name, cell(reason)) for name, reason in report.skipped.items()],
         worst=_worst(report),
-        corrections=[f"`{name}`: {_cell(_correction(fit))}" for name, fit in report.corrections.items()],
+        corrections=[f"`{name}`: {cell(_correction(fit))}" for name, fit in report.corrections.items()],
         command=raw.get("command"),
-        request=_request(quantization),
-        calibration=_calibration(quantization),
-        versions=_versions(quantization),
+        request=request(quantization),
+        calibration=calibration(quantization),
+        versions=versions(quantization),
         files=files_of(folder),
         limits=_limits(quantization, table, report),
     )
@@ -147,6 +133,7 @@ def _base_link(base: str, relation: str) -> str:
 
 def _metadata(
     config: CatQuantConfig,
+    merges: str | None,
     title: str,
     base: tuple[str | None, str],
     license: str | None,
@@ -175,7 +162,7 @@ def _metadata(
         library_name="transformers",
         license=license,
         pipeline_tag=task,
-        tags=[QUANT_METHOD, "quantized", "post-training-quantization", config.weights],
+        tags=[QUANT_METHOD, "quantized", *([] if merges else ["post-training-quantization"]), config.weights],
         **more,
     )
 
@@ -212,42 +199,15 @@ def _correction(fit: dict[str, Any]) -> str:
     return f"{fit['clusters']} clusters, alpha {fit['alpha']}; held-out {fit['metric']} lower by {gain}"
 
 
-def _request(config: CatQuantConfig) -> str:
-    """The Python of the request, everything that is not a default spelled out."""
-    default = CatQuantConfig().to_dict()
-    fields = {name: config.to_dict()[name] for name in _REQUEST}
-    said = {name: value for name, value in fields.items() if name in _REQUEST[:4] or value != default[name]}
-    words = [f"    {name}={_literal(value)}," for name, value in said.items()]
-    if config.provenance.get("calibration"):
-        words.append("    dataset=samples,")
-    return "\n".join(["CatQuantConfig(", *words, ")"])
-
-
-def _literal(value: Any) -> str:
-    """Python with the quotes that people type."""
-    return json.dumps(value) if isinstance(value, str) else repr(value).replace("'", '"')
-
-
-def _calibration(config: CatQuantConfig) -> str:
-    data = config.provenance.get("calibration")
-    if not isinstance(data, dict):
-        return "No calibration data was used."
-    return (
-        f"Calibration data: {_cell(data.get('source'))}, {data.get('num_samples')} samples, fingerprint "
-        f"`{data.get('fingerprint')}`, seed {config.seed}; the data itself is not part of the checkpoint."
-    )
-
-
-def _versions(config: CatQuantConfig) -> str:
-    versions = config.provenance.get("versions")
-    known = versions if isinstance(versions, dict) else {}
-    return f"Versions: {', '.join(f'{name} {value}' for name, value in sorted(known.items()))}." if known else ""
-
-
 def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) -> list[str]:
     """What a reader should not conclude from the card."""
     found = ["It needs hf-catquant; other runtimes (llama.cpp, vLLM, ONNX) do not read these files."]
-    found.append("The licence, the biases and the intended use are those of the float model.")
+    if merges_of(config.provenance) is None:
+        found.append("The licence, the biases and the intended use are those of the float model.")
+    else:
+        found.append(
+            "The licence is that of the float model; a fine-tuning can change the biases and the intended use."
+        )
     if table is None:
         found.append("Its quality was not measured.")
     else:
@@ -260,7 +220,7 @@ def _limits(config: CatQuantConfig, table: Evaluation | None, report: Report) ->
         found.append("The request and the provenance have no checksum: whether they were changed cannot be told.")
     if any(fit.get("clusters") for fit in report.corrections.values()):
         found.append("The correction was fitted on the calibration data and is meant for data like it.")
-    found += [_cell(note) for note in report.notes]
+    found += [cell(note) for note in report.notes]
     return found
 
 
@@ -273,11 +233,6 @@ def _size_note(table: Evaluation | None, report: Report) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def _cell(value: Any) -> str:
-    """One line without the sign that ends a cell of a table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _slug(text: str) -> str:

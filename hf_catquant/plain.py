@@ -21,12 +21,13 @@ from torch import nn
 
 from .config import CatQuantConfig
 from .correction import attach, corrections
-from .correction_file import check_values, empty_correction, entry_of
-from .entries import check_tensors, entries_checksum, seal, verify_entries
-from .integrity import checksums, verify_files
+from .correction_file import check_values, empty_correction
+from .entries import check_tensors, verify_entries
+from .integrity import verify_files
 from .load_checks import check_room
 from .model import prepare, quantized_modules
 from .report import config_of
+from .saving import update_config
 
 WEIGHTS, CONFIG = "model.safetensors", "catquant.json"
 
@@ -43,10 +44,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} is not quantized by hf_catquant: call quantize first")
     config = copy.deepcopy(config)
     state = {name: tensor.detach().contiguous() for name, tensor in _once(model.state_dict()).items()}
-    config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
-    config.checksums = checksums(state)
-    config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
-    config.provenance = seal(config.to_dict())
+    update_config(config, model, state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
-from .correction_file import check_values, empty_correction, entry_of
-from .entries import check_tensors, entries_checksum, seal, verify_entries
+from .correction_file import check_values, empty_correction
+from .entries import check_tensors, verify_entries
 from .fields import check_depth, check_tables, field_checksums
-from .integrity import checksums, verify_files
+from .integrity import verify_files
 from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
@@ -40,8 +39,8 @@ from .modules import holds, open_experts, opened_experts
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
-
-_FLOAT_TIES = "_catquant_float_ties"  # of a model: the tied weights keys that it had before some were packed
+from .saving import update_config
+from .ties import say_tied, tie_again, untie
 
 
 class CatQuantizer(HfQuantizer):
@@ -112,7 +111,7 @@ class CatQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
         warn_of_changes(model, config.provenance)
-        _untie(model)
+        untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
         sentinels |= {
@@ -176,20 +175,13 @@ class CatQuantizer(HfQuantizer):
         state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
         for name, module in opened_experts(model).items():
             state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
-        config = self.quantization_config
-        for name, m in quantized_modules(model).items():  # an adapter that was merged is part of the scheme
-            if config.modules is not None and name in config.modules:
-                config.modules[name].update(asdict(m.scheme))
-        # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
-        config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
-        config.checksums = checksums(_as_written(model, state))
-        config.entries_checksum = entries_checksum(config.modules or {}, config.corrections, config.checksums)
+        say_tied(model)
         # As save_pretrained writes them, which sets these two only after it has asked for the tensors.
         name = type(model).__name__.removeprefix("FSDP")
         written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
-        config.provenance["fields"] = field_checksums(model.config.to_dict() | written)
-        config.provenance = seal(config.to_dict())
-        model.config.quantization_config = config
+        fields = field_checksums(model.config.to_dict() | written)
+        update_config(self.quantization_config, model, _as_written(model, state), fields)
+        model.config.quantization_config = self.quantization_config
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -198,12 +190,10 @@ class CatQuantizer(HfQuantizer):
                 "the corrections at %s stay in memory; a copy saved without quantization would lose them",
                 ", ".join(corrections(model)),
             )
+        say_tied(model)
         # A config that has been saved holds its dtype as a word.
         dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and _FLOAT_TIES in module.__dict__:
-                module._tied_weights_keys = module.__dict__.pop(_FLOAT_TIES)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        tie_again(model)
         return model
 
 
@@ -253,7 +243,7 @@ def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | 
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None
     if isinstance(model, PreTrainedModel):
-        _untie(model)
+        untie(model)
     return config
 
 
@@ -273,21 +263,3 @@ def _parameters_as_written(model: PreTrainedModel) -> dict[str, Tensor]:
         if name not in model.all_tied_weights_keys and not any(re.search(key, name) for key in optional)
     }
     return revert_weight_conversion(model, state)
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Take packed weights out of transformers' own tying, which knows parameters only."""
-    for module in model.modules():
-        ties = getattr(module, "_tied_weights_keys", None)
-        if isinstance(module, PreTrainedModel) and ties:
-            inside = quantized_modules(module)
-            module.__dict__.setdefault(_FLOAT_TIES, ties)
-            module._tied_weights_keys = {k: v for k, v in ties.items() if not _names_packed(k, v, inside)}
-    packed = quantized_modules(model)
-    model.all_tied_weights_keys = {
-        k: v for k, v in model.all_tied_weights_keys.items() if not _names_packed(k, v, packed)
-    }
-
-
-def _names_packed(target: str, source: str, packed: dict[str, Any]) -> bool:
-    return any(name.removesuffix(".weight") in packed for name in (target, source))

@@ -15,6 +15,7 @@ from .correction import corrections
 from .layers import QuantizedModule
 from .model import Selection, float_parameters, parameter_count, quantized_modules
 from .samples import Batches
+from .saving import notes_of, provenance_now
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LayerReport:
         weights, group_size, activations, rotation: its scheme.
         bits: stored bits a weight, scales and offsets included; 0 where the weight is another layer's.
         error: relative squared error of its output on the calibration data, or of its weight without data; None if it
-            shares another layer's weight.
+            shares another layer's weight, or an adapter was merged into it since.
         tied_to: that layer, or None.
     """
 
@@ -95,7 +96,8 @@ class Report:
         width = max((len(layer.name) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'shape':>13}  {'weights':>8}  {'group':>5}  {'bits':>6}  error"]
         for layer in self.layers:
-            error = f"tied to {layer.tied_to}" if layer.error is None else f"{layer.error:.5f}"
+            unknown = "not known" if layer.tied_to is None else f"tied to {layer.tied_to}"
+            error = unknown if layer.error is None else f"{layer.error:.5f}"
             inputs = " ".join(filter(None, (layer.rotation and "rotated", layer.activations)))
             inputs = f"  inputs {inputs}" if inputs else ""
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
@@ -124,7 +126,7 @@ def report(model: nn.Module) -> Report:
     if not modules:
         raise ValueError(f"{type(model).__name__} has no layer quantized by hf_catquant: nothing to report")
     config = config_of(model)
-    known = config.provenance if config is not None else {}
+    known = provenance_now(config, model) if config is not None else {}
     entries = (config.modules or {}) if config is not None else {}
     bytes_after = stored_bytes(model)
     parameters = parameter_count(model)
@@ -140,7 +142,7 @@ def report(model: nn.Module) -> Report:
         layers=layers,
         skipped=_skipped(model, known.get("skipped", {})),
         corrections={name: fit for name, fit in known.get("fits", {}).items() if name in names},
-        notes=tuple(known.get("notes", ())),
+        notes=tuple(notes_of(known)),
     )
 
 

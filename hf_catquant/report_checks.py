@@ -10,6 +10,7 @@ from typing import Any
 from .config import CatQuantConfig
 from .integrity import Stored
 from .report import Report
+from .saving import notes_of
 from .stored_tensors import expected_kind
 
 _BYTES = {"U8": 1, "F16": 2, "F32": 4}
@@ -50,7 +51,7 @@ def _pairs(report: Report, config: CatQuantConfig, headers: Mapping[str, Stored]
         ),
         ("bytes_before", report.bytes_before, known.get("bytes_before", 0)),
         ("corrections", report.corrections, known.get("fits") or {}),
-        ("notes", list(report.notes), known.get("notes") or []),
+        ("notes", list(report.notes), notes_of(known)),
     ]
     for layer in report.layers:
         entry = entries.get(layer.name)

@@ -14,7 +14,8 @@ from . import solvers
 from .entries import Entries, entry_scheme, module_entry
 from .formats import get_format
 from .layers import QuantizedModule, Scheme, layer_for
-from .model import Selection, replace_module, share_weight
+from .model import Selection, replace_module
+from .replay import Replay
 from .solvers import Moments
 from .weight import QuantizedWeight, dequantize
 
@@ -114,7 +115,7 @@ class Swap:
             assert solved.error is not None
             self.outcome.errors[name] = solved.error
         else:
-            share_weight(self.model, name, owner)
+            self._share(name, owner)
         if input_range is not None:
             new.fill_input_range(*input_range)
         self.outcome.modules[name] = module_entry(new.scheme, (new.rows_, new.columns), owner)
@@ -133,7 +134,13 @@ class Swap:
         """After :meth:`restore`, and after the owners have been filled: let those that share a weight hold it."""
         for name, entry in entries.items():
             if entry["tied_to"] is not None:
-                share_weight(self.model, name, entry["tied_to"])
+                self._share(name, entry["tied_to"])
+
+    def _share(self, name: str, owner: str) -> None:
+        """Let the layer called ``name`` hold the weight of ``owner``, which may have a stand-in until the walk ends."""
+        layer, source = (original_at(self.model, place) for place in (name, owner))
+        assert isinstance(layer, QuantizedModule)
+        layer.share(source)
 
     def _target(self, name: str, module: nn.Module, new: QuantizedModule) -> Tensor:
         """What the new layer's matrix stands for, (N, K) float32."""
@@ -192,6 +199,14 @@ class Swap:
         new.fill(QuantizedWeight(torch.cat(codes), torch.cat(scales), offset))
         error = noise / signal if signal > 0 else 0.0
         return Solved(new, error, distance, None if new.bias is None else torch.cat(shifts))
+
+
+def original_at(model: nn.Module, name: str) -> nn.Module:
+    """The module called ``name`` itself, also while a :class:`Replay` of it, or of a module around it, is in its place."""
+    module = model.get_submodule(name)
+    while isinstance(module, Replay):
+        module = module.original
+    return module
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:

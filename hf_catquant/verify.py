@@ -21,6 +21,7 @@ from .identity import REPORT, recorded_files, strangers
 from .integrity import sha256
 from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .plain import CONFIG
+from .saving import merges_of
 from .stored_tensors import check_stored
 
 
@@ -213,10 +214,16 @@ def _provenance(stored: dict[str, Any], config: CatQuantConfig, found: Verificat
             "changed after the save cannot be told"
         )
     data = known.get("calibration")
+    try:
+        merges = merges_of(known)
+    except ValueError as error:
+        merges = None
+        found.problems.append(str(error))
     found.provenance = {
         "solver": known.get("solver", "not said"),
         "calibration": "none" if data is None else data,
         "versions": known.get("versions", "not said"),
+        **({} if merges is None else {"fine-tuning": f"{merges} after quantizing"}),
     }
     if not known.get("versions"):
         found.remarks.append("provenance does not say with which versions it was made")

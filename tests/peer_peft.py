@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tiny_models
-from hf_catquant import CatQuantConfig, quantize
+from hf_catquant import CatConfig, CatQuantConfig, quantize, report
+from hf_catquant.hub import describe
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.linear import QuantizedLinear
 from hf_catquant.model import quantized_modules
+from hf_catquant.verify import verify
+from test_ties import FIELDS, ROWS, Tied
 
 peft = pytest.importorskip("peft")
 from hf_catquant.lora import LoraOnQuantized, get_peft_model, load_peft_model, lora_config  # noqa: E402
@@ -94,6 +100,72 @@ def test_a_merged_adapter_is_part_of_the_checkpoint(fields: dict, tmp_path: Path
     assert torch.equal(logits(again), logits(merged))
     again.dequantize()
     torch.testing.assert_close(logits(again), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_a_card_tells_a_merged_adapter(tmp_path: Path):
+    """And nothing on it is of before the merge without saying so."""
+    model = quantized(dataset=tiny_models.samples("llama"), correction=CatConfig(num_clusters=2, alpha=0.5))
+    known = report(model)
+    assert known.corrections
+    for rank in (4, 2):  # the second time into what was saved and loaded
+        adapted = get_peft_model(model, lora(r=rank, target_modules=["q_proj"]))
+        shake(adapted)
+        merged = adapted.merge_and_unload()
+        said = report(merged)
+        merged.save_pretrained(tmp_path / str(rank))
+        model = LlamaForCausalLM.from_pretrained(tmp_path / str(rank))
+        assert report(merged) == report(model) == said
+    folder = tmp_path / "2"
+    changed = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert [layer.name for layer in said.layers if layer.error is None] == changed
+    assert model.config.quantization_config.provenance["merged_adapters"] == dict.fromkeys(changed, 6)
+    summary = "adapters of rank 6 were merged into 2 layers"
+    assert f"note: {summary} after quantizing" in str(said)
+    assert "not known" in str(said)
+    card = ModelCard.load(describe(folder, "me/tuned", "you/float"))
+    assert (card.data.base_model, card.data.base_model_relation) == ("you/float", "finetune")
+    assert "post-training-quantization" not in card.data.tags
+    parts = dict(zip(*[iter(re.split(r"^## (.*)$", f"## Head{card.content}", flags=re.M)[1:])] * 2, strict=True))
+    assert f"Then fine-tuned: {summary}" in card.content
+    assert (
+        f"request of the quantization. The fine-tuning came after it, so it alone does not make these files: {summary}"
+        in card.content
+    )
+    assert f"- {summary} after quantizing" in parts["Limits"]
+    assert "The licence is that of the float model; a fine-tuning can change" in parts["Limits"]
+    assert "Output correction (CAT), measured before the fine-tuning:" in parts["What is stored"]
+    assert "without the layers that it changed" in parts["What is stored"]
+    assert "q_proj" not in parts["What is stored"]
+    stored = json.loads((folder / "config.json").read_text())
+    assert verify(folder).provenance["fine-tuning"] == f"{summary} after quantizing"
+    for table, problem in (({}, "provenance is not what was saved"), ({"a": "b"}, "must be {module: rank}, got")):
+        stored["quantization_config"]["provenance"]["merged_adapters"] = table
+        (folder / "config.json").write_text(json.dumps(stored))
+        assert problem in verify(folder).problems[-1]
+
+
+def test_a_tied_weight_takes_no_adapter_after_calibration():
+    """Its layers would be two models in memory, and one in the file."""
+    model = quantize(Tied().eval(), CatQuantConfig(**FIELDS, dataset=ROWS))
+    for name in ("stem", "head"):
+        adapted = get_peft_model(model, peft.LoraConfig(r=2, target_modules=[name]))
+        with pytest.raises(ValueError, match="tied to that of another one"):
+            adapted.merge_and_unload()
+        model = adapted.unload()
+
+
+def test_a_tied_head_stays_tied_through_a_merge(tmp_path: Path):
+    """PEFT takes packed embeddings for untied, and has the config say so: a float copy would lack the head."""
+    merged = get_peft_model(quantized("llama_tied"), lora()).merge_and_unload()
+    merged.save_pretrained(tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    assert merged.config.tie_word_embeddings
+    assert again.config.tie_word_embeddings
+    merged.config.tie_word_embeddings = False  # not saved in between
+    for name, model in (("merged", merged), ("again", again)):
+        wanted = logits(model.dequantize())
+        model.save_pretrained(tmp_path / name)
+        assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / name)), wanted)
 
 
 def test_merging_can_be_undone():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from hf_catquant import CatConfig, CatQuantConfig, quantize
+from hf_catquant import CatConfig, CatQuantConfig, quantize, report
 from hf_catquant.correction import corrections
 from hf_catquant.model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
-from toys import Cnn, Shared
+from hf_catquant.verify import verify
+from toys import Cnn, Deep, Shared
 
 RTN = {"weights": "ternary", "group_size": 8, "solver": "rtn", "correction": None}
 
@@ -43,6 +44,29 @@ def test_round_trip_with_data_and_corrections(tmp_path: Path):
     x = torch.stack(images[:3])
     assert torch.equal(load_quantized(build(Cnn), tmp_path)(x), model(x))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["catquant.json", "model.safetensors"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("again", [False, True], ids=["once", "after loading"])
+def test_a_merged_adapter_is_saved_and_loaded(again: bool, tmp_path: Path):
+    model, x = quantize(build(Deep), CatQuantConfig(**RTN)), torch.linspace(-2, 2, 12).view(2, 6)
+    before = model(x)
+    model.blocks[2].up.add_product(torch.ones(12, 2), torch.ones(2, 6))
+    if again:
+        save_quantized(model, tmp_path)
+        model = load_quantized(build(Deep), tmp_path)
+        model.blocks[2].up.add_product(torch.ones(12, 1), torch.ones(1, 6))
+    save_quantized(model, tmp_path)
+    save_quantized(model, tmp_path)  # the adapters count once
+    assert verify(tmp_path).problems == []
+    loaded = load_quantized(build(Deep), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    assert not torch.allclose(model(x), before, atol=0.1)
+    for found in (report(model), report(loaded)):
+        errors = {layer.name: layer.error for layer in found.layers}
+        assert [name for name, error in errors.items() if error is None] == ["blocks.2.up"]
+        assert found.notes[-1].startswith(f"adapters of rank {2 + again} were merged into 1 layer after quantizing")
+    assert loaded.quantization_config.provenance["merged_adapters"] == {"blocks.2.up": 2 + again}
 
 
 @torch.no_grad()

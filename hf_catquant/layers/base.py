@@ -253,8 +253,14 @@ class QuantizedModule(nn.Module):
         self.low_rank_out = out.detach().contiguous().to(device, torch.float16, copy=True)
         self.low_rank_in = into.detach().contiguous().to(device, torch.float16, copy=True)
 
-    def share(self, owner: QuantizedModule) -> None:
-        """Hold the very buffers of ``owner``, which alone are saved."""
+    def share(self, owner: nn.Module) -> None:
+        """Hold the very buffers of ``owner``, which alone are saved.
+
+        Raises:
+            TypeError: it is no quantized layer, but something that only answers for one.
+        """
+        if not isinstance(owner, QuantizedModule):
+            raise TypeError(f"a {type(owner).__name__} is no quantized layer: its weight cannot be shared")
         for buffer in ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in"):
             setattr(self, buffer, getattr(owner, buffer))
             self._non_persistent_buffers_set.add(buffer)
