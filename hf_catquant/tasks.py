@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from .row_files import FILE_TYPES, read_file
 from .whole import check_whole
 
 # What the class name of a model ends in, and the Auto class of its task.
@@ -41,7 +41,6 @@ IMAGE_CLASSIFIERS = frozenset(
     for name in ((names,) if isinstance(names, str) else names)
 )
 LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 LABELS = ("label", "labels")
 CLASSIFIERS = (
     transformers.AutoModelForSequenceClassification,
@@ -165,7 +164,7 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
 
 
 def read_rows(file: str, column: str | None = None, limit: int | None = None) -> Dataset:
-    """The rows of a parquet, JSON, CSV or text file as a ``datasets.Dataset``.
+    """The rows of a parquet, JSON, CSV or text file, whatever its name, as they are now, as a ``datasets.Dataset``.
 
     Raises:
         ValueError: the file does not exist, has another type, is empty, or has no such column.
@@ -176,10 +175,9 @@ def read_rows(file: str, column: str | None = None, limit: int | None = None) ->
     if path.suffix not in FILE_TYPES:
         raise ValueError(f"--dataset must end in {', '.join(FILE_TYPES)}, got {path.name}")
     try:
-        rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    except (ValueError, OSError, StopIteration, DatasetGenerationError) as error:
-        # An empty file has no split, and a damaged one raises whatever its reader does.
-        raise ValueError(f"--dataset: {file} has no rows, or is no whole {path.suffix} file: {error}") from error
+        rows = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from error
     if not len(rows):
         raise ValueError(f"--dataset: {file} has no rows")
     if column is not None and column not in rows.column_names:
