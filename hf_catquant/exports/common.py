@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import INDEX, weight_files
+from ..checkpoint import INDEX, index_file, weight_files
 from ..correction import ClusterAffine, corrections, detach
 from ..identity import CARD, EVALUATION, PLOTS, REPORT
 from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
@@ -191,6 +191,8 @@ def copy_processor(source: Source, folder: Path) -> list[str]:
     if there is None:
         return []
     own = {"config.json", INDEX, CARD, REPORT, EVALUATION, *PLOTS, *(path.name for path in weight_files(there))}
+    index = index_file(there)
+    own |= set() if index is None else {index.name}
     left = []
     for name in names_in(there):
         if name in own or (folder / name).exists():
