@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What transformers loads instead of a model that lies beside it: the one that it names, with an adapter.
+ADAPTER = "adapter_config.json"
+# Found by transformers where there is no safetensors file.
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_VARIANT = re.compile(
+    r"model\.(?P<whole>.+?)(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.(?P<index>.+)\.json"
+)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -30,18 +38,58 @@ def read_object(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, none if the folder has no such files.
 
+    Where there is nothing but a variant (``save_pretrained(variant="fp16")``), it is that; transformers is told its name.
+
     Raises:
-        ValueError: the index is damaged, something is no regular file, or the index, or ``transformers_weights`` of
-            config.json, names no file of this folder.
+        ValueError: the index is damaged, something is no regular file, the index, or ``transformers_weights`` of
+            config.json, names no file of this folder, or there are several variants and nothing else.
     """
+    path = _entry(folder)
+    if path is None:
+        return []
+    return _shards(folder, path) if path.name.endswith(".json") else [path]
+
+
+def index_file(folder: Path) -> Path | None:
+    """The index of :func:`weight_files`, None where one file is all of them."""
+    path = _entry(folder)
+    return path if path is not None and path.name.endswith(".json") else None
+
+
+def stored_variant(folder: Path) -> str | None:
+    """The variant that is all that a folder has of weights, None where transformers finds some without a name of it.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if _named(folder) is not None or any((folder / name).exists() for name in (WEIGHTS, INDEX, *_PICKLED)):
+        return None
+    matches = [_VARIANT.fullmatch(path.name) for path in folder.glob("model.*")]
+    found = sorted({match["whole"] or match["index"] for match in matches if match})
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds the weights as variants {', '.join(found)} and none without a name: which is meant is not "
+            "said; leave one of them there"
+        )
+    return found[0] if found else None
+
+
+def _entry(folder: Path) -> Path | None:
+    """The file with which reading the weights begins: the only one, or the index."""
     named = _named(folder)
     if named is not None:  # which transformers reads and nothing else
-        return [named] if named.name.endswith(".safetensors") else _shards(folder, named)
+        return named
     _check_regular(folder / WEIGHTS)
-    if (folder / WEIGHTS).exists():  # which transformers reads, too, where an index is there as well
-        return [folder / WEIGHTS]
-    path = folder / INDEX
-    return _shards(folder, path) if path.exists() else []
+    # The whole file goes before an index that is there as well, as in transformers.
+    for path in (folder / WEIGHTS, folder / INDEX):
+        if path.exists():
+            return path
+    variant = stored_variant(folder)
+    if variant is None:
+        return None
+    path = folder / f"model.{variant}.safetensors"
+    _check_regular(path)
+    return path if path.exists() else folder / f"{WEIGHTS}.index.{variant}.json"
 
 
 def _named(folder: Path) -> Path | None:

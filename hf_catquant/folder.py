@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .alignment import align
-from .checkpoint import weight_files
+from .checkpoint import ADAPTER, weight_files
 from .config import CatQuantConfig
 from .installing import WRITTEN, install, write_output
 from .journal import Journal, open_journal
@@ -218,5 +218,10 @@ def places(source: str | Path, out: str | Path, resume: bool, overwrite: bool) -
         raise ValueError(f"{out} is a file: choose another folder to write")
     if out.exists() and any(out.iterdir()) and not overwrite and not (resume and place.exists()):
         raise ValueError(f"{out} exists and is not an empty folder: pass --overwrite, or another folder")
+    if (out / ADAPTER).exists():
+        raise ValueError(
+            f"{out / ADAPTER}: transformers would load the model that it names, with an adapter, instead of the one that is "
+            "written beside it: move the adapter into a folder of its own, or choose another folder to write"
+        )
     check_own(place)
     return out, place

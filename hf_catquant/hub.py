@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .card import RELATIONS, model_card
-from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
+from .checkpoint import index_file, read_object, stored_variant, weight_files
 from .evaluation_table import Evaluation
 from .hub_id import check_id
 from .identity import CARD, EVALUATION, PLOTS, REPORT, check_kept, checked_evaluation, checked_report, identity
@@ -29,8 +29,11 @@ from .report_page import draw_errors, draw_sizes
 from .tasks import load_quantized
 from .verify import Verification, stored_config, verify
 
-# What transformers calls the weights of a model, whole or in parts, and their index.
-_OF_A_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+# What transformers calls the weights of a model, whole or in parts, and their index; and those of a variant.
+_OF_A_MODEL = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|model\.[\w.-]+\.safetensors|model\.safetensors\.index\.[\w.-]+\.json"
+)
 # What this package writes beside a model: of another one it would speak for this one.
 _OF_A_CHECKPOINT = (REPORT, EVALUATION, *PLOTS)
 
@@ -80,6 +83,13 @@ def describe(
         logger.warning(
             "the card names no base model: pass its Hub id, so that the Hub lists this one as quantized from it, or say "
             "with --origin where the float model comes from"
+        )
+    if variant := stored_variant(folder):
+        logger.warning(
+            "the weights are the variant %s, which loads with variant=%r only, and the code on the card does not pass that: "
+            "save the model without a variant, and its name is enough",
+            variant,
+            variant,
         )
     card.save(folder / CARD)
     return folder / CARD
@@ -179,8 +189,9 @@ def _uploaded(folder: Path) -> list[str]:
     Raises:
         ValueError: one of them is a link out of the folder.
     """
+    index = index_file(folder)
     own = {"config.json", *_OF_A_CHECKPOINT, *(path.name for path in weight_files(folder))}
-    own |= set() if WEIGHTS in own else {INDEX}
+    own |= set() if index is None else {index.name}
     there = list(names_in(folder))
     names = [name for name in there if name in own or is_companion(name) or is_paper(name)]
     root = folder.resolve()

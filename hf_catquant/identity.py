@@ -97,13 +97,19 @@ def strangers(folder: Path, config: CatQuantConfig) -> list[str]:
     return found + ([f"{CARD} is the card of another checkpoint"] if _is_another_card(folder) else [])
 
 
-def recorded_files(folder: Path, config: CatQuantConfig) -> dict[str, str] | None:
-    """SHA-256 of the files beside the weights, by name, as the report of this checkpoint has them; None: it has none."""
+def recorded_files(folder: Path, config: CatQuantConfig, kind: str = "files") -> dict[str, str] | None:
+    """SHA-256 of the files beside the weights, by name, as the report of this checkpoint has them; None: it has none.
+
+    Args:
+        folder: of the checkpoint.
+        config: what its config.json has.
+        kind: "files" of tokenizers, processors and the like, which are checked, or "code", which is not.
+    """
     try:
         raw = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    files = raw.get("files") if isinstance(raw, dict) and is_of(raw, config) else None
+    files = raw.get(kind) if isinstance(raw, dict) and is_of(raw, config) else None
     return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else None
 
 

@@ -11,17 +11,18 @@ from transformers import PreTrainedModel
 
 from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
-from .identity import EVALUATION, PLOTS, REPORT, identity, is_of
+from .identity import EVALUATION, PLOTS, REPORT, identity, is_of, recorded_files
 from .integrity import sha256
 from .inventory import digests
 from .journal import Journal
 from .log import logger
 from .report import report
-from .source_files import left_behind
+from .source_files import left_behind, python_digests
 
 WRITTEN = "written"  # in the manifest: the files of a finished output
+CODE = "code before"  # in the manifest: SHA-256 of the Python files of the model that is replaced
 # What names a set of weights of the same model: shards of an older save must not stay beside new ones.
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "model.safetensors.index.*.json")
 
 
 def write_output(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[str, Any]) -> None:
@@ -34,6 +35,8 @@ def write_output(model: PreTrainedModel, processor: Any, journal: Journal, made:
         if hasattr(processor, "save_pretrained"):
             processor.save_pretrained(staging)
         said = {**report(model).to_dict(), **made, **identity(model), "files": digests(staging)}
+        if code := python_digests(staging):
+            said["code"] = code
         text = json.dumps(said, indent=2)
         (staging / REPORT).write_text(text, encoding="utf-8")
         sync_folder(staging)
@@ -45,7 +48,8 @@ def install(journal: Journal, out: Path, source: Path) -> None:
     """Put the finished output in its place: at once where there is none, else file by file, the config last.
 
     A model of old and new files does not load: the checksums in its config are of one save. What another model left of its
-    weights, its processor and its generation goes; what is the same in ``source``, the float model's folder, is its own.
+    weights, its processor, its generation and its code goes; what is the same in ``source``, the float model's folder, is
+    its own.
 
     Raises:
         ValueError: a file is not what was written, here or by the run that was interrupted after it wrote it.
@@ -63,6 +67,7 @@ def install(journal: Journal, out: Path, source: Path) -> None:
             staging.rename(out)
             sync(out.parent)
             return
+        code = journal.settled(CODE, _recorded_code(out))  # before its report is replaced
         for name in sorted(wanted, key=lambda name: (name == "config.json", name)):
             if (staging / name).exists():
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +76,16 @@ def install(journal: Journal, out: Path, source: Path) -> None:
             if path.name not in wanted:
                 path.unlink()
         _drop_measured(out)
-        _drop_left(out, wanted, source)
+        _drop_left(out, wanted, source, code)
         sync_folder(out)
 
 
-def _drop_left(out: Path, wanted: dict[str, str], source: Path) -> None:
-    """Take away the tokenizer of the model that was here before: it would load with the new one, and mean other words."""
-    for path in left_behind(out, wanted, source):
+def _drop_left(out: Path, wanted: dict[str, str], source: Path, code: dict[str, str]) -> None:
+    """Take away the tokenizer and the code of the model that was here before.
+
+    The tokenizer would load with the new one, and mean other words; the code would be pushed with it.
+    """
+    for path in left_behind(out, wanted, source, code):
         logger.warning(
             "%s is removed: it is not of the model that is in this folder now, which was quantized without it", path
         )
@@ -87,12 +95,23 @@ def _drop_left(out: Path, wanted: dict[str, str], source: Path) -> None:
 def _drop_measured(out: Path) -> None:
     """Take away the evaluation of the model that was here before, and its plots: they would pass for the new one's."""
     try:
-        config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        measured = json.loads((out / EVALUATION).read_text(encoding="utf-8"))
-        kept = is_of(measured, CatQuantConfig.from_dict(config))  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, AttributeError):
+        kept = is_of(json.loads((out / EVALUATION).read_text(encoding="utf-8")), _config_of(out))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         kept = False
     for path in [] if kept else [out / name for name in (EVALUATION, *PLOTS)]:
         if path.is_file():
             logger.warning("%s is removed: it speaks of the model that was in this folder before", path)
             path.unlink()
+
+
+def _recorded_code(out: Path) -> dict[str, str]:
+    """SHA-256 of the Python files that the model in ``out`` was written with, as its report says; none if it has none."""
+    try:
+        return recorded_files(out, _config_of(out), "code") or {}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}
+
+
+def _config_of(out: Path) -> CatQuantConfig:
+    config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return CatQuantConfig.from_dict(config)  # type: ignore[return-value]

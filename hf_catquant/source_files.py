@@ -6,7 +6,7 @@ replaced has left behind.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ def other_digests(folder: Path, processor: Any) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in _matching(folder, patterns)}
 
 
+def python_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all Python files in a folder, by path."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in _python(folder)}
+
+
 def code_digests(folder: Path, config: Any, trust_remote_code: bool) -> dict[str, str]:
     """Of the Python files that come with a model, and of those of other repositories that its config names.
 
@@ -55,28 +60,30 @@ def code_digests(folder: Path, config: Any, trust_remote_code: bool) -> dict[str
     """
     if not trust_remote_code:
         return {}
-    found = {path.relative_to(folder).as_posix(): sha256(path) for path in _python(folder)}
+    found = python_digests(folder)
     named = (getattr(config, "auto_map", None) or {}).values()
     references = [ref for value in named for ref in (value if isinstance(value, list | tuple) else [value]) if ref]
     for repository, _, name in (ref.partition("--") for ref in references if "--" in ref):
         module = get_cached_module_file(repository, f"{name.partition('.')[0]}.py")
         copied = (Path(HF_MODULES_CACHE) / module).parent
         label = Path(repository).name if Path(repository).is_dir() else repository
-        found |= {f"{label}/{path.relative_to(copied).as_posix()}": sha256(path) for path in _python(copied)}
+        found |= {f"{label}/{name}": digest for name, digest in python_digests(copied).items()}
     return found
 
 
-def left_behind(out: Path, written: Collection[str], source: Path) -> list[Path]:
-    """Files in ``out`` that belong to the processor or the generation of another model than was written there now.
+def left_behind(out: Path, written: Collection[str], source: Path, code: Mapping[str, str]) -> list[Path]:
+    """Files in ``out`` that belong to the processor, the generation or the code of another model than was written there now.
 
     Args:
+        out: folder of the output.
         written: names of what was written.
         source: folder of the float model: what has the same bytes as there is its own.
+        code: SHA-256 of the Python files that the other model was written with, by name. Others may be anybody's.
     """
-    found = [
-        path for path in _matching(out, (GENERATION, *PROCESSOR)) if path.relative_to(out).as_posix() not in written
-    ]
-    return [path for path in found if not _same(path, source / path.relative_to(out))]
+    held = python_digests(out) if code else {}
+    found = {path.relative_to(out).as_posix() for path in _matching(out, (GENERATION, *PROCESSOR))}
+    found |= {name for name, digest in held.items() if code.get(name) == digest}
+    return [out / name for name in sorted(found.difference(written)) if not _same(out / name, source / name)]
 
 
 def _matching(folder: Path, patterns: Collection[str]) -> list[Path]:

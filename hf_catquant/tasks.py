@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -16,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from .checkpoint import stored_variant
+from .row_files import FILE_TYPES, read_file
 from .whole import check_whole
 
 # What the class name of a model ends in, and the Auto class of its task.
@@ -41,7 +42,6 @@ IMAGE_CLASSIFIERS = frozenset(
     for name in ((names,) if isinstance(names, str) else names)
 )
 LANGUAGE_MODELS = (transformers.AutoModelForCausalLM,)
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 LABELS = ("label", "labels")
 CLASSIFIERS = (
     transformers.AutoModelForSequenceClassification,
@@ -119,13 +119,15 @@ def _of_transformers(config: Any) -> bool:
 
 
 def load_quantized(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The quantized model in a folder or on the Hub, in the class that its config names.
+    """The quantized model in a folder or on the Hub, in the class that its config names; of a folder, the only variant.
 
     Raises:
         ValueError: there is none, it is not whole, or there is no such class.
     """
     kind = model_class(load_config(name, trust_remote_code), trust_remote_code)
-    model, found = kind.from_pretrained(name, output_loading_info=True, trust_remote_code=trust_remote_code)
+    variant = stored_variant(Path(name)) if Path(name).is_dir() else None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"variant": variant} if variant else {})}
+    model, found = kind.from_pretrained(name, output_loading_info=True, **options)
     check_whole(model, name, found, kind)
     return model
 
@@ -165,7 +167,7 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
 
 
 def read_rows(file: str, column: str | None = None, limit: int | None = None) -> Dataset:
-    """The rows of a parquet, JSON, CSV or text file as a ``datasets.Dataset``.
+    """The rows of a parquet, JSON, CSV or text file, whatever its name, as they are now, as a ``datasets.Dataset``.
 
     Raises:
         ValueError: the file does not exist, has another type, is empty, or has no such column.
@@ -176,10 +178,9 @@ def read_rows(file: str, column: str | None = None, limit: int | None = None) ->
     if path.suffix not in FILE_TYPES:
         raise ValueError(f"--dataset must end in {', '.join(FILE_TYPES)}, got {path.name}")
     try:
-        rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    except (ValueError, OSError, StopIteration, DatasetGenerationError) as error:
-        # An empty file has no split, and a damaged one raises whatever its reader does.
-        raise ValueError(f"--dataset: {file} has no rows, or is no whole {path.suffix} file: {error}") from error
+        rows = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from error
     if not len(rows):
         raise ValueError(f"--dataset: {file} has no rows")
     if column is not None and column not in rows.column_names:

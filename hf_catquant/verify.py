@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 
-from .checkpoint import INDEX, WEIGHTS, read_object, weight_files
+from .checkpoint import ADAPTER, INDEX, WEIGHTS, read_object, stored_variant, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import broken_seals, is_sealed
 from .fields import changed_fields, unknown_fields
@@ -132,15 +132,19 @@ def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:
 
 
 def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
+    if variant := stored_variant(folder):
+        found.remarks.append(
+            f"the weights are the variant {variant}: from_pretrained takes them with variant={variant!r} only"
+        )
     for name in names_in(folder):
         if is_pickle(name):
             found.remarks.append(f"{name} may hold Python objects, which run when they are loaded; nothing reads it")
     for path in sorted(folder.iterdir()):
         if path.suffix == ".py":
             found.remarks.append(f"{path.name} is code; it runs only with trust_remote_code=True")
-        elif path.name == "adapter_config.json":
+        elif path.name == ADAPTER:
             found.problems.append(
-                "adapter_config.json lies beside the model: transformers would load the model that it names, with an "
+                f"{ADAPTER} lies beside the model: transformers would load the model that it names, with an "
                 "adapter, instead of this one; move the adapter into a folder of its own"
             )
         elif path.suffix == ".safetensors" and path not in files:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from hf_catquant import CatQuantConfig, folder, mixed, pipeline, quantize_folder, walk
+from hf_catquant import CatQuantConfig, folder, installing, mixed, pipeline, quantize_folder, walk
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
@@ -259,6 +259,53 @@ def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, mo
     )
 
 
+def custom(source):
+    """Make of a folder one whose model brings its code; what it holds besides."""
+    (source / "modeling_toy.py").write_text(TOY)
+    config = json.loads((source / "config.json").read_text())
+    remote = {"AutoConfig": "modeling_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
+    config |= {"model_type": "catquant_toy", "architectures": ["ToyForCausalLM"], "auto_map": remote}
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_code_of_another_model_does_not_stay(tmp_path, source, caplog, monkeypatch, killed):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    toy, out = custom(Path(shutil.copytree(source, tmp_path / "toy"))), tmp_path / "out"
+    quantize_folder(toy, out, request(**ROUND), trust_remote_code=True)
+    assert json.loads((out / "report.json").read_text())["code"] == {
+        "modeling_toy.py": sha256(out / "modeling_toy.py")
+    }
+    quantize_folder(toy, out, request(**ROUND), overwrite=True, trust_remote_code=True)
+    assert (out / "modeling_toy.py").is_file()  # its own
+    (out / "mine.py").write_text("")
+    if killed:  # when the files of the other model are replaced already
+        with monkeypatch.context() as patch:
+            patch.setattr(installing, "_drop_measured", lambda out: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                quantize_folder(source, out, request(**ROUND), overwrite=True)
+    quantize_folder(source, out, request(**ROUND), overwrite=not killed, resume=killed)
+    assert not (out / "modeling_toy.py").exists()
+    assert (out / "mine.py").exists()
+    assert f"{out / 'modeling_toy.py'} is removed: it is not of the model that is in this folder now" in caplog.text
+    assert "code" not in json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("change", ["code", "report", "config", "source"])
+def test_code_that_may_be_anybodys_stays(tmp_path, source, change):
+    toy, out = custom(Path(shutil.copytree(source, tmp_path / "toy"))), tmp_path / "out"
+    quantize_folder(toy, out, request(**ROUND), trust_remote_code=True)
+    if change == "code":
+        (out / "modeling_toy.py").write_text("# mine")
+    elif change == "source":
+        shutil.copy(out / "modeling_toy.py", source)
+    else:
+        (out / f"{change}.json").unlink()
+    quantize_folder(source, out, request(**ROUND), overwrite=True)
+    assert (out / "modeling_toy.py").exists()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("edit", "words"),
@@ -340,6 +387,13 @@ def test_places_that_cannot_be_taken_are_refused_before_any_work(tmp_path, sourc
         with pytest.raises(ValueError, match=words):
             quantize_folder(source, tmp_path / place, request(**ROUND), overwrite=True)
     assert (tmp_path / "out.journal" / "notes.txt").read_text() == "mine"
+    (tmp_path / "adapted").mkdir()
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    for options in ({"overwrite": True}, {"resume": True, "overwrite": True}):
+        with pytest.raises(
+            ValueError, match=r"adapted/adapter_config\.json: transformers would load .*: move the adapter"
+        ):
+            quantize_folder(source, tmp_path / "adapted", request(**ROUND), **options)
 
 
 def test_a_link_is_followed_and_the_folder_of_work_stays(tmp_path, source, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -308,6 +309,23 @@ def hub(monkeypatch):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", "hf_nothing")
         yield hub
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_variant_is_pushed_and_taken_away(copy, tmp_path, hub, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_catquant"), "propagate", True)
+    model, folders = AutoModelForSequenceClassification.from_pretrained(copy), {"whole": copy}
+    for name, options in (("one", {}), ("parts", {"max_shard_size": "8KB"})):
+        folders[name] = tmp_path / name
+        model.save_pretrained(folders[name], variant="fp16", **options)
+    for at, name in enumerate(("whole", "parts", "one", "whole")):
+        caplog.clear()
+        push(folders[name], "me/tiny")  # which makes the report that is missing
+        assert ("loads with variant='fp16' only, and the code on the card" in caplog.text) == (name != "whole")
+        repo = hub.repos["me/tiny"]
+        here = {path.name for path in folders[name].iterdir() if "safetensors" in path.name}
+        assert {file for file in repo.files if "safetensors" in file} == here
+        assert verify(hub.write("me/tiny", tmp_path / f"clone{at}")).is_whole
 
 
 @pytest.mark.usefixtures("undrawn")

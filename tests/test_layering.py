@@ -15,7 +15,7 @@ ROWS = [
     "metrics",
     "answers formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
     "journal_place",
-    "rotation outputs journal shelf alignment hub_id whole checkpoint inventory source_files",
+    "rotation outputs journal shelf alignment hub_id whole checkpoint inventory source_files row_files",
     "packing request_checks theory",
     "weight",
     "op_checks",

@@ -19,10 +19,12 @@ from transformers import BertConfig
 import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig
+from hf_catquant.checkpoint import weight_files
 from hf_catquant.cli import main
 from hf_catquant.entries import entries_checksum
 from hf_catquant.integrity import file_checksums
 from hf_catquant.plain import save_quantized
+from hf_catquant.tasks import load_quantized
 from hf_catquant.verify import verify
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -107,6 +109,36 @@ def test_shards_are_read_together(root):
     found = verify(saved("bert", root, max_shard_size="8KB"))
     assert found.is_whole, str(found)
     assert len(found.files) > 2
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "8KB"}])
+def test_a_variant_is_whole_and_loads_where_there_is_no_other(root, tmp_path, shards):
+    folder = Path(shutil.copytree(saved("bert", root, variant="fp16", **shards), tmp_path / "bert"))
+    assert not (folder / "model.safetensors").exists()
+    found = verify(folder)
+    assert found.is_whole, str(found)
+    assert found.remarks[0] == "the weights are the variant fp16: from_pretrained takes them with variant='fp16' only"
+    assert len(found.files) > 2 if shards else "model.fp16.safetensors" in found.files
+    assert load_quantized(str(folder)).num_parameters() == load_quantized(str(saved("bert", root))).num_parameters()
+    shutil.copy(saved("bert", root) / "model.safetensors", folder / "model.b.f-32.safetensors")
+    assert "as variants b.f-32, fp16 and none without a name: which is meant is not said" in verify(folder).problems[0]
+    with pytest.raises(ValueError, match=r"as variants b\.f-32, fp16"):
+        load_quantized(str(folder))
+    shutil.copy(saved("bert", root) / "model.safetensors", folder)  # which transformers reads without being told
+    found = verify(folder)
+    assert found.is_whole, str(found)
+    assert "model.b.f-32.safetensors is not part of the model" in found.remarks
+
+
+def test_a_variant_that_transformers_would_not_read_is_none(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    assert weight_files(folder) == [folder / "model.fp16.safetensors"]
+    (folder / "pytorch_model.bin").touch()
+    assert weight_files(folder) == []
+    assert "there is neither model.safetensors nor" in verify(folder).problems[0]
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "model.fp16.safetensors").rename(folder / "model.fp16-00001-of-00002.safetensors")
+    assert "model.safetensors.index.fp16.json: there is no such file" in verify(folder).problems[0]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def export(
         lossy: leave out what the target has no place for, instead of refusing.
         trust_remote_code: run the code that comes with the model.
         options: of the target. "safetensors": ``dtype``, of the float weights. "gguf": ``ternary``, "TQ2_0" (the default,
-            faster) or "TQ1_0" (smaller); ``vocabulary=False`` leaves the tokenizer out.
+            faster) or "TQ1_0" (smaller); ``vocabulary=False`` leaves the tokenizer and its chat templates out.
 
     Raises:
         ValueError: there is no such target or option, ``out`` exists, the model is not quantized, or the export would lose

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import INDEX, weight_files
+from ..checkpoint import INDEX, index_file, weight_files
 from ..correction import ClusterAffine, corrections, detach
 from ..identity import CARD, EVALUATION, PLOTS, REPORT
 from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
@@ -174,17 +174,25 @@ def written_beside(place: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def source_folder(source: Source) -> Path | None:
+    """The folder that a model came from, or a snapshot of what came with it on the Hub; None of one in memory."""
+    if source.name is None:
+        return None
+    there = Path(source.name)
+    return there if there.is_dir() else Path(snapshot_download(source.name, allow_patterns=PATTERNS))
+
+
 def copy_processor(source: Source, folder: Path) -> list[str]:
     """Put what came with the model (tokenizer, processor, licence, code) into ``folder``; a note of what was left out.
 
     Card, plots, report and evaluation are of the quantized model, and stay with it.
     """
-    if source.name is None:
+    there = source_folder(source)
+    if there is None:
         return []
-    there = Path(source.name)
-    if not there.is_dir():
-        there = Path(snapshot_download(source.name, allow_patterns=PATTERNS))
     own = {"config.json", INDEX, CARD, REPORT, EVALUATION, *PLOTS, *(path.name for path in weight_files(there))}
+    index = index_file(there)
+    own |= set() if index is None else {index.name}
     left = []
     for name in names_in(there):
         if name in own or (folder / name).exists():

@@ -8,7 +8,6 @@ product to 8 bits in its own way, so its logits differ from ours by that.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ..model import quantized_modules
 from .blocks import encode
-from .common import Exported, Source, fold_corrections, settle_losses, written_beside
+from .common import Exported, Source, fold_corrections, settle_losses, source_folder, written_beside
+from .gguf_check import bytes_of, check_file
 from .vocabulary import vocabulary_fields, write_fields
 
 # Model type to llama.cpp's architecture; all of them are pre-norm decoders with a gated SiLU feed-forward and RMS norms.
@@ -38,7 +38,7 @@ def write(
         out: the file.
         lossy: leave out corrections and the rounding of inputs.
         ternary: "TQ2_0" or "TQ1_0".
-        vocabulary: write the tokenizer.
+        vocabulary: write the tokenizer, its chat templates and the tokens at which an answer ends.
 
     Raises:
         ValueError: the model has another architecture, a rotation, a low-rank product, a setting that llama.cpp has no
@@ -51,8 +51,9 @@ def write(
         raise ValueError(f"ternary must be {' or '.join(TERNARY)}, got {ternary!r}")
     _check_architecture(model)
     _check_layers(model)
-    lost = settle_losses(source, [*_settings_lost(model.config), *fold_corrections(model)], lossy, "gguf")
-    fields = vocabulary_fields(source.name, model.config) if vocabulary else None
+    fields = vocabulary_fields(source_folder(source), model) if vocabulary else None
+    lost = [*_settings_lost(model.config), *(fields or {}).get("lost", ()), *fold_corrections(model)]
+    lost = settle_losses(source, lost, lossy, "gguf")
     arch = ARCHITECTURES[model.config.model_type]
     moved, kinds, written = 0.0, Counter[str](), dict[str, tuple[str, int, int]]()
     with written_beside(out) as file:
@@ -66,14 +67,14 @@ def write(
             if target is None:
                 raise ValueError(f"{name}: llama.cpp's {arch} has no such tensor")
             writer.add_tensor(f"{target}.{suffix}", data, raw_dtype=library.GGMLQuantizationType[kind])
-            written[f"{target}.{suffix}"] = (kind, *_bytes_of(data))
+            written[f"{target}.{suffix}"] = (kind, *bytes_of(data))
             if data.ndim > 1:
                 kinds[kind] += 1
             moved = max(moved, by)
         factors = _rope_factors(model)
         if factors is not None:
             writer.add_tensor("rope_freqs.weight", factors)
-            written["rope_freqs.weight"] = ("F32", *_bytes_of(factors))
+            written["rope_freqs.weight"] = ("F32", *bytes_of(factors))
         for step in (
             writer.write_header_to_file,
             writer.write_kv_data_to_file,
@@ -81,28 +82,12 @@ def write(
             writer.close,
         ):
             step()
-        _check(library, file, written)
+        check_file(library, file, written, writer.kv_data)
         size = file.stat().st_size
     notes = ["matrices: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))]
     if moved:
         notes.append(f"float16 minima moved a weight by at most {moved:.1e} of its step")
     return Exported(out, "gguf", size, lost, notes)
-
-
-def _bytes_of(data: np.ndarray) -> tuple[int, int]:
-    return data.nbytes, zlib.crc32(np.ascontiguousarray(data).tobytes())
-
-
-def _check(library: Any, file: Path, written: dict[str, tuple[str, int, int]]) -> None:
-    """Read the file back, and compare the name, the type and the bytes of every tensor.
-
-    Raises:
-        ValueError: naming a tensor that is not what was to be written.
-    """
-    found = {t.name: (t.tensor_type.name, *_bytes_of(t.data)) for t in library.GGUFReader(file).tensors}
-    wrong = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"the file does not give back what was written: {', '.join(wrong[:5])}: is the disk whole?")
 
 
 def _library() -> Any:

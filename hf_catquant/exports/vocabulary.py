@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: tokens, scores or merges, and the kinds of text that are split before merging.
+"""The tokenizer in a GGUF file: tokens, scores or merges, the kinds of text that are split before merging, chat templates.
 
 llama.cpp has its own tokenizers and chooses one by name. Two kinds are known here: byte-pair merges over characters with
 bytes as a last resort, as in Llama 2 ("llama"), and over bytes, as in GPT-2, Llama 3 and Qwen ("gpt2"); anything else is
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from .chat import chat_templates, end_fields, stop_tokens, template_fields
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
 
@@ -23,18 +25,19 @@ _SPLITS = {
 }
 
 
-def vocabulary_fields(folder: str | None, config: Any) -> dict[str, Any]:
-    """What a GGUF file says of the tokenizer in ``folder``.
+def vocabulary_fields(folder: Path | None, model: Any) -> dict[str, Any]:
+    """What a GGUF file says of the tokenizer in ``folder``; "lost" is what it cannot say.
 
     Raises:
-        ValueError: there is none, or llama.cpp has no tokenizer like it.
+        ValueError: there is none, llama.cpp has no tokenizer like it, or its chat template is none.
     """
-    file = None if folder is None else Path(folder) / "tokenizer.json"
-    if file is None or not file.is_file():
+    file = None if folder is None else folder / "tokenizer.json"
+    if folder is None or file is None or not file.is_file():
         raise ValueError(
             f"there is no tokenizer.json in {folder or 'a model in memory'}: save one with the model, or pass "
             "vocabulary=False (--no-vocabulary)"
         )
+    config = model.config
     parsed = json.loads(file.read_text(encoding="utf-8"))
     found = parsed["model"]
     if found.get("type") != "BPE":
@@ -48,7 +51,8 @@ def vocabulary_fields(folder: str | None, config: Any) -> dict[str, Any]:
             raise ValueError(_unknown(f"token {index} is beyond the {config.vocab_size} of the model"))
         words[index] = word
     unused = set(range(config.vocab_size)) - set(tokens.values())
-    fields: dict[str, Any] = {"tokens": words, **_special_ids(config, tokens, found), **_ends(parsed, config, tokens)}
+    fields: dict[str, Any] = {"tokens": words, **_special_ids(model, words, tokens, found), **_ends(parsed)}
+    fields["chat"] = template_fields(chat_templates(folder))
     types = [added.get(at, UNUSED if at in unused else NORMAL) for at in range(len(words))]
     if found.get("byte_fallback"):
         return fields | _characters(parsed, found, merges, words, types)
@@ -72,13 +76,17 @@ def write_fields(writer: Any, fields: dict[str, Any] | None) -> None:
     writer.add_add_bos_token(fields["bos_first"])
     writer.add_add_eos_token(fields["eos_last"])
     for name, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("unk", writer.add_unk_token_id),
-        ("pad", writer.add_pad_token_id),
+        ("bos", "bos"),
+        ("eos", "eos"),
+        ("eot", "eot"),
+        ("eom", "eom"),
+        ("unk", "unknown"),
+        ("pad", "padding"),
     ):
         if fields[name] is not None:
-            add(fields[name])
+            writer.add_uint32(f"tokenizer.ggml.{add}_token_id", fields[name])
+    for key, value in fields["chat"].items():
+        (writer.add_string if isinstance(value, str) else writer.add_array)(key, value)
 
 
 def _characters(parsed: Any, found: Any, merges: list[str], words: list[str], types: list[int]) -> dict[str, Any]:
@@ -130,19 +138,22 @@ def _flat(step: Any, inside: str) -> list[Any]:
     return list(step[inside]) if step.get("type") == "Sequence" else [step]
 
 
-def _special_ids(config: Any, tokens: dict[str, int], found: Any) -> dict[str, int | None]:
-    def first(value: Any) -> Any:
-        return value[0] if isinstance(value, list) and value else value
+def _special_ids(model: Any, words: list[str], tokens: dict[str, int], found: Any) -> dict[str, Any]:
+    """Tokens with a meaning of their own, None where there is none, and which of them GGUF has no place for."""
+    config, stops = model.config, stop_tokens(model)
+    ids = {"bos": config.bos_token_id, "pad": config.pad_token_id, "unk": tokens.get(found.get("unk_token") or "")}
+    held = {name: value[0] if isinstance(value, list) and value else value for name, value in ids.items()}
+    held = {name: None if value is None or value < 0 else value for name, value in held.items()}
+    for name, value in (*held.items(), *(("eos", stop) for stop in stops)):
+        if value is not None and value >= len(words):
+            raise ValueError(
+                f"{name}_token_id is {value}, beyond the {len(words)} tokens of the model: correct its config"
+            )
+    ends, lost = end_fields(stops, words)
+    return {**dict.fromkeys(("eos", "eot", "eom")), **held, **ends, "lost": lost}
 
-    return {
-        "bos": first(config.bos_token_id),
-        "eos": first(config.eos_token_id),
-        "pad": first(config.pad_token_id),
-        "unk": tokens.get(found.get("unk_token") or ""),
-    }
 
-
-def _ends(parsed: Any, config: Any, tokens: dict[str, int]) -> dict[str, bool]:
+def _ends(parsed: Any) -> dict[str, bool]:
     """Whether the tokenizer puts a token before and after a text."""
     steps = _flat(parsed.get("post_processor"), "processors")
     template: list[Any] = next((step["single"] for step in steps if step.get("type") == "TemplateProcessing"), [])

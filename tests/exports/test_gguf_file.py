@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import constants
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import fake_hub
 import hf_catquant
 from hf_catquant import CatQuantConfig, export
 from hf_catquant.correction import ClusterAffine, attach
@@ -195,6 +198,130 @@ def test_an_unknown_tokenizer_is_refused(tmp_path):
     assert not (tmp_path / "m.gguf").exists()
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(quantized("llama"), characters(), tmp_path_factory.mktemp("chat") / "in")
+
+
+@pytest.fixture
+def chat(made, tmp_path) -> Path:
+    """A folder with a quantized model and its tokenizer."""
+    return Path(shutil.copytree(made, tmp_path / "in"))
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<|user|>{{ message['content'] }}\n{% endfor %}"
+
+
+def jinja(folder: Path, text: str = TEMPLATE) -> None:
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def configured(folder: Path, held: Any) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
+
+
+def more(folder: Path) -> None:
+    jinja(folder)
+    configured(folder, "not this one")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool-use.jinja").write_text("ü tools")
+
+
+@pytest.mark.parametrize(
+    ("put", "others"),
+    [
+        (jinja, {}),
+        (lambda folder: configured(folder, TEMPLATE), {}),
+        (lambda folder: (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE})), {}),
+        (more, {"tool_use": "ü tools"}),
+        (
+            lambda folder: configured(
+                folder, [{"name": "rag", "template": "r"}, {"name": "default", "template": TEMPLATE}]
+            ),
+            {"rag": "r"},
+        ),
+    ],
+)
+def test_chat_templates_arrive(chat, tmp_path, put, others):
+    put(chat)
+    export(chat, tmp_path / "m.gguf", "gguf")
+    fields = read(tmp_path / "m.gguf")[2]
+    assert fields["tokenizer.chat_template"] == TEMPLATE
+    assert {name: fields[f"tokenizer.chat_template.{name}"] for name in others} == others
+    assert fields.get("tokenizer.chat_templates", []) == list(others)
+
+
+def test_a_chat_template_that_is_none_is_refused(chat, tmp_path):
+    export(chat, tmp_path / "plain.gguf", "gguf")
+    assert "tokenizer.chat_template" not in read(tmp_path / "plain.gguf")[2]
+    for held in (3, [{"name": "x"}], {"default": None}):
+        configured(chat, held)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be a text, or a list"):
+            export(chat, tmp_path / "m.gguf", "gguf")
+    configured(chat, {"a-b": "x", "a_b": "y"})
+    with pytest.raises(ValueError, match="two of these names are one"):
+        export(chat, tmp_path / "m.gguf", "gguf")
+
+
+ENDS = {"</s>": 2, "<|eot_id|>": 279, "<|eom_id|>": 280, "<stop>": 281, "<|im_end|>": 282}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (2, 2, {"eos": 2}),
+        ([2, 280, 279], [2, 280, 279], {"eos": 2, "eot": 279, "eom": 280}),
+        (282, [282, 2], {"eos": 282, "eom": 2}),
+        (2, [2, 279, 280, 281], {"eos": 2, "eot": 279, "eom": 280}),
+    ],
+)
+def test_the_ends_of_an_answer_arrive_or_are_lost(chat, tmp_path, config, generation, expected):
+    tokenizer = Tokenizer.from_file(str(chat / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(ENDS))
+    assert [tokenizer.token_to_id(word) for word in ENDS] == list(ENDS.values())
+    tokenizer.save(str(chat / "tokenizer.json"))
+    edit(chat / "config.json", eos_token_id=config)
+    edit(chat / "generation_config.json", eos_token_id=generation)
+    lost = []
+    if 281 in (generation if isinstance(generation, list) else []):
+        lost = ["the end of an answer at token 281 (<stop>): a GGUF file names three such tokens"]
+        with pytest.raises(ValueError, match=r"would lose: the end of an answer at token 281 \(<stop>\)"):
+            export(chat, tmp_path / "m.gguf", "gguf")
+    assert export(chat, tmp_path / "m.gguf", "gguf", lossy=True).lost == lost
+    fields = read(tmp_path / "m.gguf")[2]
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")}
+    assert {name: fields[key] for name, key in keys.items() if key in fields} == expected
+
+
+def test_a_special_token_that_the_model_does_not_have_is_refused(chat, tmp_path):
+    edit(chat / "config.json", pad_token_id=-1)
+    export(chat, tmp_path / "m.gguf", "gguf")
+    assert "tokenizer.ggml.padding_token_id" not in read(tmp_path / "m.gguf")[2]
+    edit(chat / "config.json", bos_token_id=288)
+    with pytest.raises(ValueError, match="bos_token_id is 288, beyond the 288 tokens of the model"):
+        export(chat, tmp_path / "n.gguf", "gguf")
+
+
+def test_a_model_of_the_hub_has_its_vocabulary(chat, tmp_path, monkeypatch):
+    more(chat)
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    with fake_hub.running() as hub:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        settings |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+        for name, value in {**settings, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        files = {path.relative_to(chat).as_posix(): path.read_bytes() for path in chat.rglob("*") if path.is_file()}
+        hub.repos["me/chat"] = fake_hub.Repo(files, commits=1)
+        assert export("me/chat", tmp_path / "m.gguf", "gguf").lost == []
+    fields = read(tmp_path / "m.gguf")[2]
+    assert fields["tokenizer.ggml.tokens"][259] == "▁"
+    assert fields["tokenizer.chat_template.tool_use"] == "ü tools"
+
+
 def opened(file: Path) -> tuple[Any, Any]:
     """llama.cpp with a file, from the package that has it compiled: the library and the model."""
     # llama-cpp-python is compiled where it is installed, which takes minutes: cyllama has wheels.
@@ -277,3 +404,34 @@ def test_a_file_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not give back what was written: "):
         export(quantized("llama"), tmp_path / "x.gguf", to="gguf", vocabulary=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.ggml.scores", "llama.rope.freq_base"])
+def test_a_field_that_is_not_what_was_written_is_refused(chat, tmp_path, monkeypatch, key):
+    honest = gguf.GGUFWriter.write_kv_data_to_file
+
+    def damaged(self):
+        held = self.kv_data[0][key]
+        right = held.value
+        held.value = (
+            right + "." if isinstance(right, str) else [*right[:-1], 7.0] if isinstance(right, list) else right + 1
+        )
+        honest(self)
+        held.value = right
+
+    jinja(chat)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_kv_data_to_file", damaged)
+    with pytest.raises(ValueError, match=f"does not give back what was written: {key}"):
+        export(chat, tmp_path / "x.gguf", to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_llama_cpp_knows_the_template_and_the_ends(chat, tmp_path):
+    more(chat)
+    edit(chat / "config.json", eos_token_id=[2, 278, 277])  # words that say nothing
+    export(chat, tmp_path / "m.gguf", "gguf")
+    _, loaded = opened(tmp_path / "m.gguf")
+    vocabulary = loaded.get_vocab()
+    assert [vocabulary.is_eog(token) for token in (1, 2, 276, 277, 278)] == [False, True, False, True, True]
+    assert loaded.get_default_chat_template() == TEMPLATE
+    assert loaded.get_default_chat_template_by_name("tool_use") == "ü tools"

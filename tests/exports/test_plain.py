@@ -113,6 +113,35 @@ def test_weights_may_be_written_in_another_dtype(tmp_path):
         export(model, tmp_path / "other", dtype="int8")
 
 
+def test_a_weight_beyond_a_dtype_is_refused_and_rounding_once_more_is_said(tmp_path, capsys):
+    model = tiny_models.build("bert")
+    with torch.no_grad():
+        model.classifier.weight[1] *= 1e8
+    model = hf_catquant.quantize(model, CatQuantConfig(solver="rtn", correction=None, group_size=16))
+    model.save_pretrained(tmp_path / "in")
+    words = ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype"]
+    assert main([*words, "float16"]) == 1
+    said = capsys.readouterr().err
+    assert "classifier.weight: " in said
+    assert (
+        "is beyond float16, whose largest value is 65504: export (--dtype) with dtype='bfloat16' or 'float32'" in said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert main([*words, "bfloat16"]) == 0
+    assert "note: rounded once more, from float32 to bfloat16: " in capsys.readouterr().out
+    notes = export(tmp_path / "in", tmp_path / "same", dtype="float32").notes
+    assert notes == []
+    with pytest.raises(ValueError, match=r"^classifier\.weight: .* is beyond float16, .*: load the model with dtype="):
+        export(model.to(torch.float16), tmp_path / "half")
+
+
+def test_values_that_a_dtype_makes_zero_are_counted(tmp_path):
+    model = quantized("bert")
+    with torch.no_grad():
+        model.bert.pooler.dense.bias.fill_(1e-12)
+    assert export(model, tmp_path / "out", dtype="float16").notes[0].endswith(" values, 32 of them to 0")
+
+
 def test_the_tokenizer_goes_along(tmp_path):
     quantized("bert").save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer_config.json").write_text("{}")
