@@ -18,7 +18,6 @@ from .held_out import interval, losses
 from .log import logger
 from .site_rows import SiteRows
 
-
 NOT_JUDGED = "not judged by the answers, as no module returns the model's logits"
 
 
