@@ -2,7 +2,7 @@
 
     python benchmarks/realdata.py --data FOLDER [--weights ternary int4] [--group-size 128] [--only resnet ...]
                                   [--solver reconstruct] [--solver-options model_steps=800] [--activations int4]
-                                  [--generate 340] [--low-rank 8] [--average-bits 2.5] [--rotation none]
+                                  [--generate 340] [--low-rank 8] [--average-bits 2.5] [--rotation none] [--first]
 
 Memory is the peak of the whole process, so it is that of a case only where one case is run.
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from common import CASES, ROOT, Case, chosen, made, put, read, sources, span, table, weight_bits, write
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--low-rank", default="0")
     parser.add_argument("--average-bits")
     parser.add_argument("--rotation", default="auto")
+    parser.add_argument("--first", action="store_true", help="judge by the first set of test rows only")
     args = parser.parse_args()
     how = ["--group-size", args.group_size, "--solver", args.solver, "--activations", args.activations]
     how += ["--generate", str(args.generate)] if args.generate else []
@@ -82,7 +84,8 @@ def main() -> None:
     for case in chosen(args.only):
         for weights in args.weights:
             asked = {"solver": label, "activations": args.activations, "group_size": int(args.group_size)}
-            put(RESULTS, [{**asked, **run(case, weights, how, args.data)}], *KEY)
+            judged = replace(case, second=None) if args.first else case
+            put(RESULTS, [{**asked, **run(judged, weights, how, args.data)}], *KEY)
             write_page()
 
 
