@@ -30,6 +30,9 @@ from hf_catquant.evaluation_table import Row
 RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
 PAGE = ROOT / "docs" / "autoround.md"
 
+# Format, group size, rotation, and the steps that blocks learn; None: as many as by default.
+Scheme = tuple[str, int, str, int | None]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -42,7 +45,7 @@ class Subject:
         group_size: of AutoRound.
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
-        ternary: of hf_catquant in ternary: format, group size, rotation and the steps that blocks learn, by what a row says.
+        ternary: of hf_catquant in ternary, with what a row says of it; with steps it is learned only.
         about: what the page says.
     """
 
@@ -51,7 +54,7 @@ class Subject:
     padded: bool
     group_size: int
     groups: tuple[int, ...]
-    ternary: dict[str, tuple[str, int, str, int | None]]
+    ternary: tuple[tuple[str, Scheme], ...]
     about: str
 
 
@@ -62,7 +65,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        {"": ("ternary_symmetric", -1, "auto", None)},
+        (("", ("ternary_symmetric", -1, "auto", None)),),
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
     ),
     "minilm-l6-sst2": Subject(
@@ -71,7 +74,11 @@ SUBJECTS = {
         True,
         64,
         (128,),
-        {"": ("ternary_symmetric", 128, "auto", None), ", group 192, rotated": ("ternary", 192, "hadamard", 800)},
+        (
+            ("", ("ternary_symmetric", 128, "auto", None)),
+            (", group 192, rotated", ("ternary", 192, "hadamard", None)),
+            (", group 192, rotated", ("ternary", 192, "hadamard", 800)),
+        ),
         "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56.",
     ),
 }
@@ -108,9 +115,10 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
             runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto", None), solver))
-        for mark, scheme in subject.ternary.items() if bits == 2 else ():
-            steps = f", {scheme[3]} steps a block" if scheme[3] and solver == "reconstruct" else ""
-            runs[f"hf_catquant ternary{mark}, {solver}{steps}"] = (ours, (scheme, solver))
+        for mark, scheme in subject.ternary if bits == 2 else ():
+            steps = f", {scheme[3]} steps a block" if scheme[3] else ""
+            if solver == "reconstruct" or not steps:
+                runs[f"hf_catquant ternary{mark}, {solver}{steps}"] = (ours, (scheme, solver))
     return runs
 
 
@@ -175,7 +183,7 @@ def peer(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int,
     return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, batch_size, 42 + seed)
 
 
-def ours(bench: Bench, subject: Subject, scheme: tuple[str, int, str, int | None], solver: str, seed: int) -> Any:
+def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
     weights, group_size, rotation, steps = scheme
     config = CatQuantConfig(
@@ -183,7 +191,7 @@ def ours(bench: Bench, subject: Subject, scheme: tuple[str, int, str, int | None
         group_size=group_size,
         rotation=rotation,
         solver=solver,
-        solver_options={"block_steps": steps} if steps and solver == "reconstruct" else {},
+        solver_options={"block_steps": steps} if steps else {},
         seed=seed,
         correction=None,
         dataset=bench.calibration,
