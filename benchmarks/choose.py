@@ -2,8 +2,9 @@
 
     python benchmarks/choose.py
 
-Reads ``realdata.json`` and ``autoround.json`` of ``benchmarks/results/`` and, if it is there, ``cpu_models.json``; measures nothing. A test fails while
-the page is not what these files give, and a piece of advice that they do not bear out any more stops the script.
+Reads ``realdata.json`` and ``autoround.json`` of ``benchmarks/results/`` and, if it is there, ``cpu_models.json``;
+measures nothing. A test fails while the page is not what these files give, and a piece of advice that they do not bear out
+any more stops the script.
 """
 
 from __future__ import annotations
@@ -107,8 +108,7 @@ def advice(results: list[Row]) -> list[str]:
         (
             longer < shorter,
             '**Time to spare**: `solver_options={"block_steps": 800}`.',
-            "Learning blocks five times as long brings the text encoder in ternary from a divergence of "
-            f"{shorter:.3f} to {longer:.3f} ([autoround.md](autoround.md)).",
+            f"The text encoder in ternary then has a divergence of {longer:.3f}, not {shorter:.3f} ([autoround.md](autoround.md)).",
         ),
         (
             rounded[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
