@@ -108,7 +108,7 @@ def advice(results: list[Row]) -> list[str]:
         (
             longer < shorter,
             '**Time to spare**: `solver_options={"block_steps": 800}`.',
-            f"The text encoder in ternary then has a divergence of {longer:.3f}, not {shorter:.3f} ([autoround.md](autoround.md)).",
+            f"The ternary text encoder: divergence {longer:.3f}, not {shorter:.3f} ([autoround.md](autoround.md)).",
         ),
         (
             rounded[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
