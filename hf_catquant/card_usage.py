@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .checkpoint import stored_variant
 from .tasks import SOUND_CLASSIFIERS
 
 # What the class name of a model ends in, and the Hub's word for its task.
@@ -36,10 +37,12 @@ def task_of(architecture: str) -> str | None:
 def usage(folder: Path, config: dict[str, Any], task: str | None, repo: str) -> str:
     """Python that loads the model: a pipeline where the folder has all that one needs, else its class."""
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    variant = stored_variant(folder)
     if task in PIPELINE_REGISTRY.get_supported_tasks() and _feeds(folder, str(task)):
-        return f'from transformers import pipeline\n\nrun = pipeline("{task}", model="{repo}"{trust})'
-    name = _class_name(config)
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}"{trust})'
+        more = "" if variant is None else f', model_kwargs={{"variant": "{variant}"}}'
+        return f'from transformers import pipeline\n\nrun = pipeline("{task}", model="{repo}"{trust}{more})'
+    name, more = _class_name(config), "" if variant is None else f', variant="{variant}"'
+    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo}"{trust}{more})'
 
 
 def _feeds(folder: Path, task: str) -> bool:

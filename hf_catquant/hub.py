@@ -86,8 +86,8 @@ def describe(
         )
     if variant := stored_variant(folder):
         logger.warning(
-            "the weights are the variant %s, which loads with variant=%r only, and the code on the card does not pass that: "
-            "save the model without a variant, and its name is enough",
+            "the weights are the variant %s, which loads with variant=%r only, as the card has it: save the model without a "
+            "variant, and its name is enough",
             variant,
             variant,
         )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from .checkpoint import stored_variant
 from .log import logger
 
 # Read in training only: speech models of the Hub come with it or without.
@@ -23,11 +25,13 @@ _LEFT = "_catquant_left_over"
 
 
 def load_whole(auto: Any, name: str, **options: Any) -> PreTrainedModel:
-    """The float model called ``name`` as ``auto.from_pretrained`` loads it.
+    """The float model called ``name`` as ``auto.from_pretrained`` loads it; of a folder, the only variant that is there.
 
     Raises:
         ValueError: the checkpoint lacks tensors, has them in another shape, or has some for another class.
     """
+    variant = stored_variant(Path(name)) if Path(name).is_dir() else None
+    options |= {} if variant is None else {"variant": variant}
     model, found = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_whole(model, name, found, auto)
     return model

@@ -321,7 +321,8 @@ def test_a_variant_is_pushed_and_taken_away(copy, tmp_path, hub, caplog, monkeyp
     for at, name in enumerate(("whole", "parts", "one", "whole")):
         caplog.clear()
         push(folders[name], "me/tiny")  # which makes the report that is missing
-        assert ("loads with variant='fp16' only, and the code on the card" in caplog.text) == (name != "whole")
+        assert ("loads with variant='fp16' only" in caplog.text) == (name != "whole")
+        assert ('variant="fp16"' in (folders[name] / "README.md").read_text()) == (name != "whole")
         repo = hub.repos["me/tiny"]
         here = {path.name for path in folders[name].iterdir() if "safetensors" in path.name}
         assert {file for file in repo.files if "safetensors" in file} == here

@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "answers formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
+    "checkpoint",
     "journal_place",
-    "rotation outputs journal shelf alignment hub_id whole checkpoint inventory source_files row_files",
+    "rotation outputs journal shelf alignment hub_id whole inventory source_files row_files",
     "packing request_checks theory",
     "weight",
     "op_checks",

@@ -201,6 +201,15 @@ def test_which_class_loads_and_what_it_is_for():
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_a_float_model_that_is_a_variant(tmp_path, stream):
+    model = saved("BertForPreTraining", tmp_path / "plain")
+    model.save_pretrained(tmp_path / "float", variant="fp16")
+    found = quantize_folder(tmp_path / "float", tmp_path / "out", REQUEST(), stream=stream)
+    assert torch.equal(found.bert.pooler.dense.bias, model.bert.pooler.dense.bias)
+    assert torch.equal(found.cls.predictions.bias, model.cls.predictions.bias)
+
+
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_that_the_config_names(tmp_path, stream, sharded):
     """transformers reads them in the place of model.safetensors."""
