@@ -30,8 +30,10 @@ from hf_catquant.evaluation_table import Row
 RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
 PAGE = ROOT / "docs" / "autoround.md"
 
-# Format, group size, rotation, and the steps that blocks learn; None: as many as by default.
-Scheme = tuple[str, int, str, int | None]
+# Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
+Scheme = tuple[str, int, str, tuple[str, dict[str, int]] | None]
+LONGER = (", 800 steps a block", {"block_steps": 800})
+LONGER_END = (", 1200 steps at the end", {"model_steps": 1200})
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Subject:
         group_size: of AutoRound.
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
-        ternary: of hf_catquant in ternary, with what a row says of it; with steps it is learned only.
+        ternary: of hf_catquant in ternary, with what a row says of it; with options it is learned only.
         about: what the page says.
     """
 
@@ -65,7 +67,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        (("", ("ternary_symmetric", -1, "auto", None)),),
+        (("", ("ternary_symmetric", -1, "auto", None)), ("", ("ternary_symmetric", -1, "auto", LONGER_END))),
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
     ),
     "minilm-l6-sst2": Subject(
@@ -77,7 +79,7 @@ SUBJECTS = {
         (
             ("", ("ternary_symmetric", 128, "auto", None)),
             (", group 192, rotated", ("ternary", 192, "hadamard", None)),
-            (", group 192, rotated", ("ternary", 192, "hadamard", 800)),
+            (", group 192, rotated", ("ternary", 192, "hadamard", LONGER)),
         ),
         "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56.",
     ),
@@ -116,9 +118,9 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
             runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto", None), solver))
         for mark, scheme in subject.ternary if bits == 2 else ():
-            steps = f", {scheme[3]} steps a block" if scheme[3] else ""
-            if solver == "reconstruct" or not steps:
-                runs[f"hf_catquant ternary{mark}, {solver}{steps}"] = (ours, (scheme, solver))
+            if solver == "reconstruct" or scheme[3] is None:
+                said = "" if scheme[3] is None else scheme[3][0]
+                runs[f"hf_catquant ternary{mark}, {solver}{said}"] = (ours, (scheme, solver))
     return runs
 
 
@@ -185,13 +187,13 @@ def peer(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int,
 
 def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
-    weights, group_size, rotation, steps = scheme
+    weights, group_size, rotation, learning = scheme
     config = CatQuantConfig(
         weights=weights,
         group_size=group_size,
         rotation=rotation,
         solver=solver,
-        solver_options={"block_steps": steps} if steps else {},
+        solver_options={} if learning is None else dict(learning[1]),
         seed=seed,
         correction=None,
         dataset=bench.calibration,
