@@ -33,7 +33,6 @@ PAGE = ROOT / "docs" / "autoround.md"
 # Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
 Scheme = tuple[str, int, str, tuple[str, dict[str, int]] | None]
 LONGER = (", 800 steps a block", {"block_steps": 800})
-LONGER_END = (", 1200 steps at the end", {"model_steps": 1200})
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        (("", ("ternary_symmetric", -1, "auto", None)), ("", ("ternary_symmetric", -1, "auto", LONGER_END))),
+        (("", ("ternary_symmetric", -1, "auto", None)),),
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
     ),
     "minilm-l6-sst2": Subject(
