@@ -218,9 +218,14 @@ def is_drawn(model: str, table: Table) -> bool:
     return set(table.rows(model)) <= {r[table.field] for r in found}
 
 
+def is_for_comparison(solver: str) -> bool:
+    """Whether a result is there to show what a default is worth: gptq without choosing rotations, scales that learn alone."""
+    return solver.startswith("gptq, rotation") or "scale_pull" in solver
+
+
 def plot() -> None:
     """Task metric against stored bits of a weight, a panel a model."""
-    ours = [r for r in read(realdata.RESULTS) if r["activations"] == "none"]
+    ours = [r for r in read(realdata.RESULTS) if r["activations"] == "none" and not is_for_comparison(r["solver"])]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
     for axis, case in zip(axes.flat, CASES, strict=True):
         mine = [r for r in ours if r["model"] == case.model]
