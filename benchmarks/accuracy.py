@@ -219,7 +219,7 @@ def is_drawn(model: str, table: Table) -> bool:
 
 
 def is_for_comparison(solver: str) -> bool:
-    """Whether a result is there to show what a default is worth: gptq without choosing rotations, scales that learn alone."""
+    """Whether a result shows what a default is worth: gptq without choosing rotations, scales that learn alone."""
     return solver.startswith("gptq, rotation") or "scale_pull" in solver
 
 
