@@ -75,18 +75,23 @@ def run(case: Case, way: str, how: dict[str, Any], data: Path) -> list[dict]:
     model = quantize(bench.load(), CatQuantConfig(dataset=bench.calibration, **how))
     f_fit, q_fit = logits(bench.teacher, fitting), logits(model, fitting)
     q_test, wanted = logits(model, bench.batches), torch.tensor(bench.labels)
-    before = q_test[:, case.label_offset :].argmax(1) == wanted
+    before = right(q_test, wanted, case)
     most = parameter_count(bench.teacher) // SHARE  # bytes that a correction may take by default
     found = []
     for estimator, config in ESTIMATORS.items():
         for size in SIZES:
             result = fit(q_fit[:size], f_fit[:size], config, "classes", most)
             corrected = q_test if result.correction is None else result.correction(q_test)
-            after = corrected[:, case.label_offset :].argmax(1) == wanted
+            after = right(corrected, wanted, case)
             what = {"model": case.model, "weights": way, "estimator": estimator, "images": size}
             found.append({**what, "clusters": result.clusters, **gain(before, after), **made()})
             print(f"{case.model}: {estimator}, {size} images: {found[-1]['gain']:+.2f}", flush=True)
     return found
+
+
+def right(answers: Tensor, wanted: Tensor, case: Case) -> Tensor:
+    """(n,) bool: which rows of ``answers`` (n, classes) name the label."""
+    return answers[:, case.label_offset :].argmax(1) == wanted
 
 
 def gain(before: Tensor, after: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from cat_curves import gain, logits
+from cat_curves import gain, logits, right
 from common import ROOT, Bench, Case, chosen, made, put, read, sources, table, write
 from torch import Tensor
 
@@ -95,11 +95,6 @@ def tests(bench: Bench, case: Case, data: Path) -> tuple[list[dict[str, Tensor]]
         batches += bench.collected(bench.samples(rows))
         labels += labels_of(rows, "label", bench.teacher)
     return batches, torch.tensor(labels)
-
-
-def right(answers: Tensor, wanted: Tensor, case: Case) -> Tensor:
-    """(n,) bool: which rows of ``answers`` (n, classes) name the label."""
-    return answers[:, case.label_offset :].argmax(1) == wanted
 
 
 def write_page() -> None:

@@ -74,6 +74,16 @@ def stored_variant(folder: Path) -> str | None:
     return found[0] if found else None
 
 
+def variant_option(name: str | Path) -> dict[str, str]:
+    """What ``from_pretrained`` has to be told of a model: the variant, where a folder has no other weights.
+
+    Raises:
+        ValueError: there are several.
+    """
+    variant = stored_variant(Path(name)) if Path(name).is_dir() else None
+    return {} if variant is None else {"variant": variant}
+
+
 def _entry(folder: Path) -> Path | None:
     """The file with which reading the weights begins: the only one, or the index."""
     named = _named(folder)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from .checkpoint import stored_variant
+from .checkpoint import variant_option
 from .row_files import FILE_TYPES, read_file
 from .whole import check_whole
 
@@ -125,8 +125,7 @@ def load_quantized(name: str, trust_remote_code: bool = False) -> PreTrainedMode
         ValueError: there is none, it is not whole, or there is no such class.
     """
     kind = model_class(load_config(name, trust_remote_code), trust_remote_code)
-    variant = stored_variant(Path(name)) if Path(name).is_dir() else None
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"variant": variant} if variant else {})}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **variant_option(name)}
     model, found = kind.from_pretrained(name, output_loading_info=True, **options)
     check_whole(model, name, found, kind)
     return model

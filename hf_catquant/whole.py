@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checkpoint import stored_variant
+from .checkpoint import variant_option
 from .log import logger
 
 # Read in training only: speech models of the Hub come with it or without.
@@ -30,8 +29,7 @@ def load_whole(auto: Any, name: str, **options: Any) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint lacks tensors, has them in another shape, or has some for another class.
     """
-    variant = stored_variant(Path(name)) if Path(name).is_dir() else None
-    options |= {} if variant is None else {"variant": variant}
+    options |= variant_option(name)
     model, found = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     check_whole(model, name, found, auto)
     return model
