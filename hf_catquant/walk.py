@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .model import replace_module
-from .probe import Leaf, Unit, make_plan
+from .probe import make_plan
 from .replay import Call, Replay, Rerun, Stop, forget, hooked, own, own_random_numbers, revived, run
+from .units import Leaf, Unit
 
 __all__ = ["Call", "Leaf", "Outputs", "Unit", "Walk", "leaf_inputs", "leaf_outputs", "run_unit"]
 

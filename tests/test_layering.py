@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 ROWS = [
     "metrics",
     "answers formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
-    "checkpoint",
+    "checkpoint units",
     "journal_place",
     "rotation outputs journal shelf alignment hub_id whole inventory source_files row_files",
     "packing request_checks theory",

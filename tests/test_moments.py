@@ -13,9 +13,9 @@ from hf_catquant.formats import get_format
 from hf_catquant.gather import Gather, Streams
 from hf_catquant.layers import Scheme, layer_for
 from hf_catquant.moments import ChannelSums, MomentSums, match_batch_norm
-from hf_catquant.probe import Leaf
 from hf_catquant.rotation import rotate
 from hf_catquant.solvers import Moments
+from hf_catquant.units import Leaf
 from hf_catquant.weight import quantize_activation
 
 

@@ -10,6 +10,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
+from hf_catquant.model import select
 from hf_catquant.rotation import block_size, rotate
 from hf_catquant.solvers import rtn
 
@@ -140,6 +141,14 @@ def test_where_auto_rotates(weights, activations, rotation, found):
     assert config.scheme_for("a", edge=True).rotation is None
     if activations is None and rotation == "auto":
         assert config.scheme_for("b", edge=False).rotation is None
+
+
+@pytest.mark.parametrize(("width", "found"), [(27, None), (54, "hadamard")])
+def test_an_odd_width_has_no_rotation(width, found):
+    """Its largest block is a single input: nothing would be mixed."""
+    layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(2))})
+    sites = select(layers, CatQuantConfig(weights="ternary", rotation="hadamard")).sites
+    assert {site.scheme.rotation for site in sites} == {found}
 
 
 class Pair(nn.Module):
