@@ -109,6 +109,11 @@ def test_what_no_logits_judge_says_so(answer, judged):
     fit = fits["layers.0"]
     assert fit["clusters"]
     assert ("answers_gain" in fit, NOT_JUDGED in fit["notes"]) == (judged, not judged)
+    fixed = CatConfig(num_clusters=1, alpha=1.0, gamma="ls", at="layers.0")
+    config = CatQuantConfig("binary", 8, correction=fixed, dataset=list(torch.randn(120, 8)))
+    found = [fit for fit in report(quantize(teacher, config)).corrections.values() if fit["clusters"]]
+    assert found
+    assert all((NOT_JUDGED in fit["notes"]) != judged for fit in found)
 
 
 def test_a_model_that_names_its_head_otherwise_is_refused():

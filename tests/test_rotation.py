@@ -146,8 +146,8 @@ def test_where_auto_rotates(weights, activations, rotation, found):
 @pytest.mark.parametrize(("width", "found"), [(27, None), (54, "hadamard")])
 def test_an_odd_width_has_no_rotation(width, found):
     """Its largest block is a single input: nothing would be mixed."""
-    layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(width, width)) for _ in range(2))})
-    sites = select(layers, CatQuantConfig(weights="ternary", rotation="hadamard")).sites
+    layers = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    sites = select(layers, CatQuantConfig(weights="ternary", overrides={".": {"rotation": "hadamard"}})).sites
     assert {site.scheme.rotation for site in sites} == {found}
 
 
