@@ -66,7 +66,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        (("", ("ternary_symmetric", -1, "auto", None)),),
+        (("", ("ternary_symmetric", -1, "auto", None)), ("", ("ternary_symmetric", -1, "auto", LONGER))),
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
     ),
     "minilm-l6-sst2": Subject(

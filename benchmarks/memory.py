@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 RESULTS = Path(__file__).with_name("results") / "memory.json"
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 SHARD = 400_000_000  # bytes
+CATQUANT = (sys.executable, "-m", "hf_catquant.cli")
 
 
 def build(folder: Path, config: LlamaConfig) -> int:
@@ -73,6 +74,38 @@ def measured(command: list[str]) -> tuple[int, float, str]:
 
 
 def main() -> None:
+    """Plan, quantize, and compare."""
+    args = parsed()
+    model = args.folder / f"llama-{args.layers}x{args.hidden}x{args.vocab}"
+    if not model.exists():
+        build(model, shape(args))
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    request = requested(args)
+    _, plan_seconds, text = measured([*CATQUANT, "plan", str(model), *request, "--json"])
+    plan = json.loads(text[text.index("{") :])
+    result = {
+        **{
+            name: getattr(args, name)
+            for name in ("mode", "weights", "dtype", "layers", "hidden", "vocab", "correction")
+        },
+        "samples": f"{args.samples} x {args.length}" if args.mode == "gptq" else None,
+        "float_bytes": size,
+        "limit": int(0.4 * size + 1e9),
+        "planned_peak": plan["peak_ram"],
+        "planned_seconds": round(plan["seconds"], 1),
+        "plan_seconds": round(plan_seconds, 1),
+        "plan": plan,
+    }
+    result |= quantized(model, args.folder / "out", request, in_memory=args.in_memory)
+    result["plan_off_by"] = round(plan["peak_ram"] / result["peak"] - 1, 4)
+    result["within_limit"] = result["peak"] < result["limit"]
+    put(RESULTS, [result | made()], "mode", "weights", "dtype", "layers", "hidden", "vocab", "correction", "samples")
+    report()
+    print(json.dumps(result, indent=1))
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is written, or lies")
     parser.add_argument("--mode", choices=("rtn", "gptq"), default="rtn")
@@ -84,8 +117,12 @@ def main() -> None:
     parser.add_argument("--in-memory", action="store_true", help="measure the way without a shelf, too")
     for name, value in (("layers", 22), ("hidden", 2048), ("inner", 5632), ("heads", 32), ("vocab", 32000)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
-    config = LlamaConfig(
+    return parser.parse_args()
+
+
+def shape(args: argparse.Namespace) -> LlamaConfig:
+    """The model's config."""
+    return LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.inner,
@@ -95,10 +132,10 @@ def main() -> None:
         max_position_embeddings=2048,
         pad_token_id=0,
     )
-    model = args.folder / f"llama-{args.layers}x{args.hidden}x{args.vocab}"
-    if not model.exists():
-        build(model, config)
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def requested(args: argparse.Namespace) -> list[str]:
+    """The options that ``plan`` and ``quantize`` share; writes the samples, if the solver takes any."""
     request = ["--weights", args.weights, "--dtype", args.dtype, "--solver", args.mode]
     request += ["--correction", args.correction]
     if args.mode == "gptq":
@@ -107,41 +144,19 @@ def main() -> None:
         ids = torch.randint(3, args.vocab, (args.samples, args.length), generator=draws).tolist()
         rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         request += ["--dataset", str(rows), "--num-samples", str(args.samples), "--batch-size", "4"]
-    catquant = [sys.executable, "-m", "hf_catquant.cli"]
-    _, plan_seconds, text = measured([*catquant, "plan", str(model), *request, "--json"])
-    plan = json.loads(text[text.index("{") :])
-    out = args.folder / "out"
-    result = {
-        "mode": args.mode,
-        "weights": args.weights,
-        "dtype": args.dtype,
-        "layers": args.layers,
-        "hidden": args.hidden,
-        "vocab": args.vocab,
-        "correction": args.correction,
-        "samples": f"{args.samples} x {args.length}" if args.mode == "gptq" else None,
-        "float_bytes": size,
-        "limit": int(0.4 * size + 1e9),
-        "planned_peak": plan["peak_ram"],
-        "planned_seconds": round(plan["seconds"], 1),
-        "plan_seconds": round(plan_seconds, 1),
-        "plan": plan,
-    }
-    for key, more in (("", []), ("in_memory_", ["--in-memory"])):
-        if more and not args.in_memory:
-            continue
+    return request
+
+
+def quantized(model: Path, out: Path, request: list[str], in_memory: bool) -> dict[str, float]:
+    """Peaks and seconds of quantizing ``model`` to ``out``, which is removed, and the bytes of its weights."""
+    result: dict[str, float] = {}
+    for key, more in (("", []), *([("in_memory_", ["--in-memory"])] if in_memory else [])):
         shutil.rmtree(out, ignore_errors=True)
-        most, seconds, _ = measured([*catquant, "quantize", str(model), str(out), "--overwrite", *request, *more])
+        most, seconds, _ = measured([*CATQUANT, "quantize", str(model), str(out), "--overwrite", *request, *more])
         result |= {f"{key}peak": most, f"{key}seconds": round(seconds, 1)}
     result["output_bytes"] = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     shutil.rmtree(out)
-    result |= {
-        "plan_off_by": round(plan["peak_ram"] / result["peak"] - 1, 4),
-        "within_limit": result["peak"] < result["limit"],
-    }
-    put(RESULTS, [result | made()], "mode", "weights", "dtype", "layers", "hidden", "vocab", "correction", "samples")
-    report()
-    print(json.dumps(result, indent=1))
+    return result
 
 
 def report() -> None:
