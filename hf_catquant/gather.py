@@ -64,7 +64,8 @@ class Gather:
     ) -> Iterator[Moments | None]:
         """Moments of the rows that meet the matrix of the layer called ``name``, as each of ``schemes`` stores it.
 
-        None where there are no such rows. The schemes differ in nothing but their rotation.
+        None where there are no such rows. The schemes differ in nothing but their rotation. The next moments may take the
+        place of the last.
         """
         plain = None
         for scheme in schemes:
@@ -73,7 +74,11 @@ class Gather:
                 continue
             if plain is None:
                 plain = self._moments(name, leaf, replace(scheme, rotation=None), streams, input_range)
-            yield plain if scheme.rotation is None else rotated(plain)
+            if scheme.rotation is None:
+                yield plain
+            else:
+                turned, plain = rotated(plain), None
+                yield turned
 
     def _moments(
         self, name: str, leaf: Leaf, scheme: Scheme, streams: Streams, input_range: Range | None

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .solvers import Moments
 
+_BAND = 256  # rows or columns of a square that are rotated at once
+
 
 class MomentSums:
     """Running second moments of the rows that meet a matrix, in both streams."""
@@ -39,11 +41,18 @@ class MomentSums:
 
 
 def rotated(moments: Moments | None) -> Moments | None:
-    """The moments of R x and R x~ from those of x and x~ (``rotation.py``): R G R^T, R m."""
+    """The moments of R x and R x~ from those of x and x~ (``rotation.py``): R G R^T, R m.
+
+    They take the place of ``moments``: of many columns, two more squares are more than all else that calibration holds.
+    """
     if moments is None:
         return None
-    gram, cross = (_rotate(_rotate(square).mT).mT for square in (moments.gram, moments.cross))
-    return Moments(gram, cross, _rotate(moments.mean), _rotate(moments.float_mean), moments.count)
+    for square in (moments.gram, moments.cross):
+        for rows in square.split(_BAND, dim=1):
+            rows.copy_(_rotate(rows))
+        for columns in square.split(_BAND, dim=2):
+            columns.copy_(_rotate(columns.mT).mT)
+    return moments._replace(mean=_rotate(moments.mean), float_mean=_rotate(moments.float_mean))
 
 
 def _rotate(rows: Tensor) -> Tensor:

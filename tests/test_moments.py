@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_catquant.formats import get_format
 from hf_catquant.gather import Gather, Streams
 from hf_catquant.layers import Scheme, layer_for
-from hf_catquant.moments import ChannelSums, MomentSums, match_batch_norm
+from hf_catquant.moments import ChannelSums, MomentSums, match_batch_norm, rotated
 from hf_catquant.rotation import rotate
 from hf_catquant.solvers import Moments
 from hf_catquant.units import Leaf
@@ -191,3 +191,17 @@ def test_moments_of_rotated_rows(activations, generator):
     torch.testing.assert_close(found.float_mean[0], y.mean(0))
     assert found.count == 12
     torch.testing.assert_close(plain.float_mean[0], x.view(-1, 12).mean(0))
+
+
+def test_moments_are_rotated_where_they_lie(generator):
+    x, y = torch.randn(2, 2, 9, 600, generator=generator)  # more columns than are rotated at once, two runs
+    sums = MomentSums()
+    sums.add(x, y)
+    plain = sums.result()
+    found = rotated(plain)
+    x, y = rotate(x, False), rotate(y, False)
+    torch.testing.assert_close(found.gram, y.mT @ y / 9)
+    torch.testing.assert_close(found.cross, x.mT @ y / 9)
+    assert found.gram.data_ptr() == plain.gram.data_ptr()
+    assert found.cross.data_ptr() == plain.cross.data_ptr()
+    assert found.gram.is_contiguous()  # a factor is made in its place, which takes a copy otherwise

@@ -160,7 +160,9 @@ def aim(runs: Tensor, drift: Tensor, gram: Tensor, share: float, ridge: float, r
     length. ``drift`` is W (G - H); ``ridged`` is :func:`ridge_factor`, where it is known.
     """
     lower = ridge_factor(gram, ridge) if ridged is None else ridged
-    move = torch.cholesky_solve(drift.mT, lower).mT
+    # cholesky_solve() would copy the factor.
+    move = torch.linalg.solve_triangular(lower, drift.mT, upper=False)
+    move = torch.linalg.solve_triangular(lower.mT, move, upper=True).mT
     length, moved = ((t @ gram).mul_(t).sum(-1, keepdim=True).clamp_min(0).sqrt() for t in (runs, move))
     limit = torch.where(moved > length, length / moved, torch.ones_like(moved))
     return runs + move.mul_(share * limit)
