@@ -74,7 +74,7 @@ def check(model: nn.Module, owners: dict[str, str] = OWNERS) -> None:
         layer = model.get_submodule(owner)
         assert isinstance(layer, QuantizedModule)
         assert model.get_submodule(name).owner is layer
-        assert layer.__dict__["is_shared"] is True
+        assert layer.sharers == (model.get_submodule(name),)
         assert model.get_submodule(name).weight_packed is layer.weight_packed
     assert {name for name, m in quantized_modules(model).items() if m.owner is not None} == set(owners)
 

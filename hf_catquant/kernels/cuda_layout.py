@@ -227,6 +227,12 @@ class Layouts:
         self._held[key] = (weakref.ref(storage, lambda gone: self._drop(key, gone)), state, made)
         return made
 
+    def doubt(self, packed: Tensor) -> None:
+        """Have the layouts of the storage of ``packed`` built again, in their places, at the next product."""
+        for key, (storage, _, made) in list(self._held.items()):
+            if key[0] == id(packed.untyped_storage()):
+                self._held[key] = (storage, (), made)
+
     def __len__(self) -> int:
         return sum(entry[2] is not None for entry in self._held.values())
 

@@ -4,7 +4,8 @@ A layout holds the codes, scales and offsets of a weight once more, run after ru
 hangs on the storage of ``weight_packed``: so it is no part of a module's state, is neither copied nor saved with the
 tensor, serves every tensor that shares the storage (a tied head, what ``torch.compile`` passes on), and goes when the
 storage goes. It is built at the first product, straight from the packed bytes, and built again when one of the tensors
-was written to, through a way that torch counts, or replaced.
+was written to, through a way that torch counts, or replaced. Of tensors made in inference mode torch counts nothing: a
+``load_state_dict`` has theirs built again, and whoever writes into them by hand calls :func:`forget`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ def readable(packed: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     tensors = (packed, scale) if offset is None else (packed, scale, offset)
     same = offset is None or offset.dtype == scale.dtype
     return same and scale.dtype in SCALE_DTYPES and all(t.numel() and t.is_contiguous() for t in tensors)
+
+
+def forget(packed: Tensor) -> None:
+    """Have the layouts that hang on the storage of ``packed`` built again at the next product."""
+    getattr(packed.untyped_storage(), "catquant_layouts", {}).clear()
 
 
 def held_bytes(packed: Tensor) -> int:

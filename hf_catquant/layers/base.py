@@ -19,6 +19,7 @@ from ..formats import get_format, group_count
 from ..kernels import direct  # registers what the ops compute, too
 from ..packing import check_bytes, pack, packed_width
 from ..weight import QuantizedWeight, storage_dtype
+from . import state
 
 Window = tuple[tuple[int, int], tuple[int, int]]  # (first, count) of rows and of columns
 
@@ -57,6 +58,10 @@ class QuantizedModule(nn.Module):
     static range. ``bias`` (N,) is an ordinary parameter. ``weight`` answers with the dequantized float weight.
 
     Buffers keep their dtype under ``.to(dtype)`` and ``.half()``: only the compute dtype, and the bias, change.
+
+    ``load_state_dict`` refuses the state of a layer in another scheme, as far as that shows (``state.py``): a state dict
+    knows its schemes, also after ``torch.save``; of tensors in a plain dict or a safetensors file only dtypes and shapes can
+    be told, and a rotation, an activation format or some group sizes are in neither.
     """
 
     wraps: ClassVar[type[nn.Module]]
@@ -77,8 +82,8 @@ class QuantizedModule(nn.Module):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
-    is_shared: bool = False  # whether others share its packed weight
     owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
+    sharers: tuple[QuantizedModule, ...] = ()  # the layers that share this one's packed weight
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -254,19 +259,25 @@ class QuantizedModule(nn.Module):
         self.low_rank_in = into.detach().contiguous().to(device, torch.float16, copy=True)
 
     def share(self, owner: nn.Module) -> None:
-        """Hold the very buffers of ``owner``, which alone are saved.
+        """Hold the very buffers of ``owner``, which alone are saved, also after they are moved or loaded anew.
 
         Raises:
             TypeError: it is no quantized layer, but something that only answers for one.
         """
         if not isinstance(owner, QuantizedModule):
             raise TypeError(f"a {type(owner).__name__} is no quantized layer: its weight cannot be shared")
-        for buffer in ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in"):
+        for buffer in state.SHARED:
             setattr(self, buffer, getattr(owner, buffer))
             self._non_persistent_buffers_set.add(buffer)
         self.scheme = owner.scheme
-        owner.is_shared = True
+        if self not in owner.sharers:
+            owner.sharers = (*owner.sharers, self)
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other layers share its packed weight."""
+        return bool(self.sharers)
 
     @torch.no_grad()
     def fill_input_range(self, scale: Tensor, offset: Tensor | None) -> None:
@@ -321,7 +332,33 @@ class QuantizedModule(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != dtype:  # undo the cast, not the move
                 setattr(self, name, exact[name].to(moved.device))
+        for sharer in self.sharers if self.owner is None else (self,):  # a move makes a copy for each of them
+            state.follow(sharer)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state.describe(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wrong = state.differences(self, state_dict, prefix, local_metadata)
+        if wrong:
+            error_msgs += wrong
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if any(prefix + name in state_dict for name in self._buffers):
+            state.loaded(self)
 
     def extra_repr(self) -> str:
         """Shape and scheme, as printed inside ``print(model)``."""
