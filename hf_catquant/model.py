@@ -219,6 +219,12 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
 
+def remember_sites(model: nn.Module) -> None:
+    """Have every quantized layer know the name under which the model's config has it."""
+    for name, module in quantized_modules(model).items():
+        module.site = name
+
+
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the float model that ``model`` stands for, shared ones once."""
     packed = sum(m.rows_ * m.columns for m in quantized_modules(model).values() if m.owner is None)

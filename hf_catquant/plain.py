@@ -25,9 +25,10 @@ from .correction_file import check_values, empty_correction
 from .entries import check_tensors, verify_entries
 from .integrity import verify_files
 from .load_checks import check_room
-from .model import prepare, quantized_modules
+from .model import prepare, quantized_modules, remember_sites
 from .report import config_of
 from .saving import update_config
+from .ties import adopt_orphans
 
 WEIGHTS, CONFIG = "model.safetensors", "catquant.json"
 
@@ -43,6 +44,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     if config is None or not quantized_modules(model):
         raise ValueError(f"{type(model).__name__} is not quantized by hf_catquant: call quantize first")
     config = copy.deepcopy(config)
+    adopt_orphans(model)
     state = {name: tensor.detach().contiguous() for name, tensor in _once(model.state_dict()).items()}
     update_config(config, model, state)
     folder = Path(folder)
@@ -74,6 +76,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     with _as_it_was_if_refused(model) as numbers:
         _fill(model, config, folder / WEIGHTS, numbers)
     model.quantization_config = config  # type: ignore[assignment]
+    remember_sites(model)
     return model.eval()
 
 

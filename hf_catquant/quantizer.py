@@ -34,13 +34,13 @@ from .integrity import verify_files
 from .journal import Journal
 from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
-from .model import dequantize_modules, prepare, quantized_modules, share_weight
+from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 from .saving import update_config
-from .ties import say_tied, tie_again, untie
+from .ties import adopt_orphans, say_tied, tie_again, untie
 
 
 class CatQuantizer(HfQuantizer):
@@ -147,6 +147,7 @@ class CatQuantizer(HfQuantizer):
             module.keep_stored_dtypes()
         for name, owner in tied.items():
             share_weight(model, name, owner)
+        remember_sites(model)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -169,6 +170,9 @@ class CatQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved, and no config
+            return model.state_dict(), {}
+        adopt_orphans(model)
         # What waits on the disk is read: its checksum is needed before transformers writes it, shard by shard.
         state = {n: load_offloaded_parameter(model, n) if t.is_meta else t for n, t in model.state_dict().items()}
         stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
@@ -181,6 +185,7 @@ class CatQuantizer(HfQuantizer):
         written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
         fields = field_checksums(model.config.to_dict() | written)
         update_config(self.quantization_config, model, _as_written(model, state), fields)
+        remember_sites(model)
         model.config.quantization_config = self.quantization_config
         return state, {}
 
@@ -242,6 +247,7 @@ def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | 
     config.modules, config.corrections = outcome.modules, outcome.corrections
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None
+    remember_sites(model)
     if isinstance(model, PreTrainedModel):
         untie(model)
     return config

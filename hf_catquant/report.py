@@ -15,7 +15,7 @@ from .correction import corrections
 from .layers import QuantizedModule
 from .model import Selection, float_parameters, parameter_count, quantized_modules
 from .samples import Batches
-from .saving import notes_of, provenance_now
+from .saving import entries_now, notes_of, provenance_now
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def report(model: nn.Module) -> Report:
         raise ValueError(f"{type(model).__name__} has no layer quantized by hf_catquant: nothing to report")
     config = config_of(model)
     known = provenance_now(config, model) if config is not None else {}
-    entries = (config.modules or {}) if config is not None else {}
+    entries = {} if config is None else entries_now(config, model)
     bytes_after = stored_bytes(model)
     parameters = parameter_count(model)
     quantized = parameters - sum(p.numel() for p in float_parameters(model))

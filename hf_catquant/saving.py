@@ -1,9 +1,10 @@
-"""What a checkpoint says of a model at the moment it is saved, of transformers or not; adapters that were merged into it."""
+"""What a checkpoint says of a model at the moment it is saved, of transformers or not: also of what was done to it since it
+was quantized, adapters that were merged, layers that were replaced by float ones or taken out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from .config import CatQuantConfig
 from .correction import corrections
 from .correction_file import entry_of
-from .entries import entries_checksum, seal
+from .entries import Entries, entries_checksum, module_entry, seal
 from .integrity import checksums
+from .log import logger
 from .model import quantized_modules
 
 _MERGED = "merged_adapters"  # of a provenance: rank by module
+_REPLACED, _GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized
+_ADAPTED = ".base_layer"  # how PEFT calls a layer that has adapters
 
 
 def update_config(
@@ -28,11 +32,11 @@ def update_config(
         tensors: what the file will hold, under the names that it will have.
         fields: checksums of the fields of the model's own config, where it has one.
     """
+    modules = entries_now(config, model)
+    _check_entries(modules, model)
+    _warn_of_corrections(config, model)
     config.provenance = provenance_now(config, model) | ({} if fields is None else {"fields": dict(fields)})
-    modules = config.modules or {}
-    for name, module in quantized_modules(model).items():  # an adapter that was merged is part of the scheme
-        if name in modules:
-            modules[name].update(asdict(module.scheme))
+    config.modules = modules
     # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
     config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
     config.checksums = checksums(dict(tensors))
@@ -40,22 +44,107 @@ def update_config(
     config.provenance = seal(config.to_dict())
 
 
+def entries_now(config: CatQuantConfig, model: nn.Module) -> Entries:
+    """The entries of the layers that are packed in ``model`` now, those that ``config`` has, too, in its order first."""
+    layers = quantized_modules(model)
+    names: dict[nn.Module | None, str] = {layer: name for name, layer in layers.items()}
+    made = {n: module_entry(m.scheme, (m.rows_, m.columns), names.get(m.owner)) for n, m in layers.items()}
+    return {name: made[name] for name in (*(name for name in config.modules or {} if name in made), *made)}
+
+
+def _check_entries(modules: Entries, model: nn.Module) -> None:
+    adapted = [name for name in modules if name.endswith(_ADAPTED)]
+    if adapted:
+        raise ValueError(
+            f"{len(adapted)} layers have adapters ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of the model "
+            "with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
+            "merge_and_unload and save what it returns"
+        )
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized layer any more: call model.dequantize(), which takes the quantization "
+            "off its config, and save it as a float model"
+        )
+
+
+def _warn_of_corrections(config: CatQuantConfig, model: nn.Module) -> None:
+    """Say which corrections were fitted with a layer that is no longer in the module that they sit on."""
+    replaced, _ = lost_layers(config, model)
+    for name in corrections(model) if replaced else ():
+        inside = [layer for layer in replaced if layer.startswith(f"{name}." if name else "")]
+        if inside:
+            logger.warning(
+                "the correction at %s was fitted with %s as it was quantized, and goes on correcting what the float layer "
+                "in its place returns: take it off with hf_catquant.correction.detach, or fit it again with fit_correction",
+                name or type(model).__name__,
+                inside[0],
+            )
+
+
+def lost_layers(config: CatQuantConfig, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of ``config``'s layers that are no longer packed: those with a float module in their place, and the others.
+
+    Of a part of a model nothing can be told of the rest: it is no loss.
+    """
+    layers = quantized_modules(model)
+    held = {layer.site or name for name, layer in layers.items()}
+    lost = [name for name in config.modules or {} if name not in held]
+    if not lost or any(layer.site and layer.site.endswith(f".{name}") for name, layer in layers.items()):
+        return [], []
+    present = {name for name, _ in model.named_modules()}
+    packed = {name[:end] for name in layers for end in _ends(name)}  # and the modules around them
+    replaced = [name for name in lost if name in present and name not in packed]
+    return replaced, [name for name in lost if name not in replaced]
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of the modules around ``name`` end in it, and it itself."""
+    return [*(at for at, letter in enumerate(name) if letter == "."), len(name)]
+
+
 def provenance_now(config: CatQuantConfig, model: nn.Module) -> dict[str, Any]:
-    """The provenance of ``config`` with the adapters that were merged into ``model`` since, without errors of those layers.
+    """The provenance of ``config`` with what was done to ``model`` since: adapters that were merged, without errors of those
+    layers, and layers that are float now or not there, without what was known of them.
 
     Raises:
         ValueError: the provenance has a table of merged adapters that no save wrote.
     """
-    known, entries = config.provenance, config.modules or {}
-    merged = merged_adapters(known)
-    for name, module in quantized_modules(model).items():
-        if name in entries:
-            rank = merged.pop(name, 0) + module.scheme.low_rank - entries[name]["low_rank"]
-            merged |= {name: rank} if rank > 0 else {}
-    if not merged and _MERGED not in known:
-        return dict(known)
-    errors = {name: error for name, error in known.get("errors", {}).items() if name not in merged}
-    return {**known, "errors": errors, _MERGED: merged}
+    known, entries, layers = config.provenance, config.modules or {}, quantized_modules(model)
+    merged, now = merged_adapters(known), {layer.site or name: name for name, layer in layers.items()}
+    ranks = {
+        site: merged.pop(site, 0) + layers[name].scheme.low_rank - entries[site]["low_rank"]
+        for site, name in now.items()
+        if site in entries
+    }
+    replaced, gone = lost_layers(config, model)
+    lost = {*replaced, *gone}
+    merged = {name: rank for name, rank in merged.items() if name not in lost}
+    merged |= {now[site]: rank for site, rank in ranks.items() if rank > 0}
+    new = dict(known)
+    if merged or _MERGED in known:
+        new[_MERGED] = merged
+    moved = {site for site, name in now.items() if site != name}
+    if lost or moved or merged:
+        errors = {now.get(n, n): error for n, error in known.get("errors", {}).items() if n not in lost}
+        new["errors"] = {name: error for name, error in errors.items() if name not in merged}
+    return new if not lost else _without(new, model, replaced, gone)
+
+
+def _without(known: dict[str, Any], model: nn.Module, replaced: list[str], gone: list[str]) -> dict[str, Any]:
+    """The provenance ``known`` of a model of which layers were ``replaced`` and others are ``gone``."""
+    named = (*model.named_modules(), *model.named_parameters(remove_duplicate=False))
+    kinds = {name: type(value).__name__ for name, value in named}
+    skipped = {name: reason for name, reason in known.get("skipped", {}).items() if name in kinds}
+    skipped |= {name: f"replaced by a float {kinds[name]} after it was quantized" for name in replaced}
+    fits = {name: fit for name, fit in known.get("fits", {}).items() if _still_fits(name, fit, model, replaced)}
+    tables = {_REPLACED: [*known.get(_REPLACED, []), *replaced], _GONE: [*known.get(_GONE, []), *gone]}
+    return {**known, "skipped": skipped, "fits": fits, **{name: table for name, table in tables.items() if table}}
+
+
+def _still_fits(name: str, fit: Mapping[str, Any], model: nn.Module, replaced: Collection[str]) -> bool:
+    """Whether what a fit says of the module ``name`` is said of what is there now."""
+    there = name in corrections(model) or (not fit.get("clusters") and name in dict(model.named_modules()))
+    return there and not any(f"{layer}.".startswith(f"{name}." if name else "") for layer in replaced)
 
 
 def merged_adapters(provenance: Mapping[str, Any]) -> dict[str, int]:
@@ -81,10 +170,20 @@ def merges_of(provenance: Mapping[str, Any]) -> str | None:
 
 
 def notes_of(provenance: Mapping[str, Any]) -> list[str]:
-    """Notes of a report: what quantizing left, and what was merged since."""
+    """Notes of a report: what quantizing left, what was merged since, and which layers were replaced or taken out."""
     merges = merges_of(provenance)
-    more = (
-        f"{merges} after quantizing, a fine-tuning: on what data, and what else it changed (a head, norms, biases), is not "
-        "recorded; errors of other layers and gains of corrections were measured before it"
-    )
-    return [*(provenance.get("notes") or []), *([more] if merges else [])]
+    notes = [*(provenance.get("notes") or [])]
+    if merges:
+        notes.append(
+            f"{merges} after quantizing, a fine-tuning: on what data, and what else it changed (a head, norms, biases), is "
+            "not recorded; errors of other layers and gains of corrections were measured before it"
+        )
+    for key, what in (
+        (_REPLACED, "replaced by float ones: errors of other layers and gains of corrections were measured before"),
+        (_GONE, "taken out: the size of the float model is that of the whole one, and errors were measured in it"),
+    ):
+        names = provenance.get(key)
+        if isinstance(names, list) and names:
+            few = ", ".join(map(str, names[:3])) + (" ..." if len(names) > 3 else "")
+            notes.append(f"{len(names)} quantized layers ({few}) were {what}")
+    return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .layers import QuantizedModule
@@ -32,6 +33,22 @@ def tie_again(model: PreTrainedModel) -> None:
         if isinstance(module, PreTrainedModel) and _FLOAT_TIES in module.__dict__:
             module._tied_weights_keys = module.__dict__.pop(_FLOAT_TIES)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def adopt_orphans(model: nn.Module) -> None:
+    """Let layers whose weight belongs to a layer that is no longer in ``model`` hold it for themselves: it is saved then.
+
+    Of several that shared it the first becomes the owner.
+    """
+    layers = list(quantized_modules(model).values())
+    for layer in layers:
+        owner = layer.owner
+        if owner is not None and owner not in layers:
+            others = [other for other in layers if other.owner is owner and other is not layer]
+            layer.stop_sharing()
+            for other in others:
+                other.stop_sharing()
+                other.share(layer)
 
 
 def say_tied(model: PreTrainedModel) -> None:

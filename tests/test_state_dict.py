@@ -1,4 +1,4 @@
-"""``state_dict`` and ``load_state_dict`` of quantized models: nothing is taken that stands for other weights, nothing stays old."""
+"""``load_state_dict`` of quantized models: nothing is taken that stands for other weights, and nothing stays old."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_a_head_follows_its_embedding(assign: bool):
     assert model.load_state_dict(clones(other), assign=assign).missing_keys == []
     assert torch.equal(model(input_ids=IDS).logits, wanted)
     head, owner = model.lm_head, model.model.embed_tokens
-    assert head.owner is owner and head.weight_packed is owner.weight_packed
+    assert head.owner is owner
+    assert head.weight_packed is owner.weight_packed
 
     owner.load_state_dict({name: tensor.clone() for name, tensor in tied(2).model.embed_tokens.state_dict().items()})
     assert torch.equal(head.weight, owner.weight)

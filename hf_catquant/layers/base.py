@@ -84,6 +84,7 @@ class QuantizedModule(nn.Module):
     dtype: torch.dtype
     owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
     sharers: tuple[QuantizedModule, ...] = ()  # the layers that share this one's packed weight
+    site: str | None = None  # its name when the model was quantized, loaded or last saved; layers can be moved
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -273,6 +274,13 @@ class QuantizedModule(nn.Module):
         if self not in owner.sharers:
             owner.sharers = (*owner.sharers, self)
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
+
+    def stop_sharing(self) -> None:
+        """Hold the weight of the owner for itself: it is saved with this layer then."""
+        if self.owner is not None:
+            self.owner.sharers = tuple(layer for layer in self.owner.sharers if layer is not self)
+            del self.__dict__["owner"]
+            self._non_persistent_buffers_set.difference_update(state.SHARED)
 
     @property
     def is_shared(self) -> bool:

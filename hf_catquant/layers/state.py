@@ -42,7 +42,9 @@ def differences(
     if scheme is not None:
         here = asdict(layer.scheme)
         other = [field for field in sorted({*here, *scheme}) if here.get(field) != scheme.get(field)]
-        found += [f"{name}: {field} is {scheme.get(field)!r} in the state dict, {here.get(field)!r} here" for field in other]
+        found += [
+            f"{name}: {field} is {scheme.get(field)!r} in the state dict, {here.get(field)!r} here" for field in other
+        ]
     for buffer, held in held_buffers(layer).items():
         given = state_dict.get(prefix + buffer)
         if not found and isinstance(given, Tensor) and given.dtype != held.dtype:

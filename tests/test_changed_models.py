@@ -1,0 +1,194 @@
+"""Models whose layers were replaced or taken out after they were quantized: what is saved is what is there, and it loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import tiny_models
+from hf_catquant import CatConfig, CatQuantConfig, quantize, report
+from hf_catquant.correction import corrections
+from hf_catquant.model import quantized_modules
+from hf_catquant.plain import load_quantized, save_quantized
+from hf_catquant.verify import verify
+
+FIELDS = {"weights": "int4", "group_size": 16, "solver": "rtn", "correction": None}
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def quantized(name: str) -> tf.PreTrainedModel:
+    model = tiny_models.build(name)
+    quantize(model, CatQuantConfig(**FIELDS))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def saved_and_loaded(model: tf.PreTrainedModel, folder: Path) -> tf.PreTrainedModel:
+    """The model from its files, which are whole, and which a second save writes again."""
+    model.save_pretrained(folder / "one")
+    found = verify(folder / "one")
+    assert found.is_whole, found
+    again = type(model).from_pretrained(folder / "one")
+    assert torch.equal(logits(again), logits(model))
+    assert report(again) == report(model)
+    again.save_pretrained(folder / "two")
+    for file in ("config.json", "model.safetensors"):
+        assert (folder / "one" / file).read_bytes() == (folder / "two" / file).read_bytes()
+    return again
+
+
+def test_a_replaced_head(tmp_path: Path):
+    model = quantized("bert")
+    model.classifier = nn.Linear(32, 3)
+    model.num_labels = model.config.num_labels = 3
+    before = report(model)
+    again = saved_and_loaded(model, tmp_path)
+    reason = "replaced by a float Linear after it was quantized"
+    assert before.skipped["classifier"] == report(again).skipped["classifier"] == reason
+    assert "1 quantized layers (classifier) were replaced by float ones" in report(again).notes[-1]
+    config = again.config.quantization_config
+    assert "classifier" not in {*config.modules, *config.provenance["errors"]}
+    assert type(again.classifier) is nn.Linear
+
+
+def test_the_first_block_is_taken_out(tmp_path: Path):
+    """Names move: what was known of a layer goes with the layer."""
+    model = quantized("llama")
+    q_proj = "model.layers.{}.self_attn.q_proj"
+    errors = {layer.name: layer.error for layer in report(model).layers}
+    assert errors[q_proj.format(0)] != errors[q_proj.format(1)]
+    model.model.layers = model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.model.layers[0].self_attn.layer_idx = 0
+    again = saved_and_loaded(model, tmp_path)
+    now = {layer.name: layer.error for layer in report(again).layers}
+    assert now[q_proj.format(0)] == errors[q_proj.format(1)]
+    assert len(now) == len(errors) - 7
+    assert "7 quantized layers (model.layers.0." in report(again).notes[-1]
+
+
+def test_a_float_embedding_under_a_tied_head(tmp_path: Path):
+    """The head's weight was the embedding's, which alone was saved."""
+    model = quantized("llama_tied")
+    model.set_input_embeddings(nn.Embedding(96, 32))
+    again = saved_and_loaded(model, tmp_path)
+    assert again.config.quantization_config.modules["lm_head"]["tied_to"] is None
+    assert again.lm_head.owner is None
+
+
+class Branches(nn.Module):
+    """Three layers of one weight, and a block whose output is corrected."""
+
+    def __init__(self, is_float: bool) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Linear(16, 16) for _ in range(3))
+        if not is_float:
+            self.left.weight = self.right.weight = self.stem.weight
+        self.block = Block()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.block(torch.relu(self.left(x)) + self.right(x)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+ROWS = [{"x": row} for row in torch.randn(24, 16, generator=torch.Generator().manual_seed(0))]
+X = torch.stack([row["x"] for row in ROWS[:4]])
+
+
+def branches(correction: CatConfig | None = None) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Branches(is_float=False).eval()
+    return quantize(model, CatQuantConfig(weights="int4", group_size=8, dataset=ROWS, correction=correction))
+
+
+def test_the_first_heir_owns_the_weight(tmp_path: Path):
+    model = branches()
+    model.stem = nn.Linear(16, 16)
+    wanted = model(X)
+    save_quantized(model, tmp_path)
+    assert model.right.owner is model.left
+    assert model.left.sharers == (model.right,)
+    again = load_quantized(Branches(is_float=True), tmp_path)
+    assert torch.equal(again(X), wanted)
+    assert again.right.owner is again.left
+    assert verify(tmp_path).is_whole
+
+
+def test_corrections_of_replaced_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """One goes with its head; one around a replaced layer goes on, which is said, and its gain is not claimed any more."""
+    model = branches(CatConfig(num_clusters=2, alpha=0.5, at=("block", "head")))
+    assert set(corrections(model)) == set(report(model).corrections) == {"block", "head"}
+    model.head = nn.Linear(16, 4)
+    model.block.inner = nn.Linear(16, 16)
+    wanted = model(X)
+    with caplog.at_level(logging.WARNING, "hf_catquant"):
+        save_quantized(model, tmp_path)
+    assert "correction at block was fitted with block.inner" in caplog.text
+    again = load_quantized(Branches(is_float=True), tmp_path)
+    assert torch.equal(again(X), wanted)
+    assert set(corrections(again)) == {"block"}
+    assert report(again).corrections == report(model).corrections == {}
+    assert report(again) == report(model)
+
+
+def test_nothing_is_left(tmp_path: Path):
+    model = branches()
+    for name in quantized_modules(model):
+        model.set_submodule(name, nn.Linear(16, 4 if name == "head" else 16))
+    model.quantization_config.modules["block.inner"]["tied_to"] = None
+    with pytest.raises(ValueError, match="not quantized by hf_catquant"):
+        save_quantized(model, tmp_path)
+    whole = quantized("llama")
+    for name, layer in quantized_modules(whole).items():
+        whole.set_submodule(name, layer.to_float())
+    with pytest.raises(ValueError, match=r"no quantized layer any more: call model\.dequantize\(\)"):
+        whole.save_pretrained(tmp_path)
+
+
+class Adapted(nn.Module):
+    """What PEFT makes of a layer, as far as names go."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+
+def test_layers_with_adapters_are_not_saved_with_the_model(tmp_path: Path):
+    model = quantized("llama")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    errors = [layer.error for layer in report(model).layers]
+    assert None not in errors
+    with pytest.raises(ValueError, match=r"1 layers have adapters \(model\.layers\.0\.self_attn\.q_proj \.\.\.\).*merge"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    attention.q_proj = attention.q_proj.base_layer
+    model.save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules"]) == len(errors)
+
+
+def test_a_part_tells_nothing_of_the_rest():
+    said = report(quantized("llama").model)
+    assert not said.notes
+    assert None not in [layer.error for layer in said.layers]
