@@ -18,6 +18,7 @@ from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
 from .log import logger
 from .modules import close_experts, holds, move_correction, open_experts, replace_module
+from .op_checks import COMPUTE
 from .rotation import block_size
 
 LISTED = "listed in modules_to_not_convert"
@@ -258,8 +259,8 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
         {"weight", "parametrizations"} & {*module._parameters, *module._modules}
     ):
         return f"its weight is not a plain parameter of {type(module).__name__}"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
+    if weight.dtype not in COMPUTE:
+        return f"its weight is {weight.dtype}, not a dtype that layers compute in ({', '.join(map(str, COMPUTE))})"
     return layer.refusal(module)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from .formats import ACTIVATION_FORMATS, get_format, group_count
 from .packing import packed_width
 
+COMPUTE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes that a model can compute in
+
 
 def check_weight(
     packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, group_size: int, columns: int
@@ -62,10 +64,7 @@ def check_input(
     Raises:
         RuntimeError: naming the tensor, the rule and the value.
     """
-    torch._check(
-        x.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        lambda: f"x must be float32, float16 or bfloat16, got {x.dtype}",
-    )
+    torch._check(x.dtype in COMPUTE, lambda: f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if bias is not None:
         torch._check(tuple(bias.shape) == (rows,), lambda: f"bias must be (N,) = ({rows},), got {tuple(bias.shape)}")
     if activations is not None:

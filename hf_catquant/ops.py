@@ -12,8 +12,9 @@ Letters: N out features, K in features, M rows of x, G groups a row, C clusters,
     catquant::cluster_affine  y (..., D)                -> (..., D)
     catquant::rotate          x (..., K)                -> R x or R^T x, (..., K)
 
-x may be float32, float16 or bfloat16; the result has the dtype of x. Gradients flow to x and bias; packed weights are
-constants, and activation quantization passes gradients straight through.
+x may be float32, float16, bfloat16 or float64, of which compiled kernels compute float64 in float32; the result has the
+dtype of x. Gradients flow to x and bias; packed weights are constants, and activation quantization passes gradients straight
+through.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from .load_checks import check_loaded, check_room, stays_float32, warn_of_change
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
+from .op_checks import COMPUTE
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
@@ -78,6 +79,20 @@ class CatQuantizer(HfQuantizer):
             check_tables(config, max(entry["shape"][0] for entry in entries.values()))
             check_depth(config.to_dict(), len(self.quantization_config.checksums))
         return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype as it is, of those that a model can compute in.
+
+        Raises:
+            ValueError: it is another one (float8, int8).
+        """
+        if dtype not in COMPUTE:
+            known = ", ".join(str(each).removeprefix("torch.") for each in COMPUTE)
+            raise ValueError(
+                f"dtype must be one of {known}, which the float parts of a model compute in, got {dtype}: if you did not "
+                "ask for it, it is that of config.json; pass dtype=torch.float32 to from_pretrained"
+            )
+        return dtype
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Quantizing needs the weights in memory: refuse to do it on a model that is partly offloaded.

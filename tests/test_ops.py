@@ -93,8 +93,11 @@ def bad_calls() -> dict[str, tuple[str, str, dict[int, object]]]:
         r"weight_offset must be \(N, G\) = \(4, 3\), got \(3, 3\)": ("dequantize", {2: scale[:3]}),
         r"weight_offset must be given for ternary": ("embedding", {3: None}),
         r"bias must be \(N,\) = \(4,\), got \(3,\)": ("linear", {6: torch.ones(3)}),
-        r"x must be float32, float16 or bfloat16, got torch.int64": ("linear", {0: torch.ones(3, 21).long()}),
-        r"x must be float32, float16 or bfloat16, got torch.float64": ("conv", {0: torch.ones(2, 4, 6, 5).double()}),
+        r"x must be float32, float16, bfloat16 or float64, got torch.int64": ("linear", {0: torch.ones(3, 21).long()}),
+        r"x must be .* or float64, got torch.float8_e5m2": (
+            "conv",
+            {0: torch.ones(2, 4, 6, 5, dtype=torch.float8_e5m2)},
+        ),
         r"activations must be None or one of int2, int3, int4, int8, got 'ternary'": ("linear", {9: "ternary"}),
         r"input_scale was given but activations is None": ("linear", {4: torch.tensor(1.0)}),
         r"with 2 spatial dimensions \(1 or 2\), got \(2, 4, 6\)": ("conv", {0: torch.ones(2, 4, 6)}),

@@ -90,6 +90,8 @@ def linear(
     columns, rows = x.shape[-1], weight_packed.shape[0]
     check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
     check_input(x, bias, rows, activations, input_scale)
+    if x.dtype == torch.float64:
+        raise Unserved("products take float32, float16 and bfloat16, not float64")
     if bias is not None:
         bias = bias.to(x.dtype)
     stored = (weight_packed, weight_scale, weight_offset, weights, group_size, columns)
@@ -180,6 +182,8 @@ def conv(
     stored = (weight_packed, weight_scale, weight_offset, weights, group_size)
     check_conv(x, *stored, kernel_size, groups)
     check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    if x.dtype == torch.float64:
+        raise Unserved("convolutions take float32, float16 and bfloat16, not float64")
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     bias = None if bias is None else bias.to(x.dtype)

@@ -151,6 +151,16 @@ def test_linear_of_nothing(device):
 
 
 @emulator
+def test_float64_is_left_to_the_reference(device):
+    case, x = half(random_case("int4", 5, 40, 8)), torch.ones(2, 40, dtype=torch.float64).cumsum(1).sin()
+    arguments = (x, *case.stored, None, None, None, "int4", 8, None)
+    assert torch.equal(cuda.linear(*arguments), reference.linear(*arguments))
+    assert cuda.linear(*arguments).dtype == torch.float64
+    arguments = (x.unsqueeze(2), *arguments[1:], (1,), (1,), (0,), (1,), 1)
+    assert torch.equal(cuda.conv(*arguments), reference.conv(*arguments))
+
+
+@emulator
 def test_conv_is_the_reference_bit_for_bit(device, generator):
     case, x = half(random_case("int3", 6, 18, 8)), torch.randn(2, 4, 7, 6, generator=generator)
     geometry = ((3, 3), (2, 1), (1, 1), (1, 1), 2)
