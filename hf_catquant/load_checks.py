@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .correction import corrections
 from .entries import is_provenance_saved
 from .fields import CHOSEN_AT_LOAD, changed_fields, unknown_fields
+from .integrity import checksum
+from .layers.state import SHARED
 from .log import logger
 from .model import quantized_modules
 
@@ -105,6 +108,27 @@ def check_loaded(name: str, module: nn.Module) -> None:
             continue
         if not getattr(buffer, "_is_hf_initialized", False):
             raise ValueError(f"the checkpoint has no tensor {name}.{buffer_name}: it is incomplete")
+
+
+def check_given(tensors: Mapping[str, Tensor], checksums: Mapping[str, int]) -> None:
+    """Refuse packed weights and corrections that came in a ``state_dict=`` and are not those of the config.
+
+    Float parameters may have been trained since, and are not compared.
+
+    Args:
+        tensors: of the model that was filled, under the names that a file has.
+        checksums: of the config.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        fixed = name.rpartition(".")[2] in SHARED or ".correction." in name
+        if fixed and name in checksums and not tensor.is_meta and checksum(tensor) != checksums[name]:
+            raise ValueError(
+                f"{name} of the state_dict is not the tensor that the config was saved with: pass the config of the model "
+                "that the state_dict is of, as its save_pretrained wrote it"
+            )
 
 
 def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:

@@ -32,7 +32,7 @@ from .entries import check_tensors, verify_entries
 from .fields import check_depth, check_tables, field_checksums
 from .integrity import verify_files
 from .journal import Journal
-from .load_checks import check_loaded, check_room, stays_float32, warn_of_changes
+from .load_checks import check_given, check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
@@ -49,6 +49,7 @@ class CatQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: CatQuantConfig
+    is_given: bool = False  # whether the tensors are not read from files
 
     def __init__(self, quantization_config: CatQuantConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
@@ -63,6 +64,11 @@ class CatQuantizer(HfQuantizer):
             )
         config = self.quantization_config
         if self.pre_quantized:
+            if not config.checksums and not config.entries_checksum:
+                raise ValueError(
+                    "quantization_config has no checksums: it is that of a model that was never saved; save the model with "
+                    "save_pretrained and load the folder, or copy it with copy.deepcopy"
+                )
             verify_entries(config.modules or {}, config.corrections, config.checksums, config.entries_checksum)
             check_tensors(config.modules or {}, config.checksums)
         else:
@@ -113,6 +119,7 @@ class CatQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         stored = config.modules or {}
+        self.is_given = checkpoint_files is None  # from_pretrained(None, config=config, state_dict=tensors)
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
         open_experts(model, lambda name: holds(name, stored))
@@ -162,6 +169,8 @@ class CatQuantizer(HfQuantizer):
             module.keep_stored_dtypes()
         for name, owner in tied.items():
             share_weight(model, name, owner)
+        if self.is_given:
+            check_given(_as_written(model, model.state_dict()), self.quantization_config.checksums)
         remember_sites(model)
 
     def is_serializable(self) -> bool:

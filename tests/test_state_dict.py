@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny_models
@@ -132,3 +133,22 @@ def test_loading_in_place_after_a_product(mode: Any, buffer: str):
         for layer in model:
             assert isinstance(layer, QuantizedModule)
             assert torch.allclose(layer(X), nn.functional.linear(X, layer.weight, layer.bias), atol=1e-5)
+
+
+def test_from_pretrained_with_tensors_and_no_files(tmp_path: Path):
+    model, other = tied(0), tied(1)
+    model.save_pretrained(tmp_path)
+    config, kind = type(model.config).from_pretrained(tmp_path), type(model)
+    with pytest.raises(ValueError, match=r"has no checksums: .* never saved"):
+        kind.from_pretrained(None, config=other.config, state_dict=other.state_dict())
+    wanted = model(input_ids=IDS).logits
+    for state in (load_file(tmp_path / "model.safetensors"), model.state_dict()):
+        assert torch.equal(kind.from_pretrained(None, config=config, state_dict=state)(input_ids=IDS).logits, wanted)
+    trained = clones(model)
+    trained["model.norm.weight"] *= 2
+    again = kind.from_pretrained(None, config=config, state_dict=trained)
+    assert torch.equal(again.model.norm.weight, 2 * model.model.norm.weight)
+    with pytest.raises(
+        ValueError, match=r"weight_packed of the state_dict is not the tensor that the config was saved"
+    ):
+        kind.from_pretrained(None, config=config, state_dict=clones(other))

@@ -350,7 +350,15 @@ def test_layouts_of_inference_tensors():
     with torch.inference_mode():
         case = random_case("int8", 4, 64, 32)
         held = cuda_layout.Layouts()
-        assert held.of(*case.stored, "int8", 32, 64, build_now=True) is not None
+        layout = held.of(*case.stored, "int8", 32, 64, build_now=True)
+        assert layout is not None
+        before = layout.tiles.clone()
+        case.stored[0].add_(1)  # torch counts nothing here: whoever writes says so
+        held.doubt(case.stored[0])
+        again = held.of(*case.stored, "int8", 32, 64)
+        assert again is not None
+        assert not torch.equal(again.tiles, before)
+        assert held.of(*case.stored, "int8", 32, 64) is again
 
 
 def quantized_linear() -> QuantizedModule:
