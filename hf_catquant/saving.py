@@ -56,8 +56,8 @@ def _check_entries(modules: Entries, model: nn.Module) -> None:
     adapted = [name for name in modules if name.endswith(_ADAPTED)]
     if adapted:
         raise ValueError(
-            f"{len(adapted)} layers have adapters ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of the model "
-            "with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
+            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of the "
+            "model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
             "merge_and_unload and save what it returns"
         )
     if not modules:
@@ -179,11 +179,11 @@ def notes_of(provenance: Mapping[str, Any]) -> list[str]:
             "not recorded; errors of other layers and gains of corrections were measured before it"
         )
     for key, what in (
-        (_REPLACED, "replaced by float ones: errors of other layers and gains of corrections were measured before"),
-        (_GONE, "taken out: the size of the float model is that of the whole one, and errors were measured in it"),
+        (_REPLACED, "float now ({}): errors of other layers and gains of corrections were measured before"),
+        (_GONE, "no longer there ({}): errors were measured, and the float model's size taken, with them"),
     ):
         names = provenance.get(key)
         if isinstance(names, list) and names:
             few = ", ".join(map(str, names[:3])) + (" ..." if len(names) > 3 else "")
-            notes.append(f"{len(names)} quantized layers ({few}) were {what}")
+            notes.append(f"{len(names)} quantized {'layer is' if len(names) == 1 else 'layers are'} {what.format(few)}")
     return notes
