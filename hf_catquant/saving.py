@@ -56,8 +56,8 @@ def _check_entries(modules: Entries, model: nn.Module) -> None:
     adapted = [name for name in modules if name.endswith(_ADAPTED)]
     if adapted:
         raise ValueError(
-            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of the "
-            "model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
+            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of "
+            "the model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
             "merge_and_unload and save what it returns"
         )
     if not modules:
@@ -185,5 +185,7 @@ def notes_of(provenance: Mapping[str, Any]) -> list[str]:
         names = provenance.get(key)
         if isinstance(names, list) and names:
             few = ", ".join(map(str, names[:3])) + (" ..." if len(names) > 3 else "")
-            notes.append(f"{len(names)} quantized {'layer is' if len(names) == 1 else 'layers are'} {what.format(few)}")
+            notes.append(
+                f"{len(names)} quantized {'layer is' if len(names) == 1 else 'layers are'} {what.format(few)}"
+            )
     return notes

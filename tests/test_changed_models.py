@@ -179,9 +179,7 @@ def test_layers_with_adapters_are_not_saved_with_the_model(tmp_path: Path):
     attention.q_proj = Adapted(attention.q_proj)
     errors = [layer.error for layer in report(model).layers]
     assert None not in errors
-    with pytest.raises(
-        ValueError, match=r"on 1 of its layers \(model\.layers\.0\.self_attn\.q_proj \.\.\.\).*merge"
-    ):
+    with pytest.raises(ValueError, match=r"on 1 of its layers \(model\.layers\.0\.self_attn\.q_proj \.\.\.\).*merge"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
     attention.q_proj = attention.q_proj.base_layer
