@@ -20,7 +20,7 @@ from ..formats import get_format
 from ..op_checks import check_conv, check_input
 from ..weight import quantize_activation
 from . import activation, native
-from .cpu_linear import in_float32, linear, readable_bias
+from .cpu_linear import linear, readable_bias
 from .cpu_rows import dequantize, dequantize_into
 from .layout import check_state, layout_of, readable
 from .native import DTYPES
@@ -56,9 +56,10 @@ def conv(
     check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
     check_input(x, bias, packed.shape[0], activations, input_scale)
     if x.dtype == torch.float64:
-        given = (x, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
-        wide = conv(*in_float32((*given, kernel_size, stride, padding, dilation, groups)))
-        return wide.double()
+        shift = None if bias is None else bias.float()
+        where = (kernel_size, stride, padding, dilation, groups)
+        stored = (packed, scale, offset, input_scale, input_offset, shift, weights, group_size, activations)
+        return conv(x.float(), *stored, *where).double()
     sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
     geometry = (kernel_size, stride, padding, dilation)

@@ -6,7 +6,6 @@ where that is faster, many rows) is multiplied in float32 with float weights, a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,14 +25,7 @@ DENSE_VALUES = 1 << 18  # values of the weight that are dequantized at once: 1 M
 def linear(*arguments: Any) -> Tensor:
     """x_hat (..., K) times w_hat (N, K) transposed, plus bias (N,): (..., N) in the dtype of x."""
     out = _integer_linear(*arguments)
-    if out is None and arguments[0].dtype == torch.float64:
-        return linear(*in_float32(arguments)).double()
     return _float_linear(*arguments) if out is None else out
-
-
-def in_float32(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments of a product, those that are float64 (x and the bias) in float32."""
-    return [a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a for a in arguments]
 
 
 def _integer_linear(
