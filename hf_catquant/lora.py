@@ -7,9 +7,9 @@
     merged = model.merge_and_unload()
 
 PEFT knows the layers of no library but those in its own list, and takes others by a configuration that it does not store:
-hence the two functions, and a tuner that gives the configuration to every adapter that comes later. A merged adapter becomes the float16 product that a packed layer can add to its weight
-(``low_rank_out`` times ``low_rank_in``): the layer stays packed, and its checkpoint holds the adapter. Nothing is rounded to
-codes again.
+hence the two functions, and a tuner that gives the configuration to every adapter that comes later. A merged
+adapter becomes the float16 product that a packed layer can add to its weight (``low_rank_out`` times ``low_rank_in``): the
+layer stays packed, and its checkpoint holds the adapter. Nothing is rounded to codes again.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def load_peft_model(model: nn.Module, folder: str | Path, **kwargs: Any) -> Peft
         ValueError: as :func:`lora_config`, there is no adapter, or ``model`` is a ``PeftModel``.
     """
     _check_bare(model)
-    config = kwargs.pop("config", None)
+    config: Any = kwargs.pop("config", None)
     if config is None:
         config = PeftConfig.from_pretrained(str(folder), **kwargs)
     return _taught(PeftModel.from_pretrained(model, str(folder), config=lora_config(config, model), **kwargs))

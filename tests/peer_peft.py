@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, export, quantize, report
+from hf_catquant.exports import TARGETS
 from hf_catquant.hub import describe
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.linear import QuantizedLinear
@@ -285,6 +286,36 @@ def test_what_would_go_wrong_silently_is_refused():
     biased = get_peft_model(quantized(), lora(lora_bias=True))
     with pytest.raises(ValueError, match="has a bias"):
         biased.merge_and_unload()
+
+
+@pytest.mark.parametrize("way", ["model", "inside"])
+def test_adapters_of_a_float_model_are_not_quantized(way: str):
+    """Nothing of them could learn any more, and no file could hold them."""
+    base = tiny_models.build("llama")
+    adapted = peft.get_peft_model(base, lora())
+    names = [name for name, _ in adapted.named_modules()]
+    with pytest.raises(ValueError, match=r"of PEFT, and adapters are not quantized: .*merge_and_unload\(\)"):
+        quantize(adapted if way == "model" else base, CatQuantConfig(**RTN))
+    assert names == [name for name, _ in adapted.named_modules()]
+    assert all(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora_" in name)
+    merged = quantize(adapted.merge_and_unload(), CatQuantConfig(**RTN))
+    assert len(report(merged).layers) == 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_adapters_are_not_exported_before_they_are_merged(target: str, tmp_path: Path):
+    base = quantized(group_size=32, rotation=None)
+    adapted = get_peft_model(base, lora())
+    for model in (base, adapted):
+        with pytest.raises(ValueError, match=r"of PEFT, and adapters are not exported: .*merge_and_unload\(\)"):
+            export(model, tmp_path / "out", target)
+    assert not list(tmp_path.iterdir())
+    if target == "safetensors":
+        shake(adapted)
+        merged = adapted.merge_and_unload()
+        export(merged, tmp_path / "out", target)
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(again), logits(merged), rtol=1e-5, atol=1e-5)
 
 
 def test_gpt2_and_its_transposed_linears():
