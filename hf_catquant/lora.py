@@ -116,7 +116,7 @@ class LoraModelOnQuantized(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
 
-def lora_config(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def lora_config(config: PeftConfig, model: nn.Module) -> LoraConfig:
     """A copy of ``config`` that PEFT can apply to the quantized ``model``; "all-linear" is spelled out.
 
     Args:
@@ -167,9 +167,7 @@ def load_peft_model(model: nn.Module, folder: str | Path, **kwargs: Any) -> Peft
         ValueError: as :func:`lora_config`, there is no adapter, or ``model`` is a ``PeftModel``.
     """
     _check_bare(model)
-    config: Any = kwargs.pop("config", None)
-    if config is None:
-        config = PeftConfig.from_pretrained(str(folder), **kwargs)
+    config = kwargs.pop("config", None) or PeftConfig.from_pretrained(str(folder), **kwargs)
     return _taught(PeftModel.from_pretrained(model, str(folder), config=lora_config(config, model), **kwargs))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.integrations.gemma_quant import QuantizedLinear
 
 import hf_catquant
@@ -79,7 +80,11 @@ def test_metal(weights, bits, tmp_path):
 
 def test_metal_passes_by_what_its_quantizer_does(tmp_path):
     """On Apple silicon; elsewhere transformers dequantizes whatever is packed."""
-    model = quantized("t5", weights="int8", group_size=32)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 96}
+    model = T5ForConditionalGeneration(
+        T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+    ).eval()
+    hf_catquant.quantize(model, CatQuantConfig("int8", group_size=32, solver="rtn", correction=None, rotation=None))
     export(model, tmp_path / "out", "metal")
     loaded = type(model).from_pretrained(tmp_path / "out", device_map={"": "cpu"})
     assert close(outputs(model, "t5"), outputs(loaded, "t5"))
