@@ -95,7 +95,7 @@ class Memory:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("last", range(1, 6))
+@pytest.mark.parametrize("last", range(1, 7))
 def test_gone_on_with_it_ends_in_the_same_bits(last):
     def run(draft: Memory) -> tuple[nn.Parameter, Any]:
         weight, data = regression(count=4)
@@ -106,14 +106,15 @@ def test_gone_on_with_it_ends_in_the_same_bits(last):
             wanted = 0.2 * y if batch == 3 else y  # more is not better for long: it starts over, and ends early
             return (x @ weight * scale - wanted).square().mean()
 
-        groups = [{"params": [weight], "lr": 0.02}, {"params": [scale], "lr": 0.02}]
+        groups = [{"params": [weight], "lr": 0.05}, {"params": [scale], "lr": 0.05}]
         with learning([weight, scale]):
             return weight, scale, train(groups, loss_of, range(3), [3], 160, 3, draft=draft)
 
     whole = Memory()
     *expected, done = run(whole)
     assert 1 < whole.written < 7
-    assert whole.held[1]["factor"] == BACK_OFF
+    assert whole.held[1]["factor"] < BACK_OFF
+    assert done.steps > 20  # the best state came after the first draft
     draft = Memory(last)
     if last <= whole.written:
         with pytest.raises(KeyboardInterrupt):
