@@ -120,7 +120,9 @@ def test_gone_on_with_it_ends_in_the_same_bits(last):
         run(draft, found)
     draft.last = None
     assert run(draft, found) == done
-    assert found == expected  # every look, though what went before a return to the best state leaves no trace in the end
+    assert (
+        found == expected
+    )  # every look, though what went before a return to the best state leaves no trace in the end
 
 
 def test_a_draft_of_other_parameters_is_refused():
