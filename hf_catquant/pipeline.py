@@ -74,11 +74,15 @@ def _check_float(model: nn.Module) -> None:
 
     Weights that wait on the shelf are not read for this; solvers refuse them.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not is_absent(tensor) and bool(tensor.isnan().any()):
-            raise ValueError(
-                f"{name} of the float model holds NaN: whatever reads it answers NaN; fetch the model again, or mend it"
-            )
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or not tensor.is_floating_point() or is_absent(tensor):
+                continue
+            if name not in module._non_persistent_buffers_set and bool(tensor.isnan().any()):
+                raise ValueError(
+                    f"{path}.{name} of the float model holds NaN: whatever reads it answers NaN; fetch the model again, or "
+                    "mend it"
+                )
 
 
 @torch.no_grad()
