@@ -110,7 +110,7 @@ PLAN = (
     *(Setting(weights, "reconstruct", ("kwt1",), 64, inputs) for weights, inputs in FEW_BITS),
     Setting("int4", models=("deit",), activations="int4"),
     Setting("int3", models=("deit",), group_size=64),
-    Setting("int3", "reconstruct", ("deit",), more=(STEPS, "block_steps=60", "model_steps=100")),
+    Setting("int3", "reconstruct", ("deit", "mobilenet"), more=(STEPS, "block_steps=60", "model_steps=100")),
     # All that is learned, and scales and offsets alone, as the first stage of CAT has it.
     Setting("ternary", "reconstruct", ("stories",), 64),
     Setting("ternary", "reconstruct", ("stories",), 64, more=(STEPS, *STAGE_1)),

@@ -36,7 +36,7 @@ from .outputs import answers
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .stages import joined, stages
-from .steps import Steps, tensors_of
+from .steps import Draft, Steps, tensors_of
 from .swap import Outcome, Range, Solved, Swap
 from .training import Progress, set_apart
 from .walk import Call, Leaf, Outputs, Unit, Walk
@@ -164,7 +164,8 @@ class Calibration:
         record = self.steps.restore(step, whole)
         if record is None:
             self.steps.begin()
-            reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets)
+            draft = Draft(self.steps.journal, f"{step}-draft")
+            reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets, draft)
             done = reconstruction.progress.get(whole)
             self.steps.keep(step, whole, {}, learned=done and asdict(done))
         elif record["learned"] is not None:

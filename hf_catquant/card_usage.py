@@ -24,7 +24,6 @@ TASKS = {
     "ForSpeechSeq2Seq": "automatic-speech-recognition",
     "ForCTC": "automatic-speech-recognition",
 }
-# What the base model is to this one: the float model itself, or what the float model was fine-tuned from.
 
 
 def task_of(architecture: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint import read_object
 from .config import CatQuantConfig
 from .evaluation_table import Evaluation
 from .integrity import sha256
@@ -106,10 +107,10 @@ def recorded_files(folder: Path, config: CatQuantConfig, kind: str = "files") ->
         kind: "files" of tokenizers, processors and the like, which are checked, or "code", which is not.
     """
     try:
-        raw = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        raw = read_object(folder / REPORT)
+    except (OSError, ValueError):
         return None
-    files = raw.get(kind) if isinstance(raw, dict) and is_of(raw, config) else None
+    files = raw.get(kind) if is_of(raw, config) else None
     return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else None
 
 

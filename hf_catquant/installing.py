@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .checkpoint import read_object
 from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of, recorded_files
@@ -95,7 +96,7 @@ def _drop_left(out: Path, wanted: dict[str, str], source: Path, code: dict[str, 
 def _drop_measured(out: Path) -> None:
     """Take away the evaluation of the model that was here before, and its plots: they would pass for the new one's."""
     try:
-        kept = is_of(json.loads((out / EVALUATION).read_text(encoding="utf-8")), _config_of(out))
+        kept = is_of(read_object(out / EVALUATION), _config_of(out))
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         kept = False
     for path in [] if kept else [out / name for name in (EVALUATION, *PLOTS)]:
@@ -113,5 +114,5 @@ def _recorded_code(out: Path) -> dict[str, str]:
 
 
 def _config_of(out: Path) -> CatQuantConfig:
-    config: Any = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config: Any = read_object(out / "config.json")["quantization_config"]
     return CatQuantConfig.from_dict(config)  # type: ignore[return-value]

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 MANIFEST, LOCK, OUTPUT = "manifest.json", "lock", "output"
-_STEPS = re.compile(r"(unit-\d{4,}|formats(-\d{4,})?|model)\.safetensors")  # names of the files of finished steps
+# Names of the files of finished steps, and of what is learned of the last one.
+_STEPS = re.compile(r"(unit-\d{4,}|formats(-\d{4,})?|model(-draft)?)\.safetensors")
 
 
 def is_begun(folder: Path) -> bool:

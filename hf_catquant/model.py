@@ -17,7 +17,7 @@ from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
 from .log import logger
-from .modules import close_experts, holds, move_correction, open_experts, replace_module
+from .modules import check_no_adapters, close_experts, holds, move_correction, open_experts, replace_module
 from .op_checks import COMPUTE
 from .rotation import block_size
 
@@ -67,9 +67,10 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
     Fused experts of which something will be quantized are opened in place (``layers/experts.py``).
 
     Raises:
-        ValueError: a pattern of ``modules_to_not_convert`` or ``overrides`` matches no module, nothing at all would be
-            quantized, or ``strict`` is set and something would be skipped.
+        ValueError: the model has adapters, a pattern of ``modules_to_not_convert`` or ``overrides`` matches no module,
+            nothing at all would be quantized, or ``strict`` is set and something would be skipped.
     """
+    check_no_adapters(model, "quantized")
     open_experts(model, lambda name: not all(is_listed(f"{name}.{child}", config) for child in (UP, DOWN)))
     try:
         return _select(model, config)
@@ -271,6 +272,11 @@ def is_listed(name: str, config: CatQuantConfig) -> bool:
     """
     holders = [name[: match.start()] for match in re.finditer(r"\.", name)]
     return not all(should_convert_module(part, config.modules_to_not_convert or []) for part in (*holders, name))
+
+
+def is_passed_by(model: nn.Module, name: str) -> bool:
+    """Whether transformers' own quantizers leave this module in float whatever their config says, as they do T5's ``wo``."""
+    return not should_convert_module(name, list(getattr(model, "_keep_in_fp32_modules", None) or ()))
 
 
 def _edges(candidates: Iterable[str], inside: set[str]) -> set[str]:

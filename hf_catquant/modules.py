@@ -1,4 +1,4 @@
-"""Putting one module in the place of another; opening modules of fused experts, and closing them again."""
+"""Putting one module in the place of another; opening modules of fused experts, and closing them again; adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ def holds(name: str, stored: Iterable[str]) -> bool:
     """Whether a stored name is that of a child of the module ``name``, which may have a prefix more or less."""
     holders = {child.rpartition(".")[0] for child in stored}
     return any(f".{name}".endswith(f".{holder}") or f".{holder}".endswith(f".{name}") for holder in holders if holder)
+
+
+def check_no_adapters(model: nn.Module, done: str) -> None:
+    """Refuse a model with a module of PEFT in it or around it; PEFT is not imported for that.
+
+    Args:
+        model: any.
+        done: what is refused, as "quantized".
+
+    Raises:
+        ValueError: naming the module and the way out.
+    """
+    for name, module in model.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT, and adapters are not {done}: "
+                f"merge them first, model = model.merge_and_unload(), or take them off, model.unload()"
+            )
 
 
 def move_correction(old: nn.Module, new: nn.Module) -> None:

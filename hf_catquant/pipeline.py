@@ -21,7 +21,7 @@ from .journal import Journal
 from .log import logger
 from .model import Selection, Site, quantized_modules, select, stacks
 from .modules import close_experts
-from .shelf import shelf_of
+from .shelf import is_absent, shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Swap
 from .whole import left_over
@@ -45,6 +45,7 @@ def quantize_modules(
     """
     config.check_data()
     selection = select(model, config)
+    _check_float(model)
     training = model.training
     model.eval()
     try:
@@ -66,6 +67,22 @@ def quantize_modules(
         raise
     finally:
         model.train(training)
+
+
+def _check_float(model: nn.Module) -> None:
+    """Refuse NaN in what the float model holds, also where nothing is quantized: it would answer NaN, quantized or not.
+
+    Weights that wait on the shelf are not read for this; solvers refuse them.
+    """
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or not tensor.is_floating_point() or is_absent(tensor):
+                continue
+            if name not in module._non_persistent_buffers_set and bool(tensor.isnan().any()):
+                raise ValueError(
+                    f"{path}.{name} of the float model holds NaN: whatever reads it answers NaN; fetch the model again, or "
+                    "mend it"
+                )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .checkpoint import read_object
 from .config import CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction
@@ -66,7 +67,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}: it is not a folder that save_quantized wrote")
-    config = CatQuantConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    config = CatQuantConfig.from_dict(read_object(folder / CONFIG))
     assert isinstance(config, CatQuantConfig)
     if config.modules is None:
         raise ValueError(f"{folder / CONFIG} has no 'modules': it is a request, not a quantized model")

@@ -41,6 +41,7 @@ from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 from .saving import update_config
+from .sentinels import check_files
 from .ties import adopt_orphans, say_tied, tie_again, untie
 
 
@@ -117,10 +118,11 @@ class CatQuantizer(HfQuantizer):
         self.is_given = checkpoint_files is None  # from_pretrained(None, config=config, state_dict=tensors)
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
+            check_files(checkpoint_files)
         open_experts(model, lambda name: holds(name, stored))
         names = resolve_names(model, stored)
         config.modules = renamed(stored, names)
-        sites = resolve_corrections(model, config.corrections, stored.keys() - names.keys())
+        sites = resolve_corrections(model, config.corrections, names.keys(), stored.keys() - names.keys())
         config.corrections = renamed(config.corrections, sites)
         prepare(model, config.modules)
         for name, entry in config.corrections.items():

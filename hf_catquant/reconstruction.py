@@ -32,6 +32,7 @@ from .model import quantized_modules, replace_module
 from .outputs import LOGITS, answers
 from .replay import run
 from .solvers.reconstruct import Options
+from .steps import Draft
 from .training import STEP, Group, Progress, learning, train
 from .walk import Call, run_unit
 
@@ -100,7 +101,12 @@ class Reconstruction:
             self.weights[f"{name}.{inner}" if inner else name] = layer.target(weight)
 
     def model(
-        self, model: nn.Module, data: Sequence[dict[str, Tensor]], site: str | None, targets: list[dict[str, Tensor]]
+        self,
+        model: nn.Module,
+        data: Sequence[dict[str, Tensor]],
+        site: str | None,
+        targets: list[dict[str, Tensor]],
+        draft: Draft | None = None,
     ) -> None:
         """Learn the whole model.
 
@@ -108,6 +114,7 @@ class Reconstruction:
             data: what it is called with, by batch.
             site: name of the module that returns the logits, or None.
             targets: what the float model answers, by batch; see :func:`hf_catquant.outputs.answers`.
+            draft: where an interrupted run goes on from.
         """
         if not self.options.model_steps:
             return
@@ -134,7 +141,7 @@ class Reconstruction:
                 )
             return torch.stack(losses).sum()
 
-        done = self._learn("", model, loss_of, self.options.model_steps, self.options.model_rate, 0.0)
+        done = self._learn("", model, loss_of, self.options.model_steps, self.options.model_rate, 0.0, draft)
         if done is not None:
             logger.info("whole model: %s after %d steps", done.summary(), done.steps)
 
@@ -146,6 +153,7 @@ class Reconstruction:
         steps: int,
         rate: float,
         drop: float,
+        draft: Draft | None = None,
     ) -> Progress | None:
         with torch.enable_grad(), self._learning(name, root) as learned:
             if not learned:
@@ -166,7 +174,7 @@ class Reconstruction:
             groups = self._groups(name, root, learned, rate)
             with learning([p for group in groups for p in group["params"]]):
                 say = None if name else partial(_say, steps)
-                done = train(groups, loss_with_drop, self.batches, self.held_out, steps, self.seed, say)
+                done = train(groups, loss_with_drop, self.batches, self.held_out, steps, self.seed, say, draft)
             self.progress[name], self.pace[name] = done, (time.perf_counter() - start) / max(1, forwards)
         return done
 

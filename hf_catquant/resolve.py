@@ -66,16 +66,20 @@ def resolve_names(model: PreTrainedModel, modules: Entries) -> dict[str, str]:
     return {stored: name for stored, name in names.items() if stored not in resized}
 
 
-def resolve_corrections(model: PreTrainedModel, corrections: Entries, fresh: Collection[str]) -> dict[str, str]:
+def resolve_corrections(
+    model: PreTrainedModel, corrections: Entries, filled: Collection[str], fresh: Collection[str]
+) -> dict[str, str]:
     """Where each stored correction goes in this model; those of parts that it does not have are left out.
 
     Args:
         model: the model being loaded.
         corrections: the stored ones.
+        filled: stored names of the modules that are filled from the checkpoint.
         fresh: stored names of the modules that are not filled from the checkpoint: what they return is not corrected.
 
     Raises:
-        ValueError: a module is not there although the model is of the very class that was saved.
+        ValueError: a module is not there although the model is of the very class that was saved, or a stored layer returns
+            another number of features than its correction takes.
     """
     names = _found(model, corrections)
     missing = [name for name in corrections if name not in names]
@@ -85,7 +89,13 @@ def resolve_corrections(model: PreTrainedModel, corrections: Entries, fresh: Col
             "the config.json was changed after the save"
         )
     of_fresh = {stored for stored in names if any(f"{name}.".startswith(f"{stored}.") for name in fresh)}
-    of_fresh |= {stored for stored, name in names.items() if _is_resized(model, name, corrections[stored]["width"])}
+    resized = {stored for stored, name in names.items() if _is_resized(model, name, corrections[stored]["width"])}
+    for stored in sorted(resized & set(filled)):
+        raise ValueError(
+            f"the correction at {stored} takes {corrections[stored]['width']} features, but the layer that is stored there "
+            "returns another number: the config.json was changed after the save"
+        )
+    of_fresh |= resized
     for stored in of_fresh:
         logger.warning("%s: its correction is left out, it belongs to the head that was stored", stored)
     return {stored: name for stored, name in names.items() if stored not in of_fresh}

@@ -74,6 +74,11 @@ def absent(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     return torch.full((1,), math.nan, dtype=dtype).expand(tuple(shape))
 
 
+def is_absent(tensor: Tensor) -> bool:
+    """Whether the values are not in memory: on the shelf, or on no device at all."""
+    return tensor.is_meta or (tensor.numel() > 1 and not any(tensor.stride()))
+
+
 class Shelf:
     """Keeps the large parameters of ``model`` away until their units run. Found by :func:`shelf_of`.
 

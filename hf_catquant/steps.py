@@ -101,6 +101,38 @@ class Steps:
         self.journal.write(step, changed, {"unit": unit, **books, "notes": outcome.notes[self._notes :], **more})
 
 
+class Draft:
+    """How far the work of one step is, for one that takes long: written again and again, read by the run that goes on.
+
+    Without a journal nothing is kept.
+    """
+
+    def __init__(self, journal: Journal | None, name: str) -> None:
+        self.journal = journal
+        self.name = name
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and record as they were written last, None if they never were.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return self.journal.read(self.name) if self.journal is not None and self.journal.has(self.name) else None
+
+    def write(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        """Take the place of what was written before.
+
+        Args:
+            tensors: by name.
+            record: JSON-clean.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.journal is not None:
+            self.journal.write(self.name, tensors, record)
+
+
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put ``tensors`` in the places of those of ``module`` with their names; parameters stay the objects they are.
 

@@ -71,6 +71,12 @@ def match(modules: Entries, headers: dict[str, Stored]) -> dict[str, str]:
     Raises:
         ValueError: the tensors of a module have another dtype or shape, or are not there.
     """
+    adapter = next((name for name in headers if ".base_layer." in name), None)
+    if adapter is not None:
+        raise ValueError(
+            f"{adapter} is the name of a layer with an adapter: the model was saved with one that was not merged, and loads "
+            "without it nowhere; save the adapter by the PeftModel's save_pretrained, or merge it first"
+        )
     kinds = {stem: _kind(stem, headers) for stem in _stems(headers)}
     wanted = {name: expected_kind(entry) for name, entry in modules.items() if entry["tied_to"] is None}
     named = {name for name in wanted if name in kinds}
@@ -95,7 +101,8 @@ def _kind(stem: str, headers: dict[str, Stored]) -> Kind:
 
 
 def _check_values(path: Path, formats: dict[str, str]) -> None:
-    """Refuse numbers that are not finite, and bytes that no codes pack to."""
+    """Refuse bytes that no codes pack to, and numbers that are not finite; of the model's own float tensors only NaN, as a
+    mask may hold infinities."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  it is no dict
             stem, _, buffer = name.rpartition(".")
@@ -104,7 +111,12 @@ def _check_values(path: Path, formats: dict[str, str]) -> None:
                     check_bytes(file.get_tensor(name), get_format(formats[stem]))
                 except ValueError as error:
                     raise ValueError(f"{path}: {name}: {error}") from error
-            elif stem in formats or ".correction." in name or buffer in ("input_scale", "input_offset"):
-                value = file.get_tensor(name)
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                    raise ValueError(f"{path}: {name} has values that are not finite")
+                continue
+            value = file.get_tensor(name)
+            if not value.is_floating_point():
+                continue
+            own = stem in formats or ".correction." in name or buffer in ("input_scale", "input_offset")
+            if own and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{path}: {name} has values that are not finite")
+            if bool(value.isnan().any()):
+                raise ValueError(f"{path}: {name} holds NaN: whatever reads it answers NaN")

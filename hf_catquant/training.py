@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fitting import sample_count
+from .steps import Draft
 
 WARM_UP = 20  # steps
 CHECKS = 8  # looks at the held-out loss
@@ -85,6 +87,7 @@ def train(
     steps: int,
     seed: int,
     after_check: Callable[[int, float], None] | None = None,
+    draft: Draft | None = None,
 ) -> Progress:
     """Minimise ``loss_of(batch, learning)`` over ``batches`` by Adam; leave the parameters at their best by ``held_out``.
 
@@ -94,46 +97,107 @@ def train(
 
     Args:
         groups: parameters with their learning rates, which rise for ``WARM_UP`` steps and fall to 0 as a cosine.
-        loss_of: the loss of one batch, and whether it is one to learn from.
+        loss_of: the loss of one batch, and whether it is one to learn from; it draws nothing at random if there is a draft.
         batches, held_out: indices of batches.
         steps: batches to learn from, in random order, again and again.
         seed: of the order.
         after_check: told the steps so far and the loss at every check.
+        draft: takes the state at every check, and gives back that of an interrupted run: both end in the same bits.
     """
-    parameters = [p for group in groups for p in group["params"]]
     judges = held_out or batches
 
     def mean_loss(indices: Sequence[int]) -> float:
         with torch.no_grad():
             return sum(float(loss_of(batch, False)) for batch in indices) / len(indices)
 
-    before, start = mean_loss(batches), mean_loss(judges)
-    best = _Best(parameters, start)
-    order = _order(batches, steps, seed)
-    every = max(1, steps // CHECKS)
-    factor = 1.0
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for step, batch in enumerate(order, start=1):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor * _share(step, steps)
-        optimizer.zero_grad()
-        loss_of(batch, True).backward()
-        optimizer.step()
-        if step % every == 0 or step == steps:
-            loss = mean_loss(judges)
-            if after_check is not None:
-                after_check(step, loss)
-            best.look(loss, step)
-            if best.misses >= PATIENCE:
-                break
-            if best.misses and best.misses % RETREAT == 0:
-                best.restore()
-                optimizer.state.clear()
-                factor *= BACK_OFF
+    found = None if draft is None else draft.read()
+    # What is learned is not yet what it was when the draft was written, so its losses come from there.
+    before, start = (mean_loss(batches), mean_loss(judges)) if found is None else found[1]["losses"]
+    run = _Run(groups, start)
+    if found is not None:
+        run.go_on(*found)
+    order, every = _order(batches, steps, seed), max(1, steps // CHECKS)
+    for step in range(run.step + 1, steps + 1):
+        run.take(step, steps, partial(loss_of, order[step - 1], True))
+        if step % every and step < steps:
+            continue
+        loss = mean_loss(judges)
+        if after_check is not None:
+            after_check(step, loss)
+        if run.ends(step, loss):
+            break
+        if draft is not None and step < steps:
+            draft.write(run.tensors(), run.record() | {"losses": (before, start)})
+    best = run.best
     best.restore()
     after = mean_loss(batches)
     return Progress(before, after, start if held_out else None, best.loss if held_out else None, best.step)
+
+
+class _Run:
+    """Parameters on their way: the optimizer, the best state so far, and all that the next step depends on."""
+
+    def __init__(self, groups: list[Group], loss: float) -> None:
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.best = _Best(self.parameters, loss)
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.factor, self.step = 1.0, 0
+
+    def take(self, step: int, steps: int, loss_of: Callable[[], Tensor]) -> None:
+        """Step ``step`` of ``steps``, down the gradient of a loss."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.factor * _share(step, steps)
+        self.optimizer.zero_grad()
+        loss_of().backward()
+        self.optimizer.step()
+
+    def ends(self, step: int, loss: float) -> bool:
+        """Whether this is the end, by the held-out ``loss``; goes back to the best state if it is time to."""
+        self.step, best = step, self.best
+        best.look(loss, step)
+        if best.misses and best.misses % RETREAT == 0:
+            best.restore()
+            self.optimizer.state.clear()
+            self.factor *= BACK_OFF
+        return best.misses >= PATIENCE
+
+    def record(self) -> dict[str, Any]:
+        """Numbers of this state, JSON-clean."""
+        best = self.best
+        return {"step": self.step, "factor": self.factor, "best": (best.loss, best.step, best.misses)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of this state by name: of every parameter the value now and at its best, and what Adam knows."""
+        found: dict[str, Tensor] = {}
+        for index, (parameter, best) in enumerate(zip(self.parameters, self.best.state, strict=True)):
+            state = {"now": parameter.detach(), "best": best, **self.optimizer.state.get(parameter, {})}
+            found |= {f"{index}.{name}": value for name, value in state.items()}
+        return found
+
+    def go_on(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Take over a state.
+
+        Raises:
+            ValueError: it is that of other parameters.
+        """
+        kinds = [tensors[name].shape if (name := f"{i}.now") in tensors else None for i in range(len(self.parameters))]
+        if kinds != [parameter.shape for parameter in self.parameters] or f"{len(kinds)}.now" in tensors:
+            raise ValueError(
+                "the interrupted run learned other parameters than this model has: begin anew with --overwrite"
+            )
+        self.step, self.factor = record["step"], record["factor"]
+        best = self.best
+        best.loss, best.step, best.misses = record["best"]
+        for index, parameter in enumerate(self.parameters):
+            own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
+            with torch.no_grad():
+                parameter.copy_(own.pop("now"))
+                best.state[index].copy_(own.pop("best"))
+            if own:
+                # Adam counts its steps in the memory of the CPU.
+                placed = {name: value if name == "step" else value.to(parameter.device) for name, value in own.items()}
+                self.optimizer.state[parameter] = placed
 
 
 class _Best:
@@ -155,12 +219,12 @@ class _Best:
     def keep(self, loss: float, step: int) -> None:
         """Keep the state as it is now."""
         self.loss, self.step = loss, step
-        self._state = [parameter.detach().clone() for parameter in self.parameters]
+        self.state = [parameter.detach().clone() for parameter in self.parameters]
 
     def restore(self) -> None:
         """Put the best state back."""
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, self._state, strict=True):
+            for parameter, value in zip(self.parameters, self.state, strict=True):
                 parameter.copy_(value)
 
 

@@ -22,6 +22,7 @@ from .integrity import sha256
 from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .plain import CONFIG
 from .saving import merges_of
+from .sentinels import check_sentinels
 from .stored_tensors import check_stored
 
 
@@ -62,7 +63,13 @@ class Verification:
         lines += [f"remark: {text}" for text in self.remarks]
         lines += [f"PROBLEM: {text}" for text in self.problems]
         verdict = "whole" if self.is_whole else f"{len(self.problems)} problems, do not use it"
-        return "\n".join([*lines, f"{self.folder}: {self.modules} modules, {self.tensors} tensors: {verdict}"])
+        lines.append(f"{self.folder}: {self.modules} modules, {self.tensors} tensors: {verdict}")
+        return "\n".join(map(_one_line, lines))
+
+
+def _one_line(text: str) -> str:
+    """With what is not printable spelled out: names and provenance are another's, and could write lines of their own."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def verify(folder: str | Path) -> Verification:
@@ -82,6 +89,8 @@ def verify(folder: str | Path) -> Verification:
         if not files:
             raise ValueError(f"{folder}: there is neither {WEIGHTS} nor {INDEX}")
         headers = check_stored(config, raw, files)
+        if (folder / "config.json").is_file():  # save_quantized writes what no other loader has a name for
+            check_sentinels(headers)
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         found.problems.append(" ".join(str(error).split()))
         return found

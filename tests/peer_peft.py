@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, export, quantize, report
+from hf_catquant.exports import TARGETS
 from hf_catquant.hub import describe
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.linear import QuantizedLinear
@@ -45,9 +46,9 @@ def logits(model: nn.Module) -> Tensor:
     return model.eval()(input_ids=IDS).logits
 
 
-def shake(model: nn.Module, size: float = 0.3) -> None:
+def shake(model: nn.Module, size: float = 0.3, seed: int = 0) -> None:
     """Adapters that do something: B starts as zeros."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * size
@@ -80,11 +81,91 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path):
     assert len(plain.state_dict()) > len(again.base_model.model.lm_head.state_dict())
 
 
+def saved_adapter(folder: Path, seed: int, **fields: object) -> Path:
+    model = get_peft_model(quantized(), lora(**fields))
+    shake(model, seed=seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("root", [True, False], ids=["beside another one", "only there"])
+def test_the_configuration_comes_from_where_the_adapter_is(root: bool, tmp_path: Path):
+    """Another alpha, rank and target in the root, or none there at all."""
+    saved_adapter(tmp_path / "v2", 2, lora_alpha=64)
+    if root:
+        saved_adapter(tmp_path, 1, lora_alpha=4, r=2, target_modules=["q_proj"])
+    again = load_peft_model(quantized(), tmp_path, subfolder="v2", adapter_name="two", is_trainable=True)
+    config = again.peft_config["two"]
+    assert (config.lora_alpha, config.r, set(config.target_modules)) == (64, 4, {"q_proj", "down_proj"})
+    assert any(parameter.requires_grad for parameter in again.parameters())
+    assert torch.equal(logits(again), logits(load_peft_model(quantized(), tmp_path / "v2")))
+
+
+def test_the_configuration_comes_from_the_same_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for revision, alpha in (("main", 4), ("v2", 64)):
+        saved_adapter(tmp_path / revision, 0, lora_alpha=alpha)
+    asked = []
+
+    def download(repo: str, name: str, *, revision: str | None = None, token: str | None = None, **_: object) -> str:
+        asked.append((name, repo, revision, token))
+        return str(tmp_path / (revision or "main") / name)
+
+    for module in ("peft.config", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda **_: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    again = load_peft_model(quantized(), "me/adapter", revision="v2", token="hf_nothing")
+    assert again.peft_config["default"].lora_alpha == 64
+    assert {(repo, revision, token) for _, repo, revision, token in asked} == {("me/adapter", "v2", "hf_nothing")}
+
+
+def test_a_second_adapter_computes_what_it_does_on_the_float_model(tmp_path: Path):
+    """However it comes, and also on layers that the first one left alone."""
+    first = saved_adapter(tmp_path / "first", 1)
+    second = saved_adapter(tmp_path / "second", 2, target_modules=["k_proj", "q_proj"], r=2, lora_alpha=16)
+    model = load_peft_model(quantized(), first)
+    model.load_adapter(second, "two")
+    plain = peft.PeftModel.from_pretrained(quantized().dequantize(), first)
+    plain.load_adapter(second, "two")
+    for place in (model, plain):
+        place.add_weighted_adapter(["default", "two"], [0.5, 0.25], "both", combination_type="cat")
+    found = {}
+    for name in ("default", "two", "both", "default"):
+        model.set_adapter(name)
+        plain.set_adapter(name)
+        found[name] = logits(model)
+        torch.testing.assert_close(found[name], logits(plain), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found["default"], found["two"])
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+    again = load_peft_model(quantized(), second)
+    again.add_adapter("new", lora(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match="changes the weight of the layer"):
+        again.add_adapter("pissa", lora(init_lora_weights="pissa"))
+    assert list(again.peft_config) == ["default", "new"]
+    assert torch.equal(logits(again), found["two"])
+    for add in (lambda: load_peft_model(model, first), lambda: get_peft_model(model, lora())):
+        with pytest.raises(ValueError, match=r"has adapters \(default, two, both\) already: .* load_adapter\(folder"):
+            add()
+
+
 def test_all_linear_is_all_but_the_output_layer():
     model = quantized()
-    names = lora_config(lora(target_modules="all-linear"), model).target_modules
+    wanted = lora(target_modules="all-linear")
+    names = lora_config(wanted, model).target_modules
     linears = {n for n, m in quantized_modules(model).items() if isinstance(m, QuantizedLinear)}
     assert names == sorted(linears - {"lm_head"})
+    # and those that have an adapter already
+    adapted = get_peft_model(model, lora(target_modules=["q_proj", "lm_head"], task_type=None))
+    assert lora_config(wanted, model).target_modules == lora_config(wanted, adapted).target_modules == names
+    plain = peft.get_peft_model(tiny_models.build("llama"), lora(target_modules=["q_proj", "lm_head"], task_type=None))
+    for place in (adapted, plain):
+        place.add_adapter("all", lora(target_modules="ALL-linear", task_type=None))
+    shapes = [{n: p.shape for n, p in m.named_parameters() if ".all." in n} for m in (adapted, plain)]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == 2 * len(names)
+    with pytest.raises(ValueError, match="Embedding has no linear layer"):
+        lora_config(wanted, nn.Embedding(2, 2))
 
 
 @pytest.mark.parametrize("fields", [{}, {"weights": "ternary"}, {"low_rank": 2}], ids=["plain", "rotated", "product"])
@@ -205,6 +286,36 @@ def test_what_would_go_wrong_silently_is_refused():
     biased = get_peft_model(quantized(), lora(lora_bias=True))
     with pytest.raises(ValueError, match="has a bias"):
         biased.merge_and_unload()
+
+
+@pytest.mark.parametrize("way", ["model", "inside"])
+def test_adapters_of_a_float_model_are_not_quantized(way: str):
+    """Nothing of them could learn any more, and no file could hold them."""
+    base = tiny_models.build("llama")
+    adapted = peft.get_peft_model(base, lora())
+    names = [name for name, _ in adapted.named_modules()]
+    with pytest.raises(ValueError, match=r"of PEFT, and adapters are not quantized: .*merge_and_unload\(\)"):
+        quantize(adapted if way == "model" else base, CatQuantConfig(**RTN))
+    assert names == [name for name, _ in adapted.named_modules()]
+    assert all(parameter.requires_grad for name, parameter in adapted.named_parameters() if "lora_" in name)
+    merged = quantize(adapted.merge_and_unload(), CatQuantConfig(**RTN))
+    assert len(report(merged).layers) == 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_adapters_are_not_exported_before_they_are_merged(target: str, tmp_path: Path):
+    base = quantized(group_size=32, rotation=None)
+    adapted = get_peft_model(base, lora())
+    for model in (base, adapted):
+        with pytest.raises(ValueError, match=r"of PEFT, and adapters are not exported: .*merge_and_unload\(\)"):
+            export(model, tmp_path / "out", target)
+    assert not list(tmp_path.iterdir())
+    if target == "safetensors":
+        shake(adapted)
+        merged = adapted.merge_and_unload()
+        export(merged, tmp_path / "out", target)
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits(again), logits(merged), rtol=1e-5, atol=1e-5)
 
 
 def test_gpt2_and_its_transposed_linears():

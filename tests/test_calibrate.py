@@ -249,12 +249,23 @@ def test_the_model_keeps_its_mode():
 def test_a_broken_weight_is_named_and_the_model_stays_whole():
     model, batches = make("cnn")
     with torch.no_grad():
-        model.blocks[1].conv2.weight[0, 0, 0, 0] = float("nan")
+        model.blocks[1].conv2.weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"blocks\.1\.conv2\.weight has values that are not finite"):
         quantize(model, request(dataset=samples_of(batches), solver="rtn"))
     assert not any(isinstance(module, Replay) for module in model.modules())
     assert type(model.blocks[1].conv2) is nn.Conv2d
     model(**batches[0])
+
+
+@pytest.mark.parametrize("dataset", [True, False])
+def test_a_float_model_of_nan_is_refused(dataset):
+    model, batches = make("cnn")
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean[0] = float("nan")
+    samples = {"dataset": samples_of(batches)} if dataset else {}
+    with pytest.raises(ValueError, match=r"running_mean of the float model holds NaN"):
+        quantize(model, request(**samples, solver="rtn"))
+    assert type(model.blocks[1].conv2) is nn.Conv2d
 
 
 def test_activations_that_overflow_name_the_layer():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import tiny_models
 from hf_catquant import CatQuantConfig
 from hf_catquant.correction import corrections
+from hf_catquant.resolve import resolve_corrections
 
 CLOSED = ("bert", "llama_tied", "resnet", "whisper", "gpt2")
 WITHOUT_IMPORT = """
@@ -274,6 +275,14 @@ def test_the_correction_of_a_resized_head_is_left_out(name, head, root, tmp_path
     assert not corrections(resized)
     assert "classifier: its correction is left out" in caplog.text
     assert tiny_models.main_output(resized(**tiny_models.batch(name))).shape[-1] == 7
+
+
+def test_a_correction_that_does_not_fit_the_stored_head_is_refused():
+    model = tiny_models.build("bert")
+    wide = {"classifier": {"width": 7}}
+    assert resolve_corrections(model, wide, filled=[], fresh=["classifier"]) == {}
+    with pytest.raises(ValueError, match="the correction at classifier takes 7 features"):
+        resolve_corrections(model, wide, filled=["classifier"], fresh=[])
 
 
 def edit_field(folder: Path, **fields) -> None:

@@ -26,7 +26,7 @@ from hf_catquant.walk import Walk
 RECONSTRUCT = {
     "solver": "reconstruct",
     "correction": ["blocks", "logits"],
-    "solver_options": {"block_steps": 3, "model_steps": 3},
+    "solver_options": {"block_steps": 3, "model_steps": 4},
 }
 ROUND = {"solver": "rtn", "correction": None}
 

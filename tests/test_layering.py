@@ -28,7 +28,7 @@ ROWS = [
     "correction_file cluster_space cluster_sums held_out site_rows",
     "cluster_fit judge",
     "layers",
-    "entries lora modules",
+    "entries lora modules sentinels",
     "config",
     "model resolve",
     "model_inputs padding load_checks streaming sizes float_parameters saving ties",

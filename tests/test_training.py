@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,62 @@ def test_after_two_looks_without_a_better_one_it_starts_over_more_slowly():
     first = seen[101].abs()  # Adam, begun again, moves every weight by its rate
     expected = 0.1 * BACK_OFF * 0.5 * (1 + math.cos(math.pi * 101 / 400))
     torch.testing.assert_close(first, torch.full((6,), expected), rtol=1e-3, atol=1e-5)
+
+
+class Memory:
+    """A draft in memory, of which some writing is the last before the process dies."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last, self.written, self.held = last, 0, None
+
+    def read(self):
+        return self.held
+
+    def write(self, tensors, record) -> None:
+        self.held = ({name: t.clone() for name, t in tensors.items()}, json.loads(json.dumps(record)))
+        self.written += 1
+        if self.written == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("last", range(1, 7))
+def test_gone_on_with_it_ends_in_the_same_bits(last):
+    def run(draft: Memory, seen: list[float]) -> tuple[Any, ...]:
+        weight, data = regression(count=4)
+        scale = nn.Parameter(torch.ones(()))
+
+        def loss_of(batch: int, learns: bool) -> Tensor:
+            x, y = data[batch]
+            wanted = 0.2 * y if batch == 3 else y  # more is not better for long: it starts over, and ends early
+            return (x @ weight * scale - wanted).square().mean()
+
+        groups = [{"params": [weight], "lr": 0.05}, {"params": [scale], "lr": 0.05}]
+        with learning([weight, scale]):
+            done = train(groups, loss_of, range(3), [3], 160, 3, lambda _, loss: seen.append(loss), draft)
+        return done, weight.tolist(), scale.tolist()
+
+    whole, expected, found = Memory(), [], []
+    done = run(whole, expected)
+    assert whole.written == 6
+    assert whole.held[1]["factor"] < BACK_OFF
+    draft = Memory(last)
+    with pytest.raises(KeyboardInterrupt):
+        run(draft, found)
+    draft.last = None
+    assert run(draft, found) == done
+    assert (
+        found == expected
+    )  # every look, though what went before a return to the best state leaves no trace in the end
+
+
+def test_a_draft_of_other_parameters_is_refused():
+    weight, draft = nn.Parameter(torch.ones(3)), Memory()
+    with learning([weight]):
+        train([{"params": [weight], "lr": 0.1}], lambda b, _: weight.square().sum(), [0], [], 16, 0, draft=draft)
+    assert draft.written
+    other = nn.Parameter(torch.ones(2))
+    with learning([other]), pytest.raises(ValueError, match="learned other parameters"):
+        train([{"params": [other], "lr": 0.1}], lambda b, _: other.square().sum(), [0], [], 16, 0, draft=draft)
 
 
 def test_without_held_out_batches_the_batches_decide():

@@ -150,6 +150,13 @@ def test_a_variant_that_transformers_would_not_read_is_none(folder):
         ({"weight_packed": lambda t: t[:, 1:].contiguous()}, "its tensors are .*, but its entry says"),
         ({"low_rank_in": lambda t: None}, "its tensors are .*, but its entry says"),
         ({"weight_packed": lambda t: None}, "checksums has 16 packed weights, modules describes 17"),
+        ({"weight": lambda t: None}, "there is no tensor of one byte under the name of the float weight"),
+        (
+            {"weight": lambda t: torch.zeros(32, 32)},
+            r"query.weight is F32 of shape \(32, 32\), but .* its name has one byte",
+        ),
+        ({"weight": lambda t: t[None]}, r"query.weight is U8 of shape \(1, 1\), but"),
+        ({"bias": lambda t: t * float("nan")}, "query.bias has values that are not finite"),
     ],
 )
 def test_tensors_that_cannot_be_are_named(folder, tensors, message):
@@ -282,6 +289,45 @@ def test_a_checkpoint_of_before_the_request_had_a_checksum_loads_and_is_remarked
     found = verify(folder)
     assert found.is_whole
     assert "the request and the provenance have no checksums" in found.remarks[0]
+
+
+def test_a_norm_of_nan_is_named(folder):
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    held["bert.embeddings.LayerNorm.bias"][0] = float("nan")
+    save_file(held, path, metadata={"format": "pt"})
+    edit_checksums(folder, file_checksums(path))
+    assert "bert.embeddings.LayerNorm.bias holds NaN" in verify(folder).problems[0]
+
+
+@pytest.mark.parametrize("change", [lambda t: None, lambda t: torch.zeros(32, 32)])
+def test_what_other_loaders_would_take_for_a_float_model_does_not_load(folder, change):
+    edit_tensors(folder, weight=change)
+    with pytest.raises(ValueError, match="one byte"):
+        load_quantized(str(folder))
+
+
+def test_a_model_saved_below_its_adapter_is_named(folder):
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        held = {name.replace(QUERY, f"{QUERY}.base_layer"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(held, path, metadata={"format": "pt"})
+    edit_checksums(folder, file_checksums(path))
+    assert "an adapter" in verify(folder).problems[0]
+
+
+def test_provenance_writes_no_lines_of_its_own(folder):
+    found = verify(folder)
+    found.provenance["solver"] = "gptq\nPROBLEM: none\n\x1b[8m"
+    assert str(found).splitlines() == [line for line in str(found).splitlines() if "PROBLEM" not in line[:7]]
+    assert "made by: solver: gptq\\nPROBLEM: none\\n\\x1b[8m" in str(found).splitlines()
+
+
+@pytest.mark.parametrize("name", ["report.json", "evaluation.json", "README.md"])
+def test_a_pipe_beside_the_model_is_not_waited_for(folder, name):
+    os.mkfifo(folder / name)
+    assert verify(folder).is_whole
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

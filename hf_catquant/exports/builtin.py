@@ -3,8 +3,9 @@
     gemma    w = weight_scale[n] * q             q in 2, 4 or 8 bits, signed; one float32 scale a row
     metal    w = scales[n, g] * q + qbiases[n, g]    q in 2, 4 or 8 bits, unsigned; float32; one number of bits a model
 
-Linears that these equations hold are moved code by code; every other layer is float, as exact as before. Of "metal" the
-packed product runs on Apple silicon; elsewhere transformers dequantizes while loading, and wants ``device_map``.
+Linears that these equations hold are moved code by code; every other layer is float, as exact as before, and so is what a
+class keeps in float32 whatever its quantizer (T5's ``wo``). Of "metal" the packed product runs on Apple silicon; elsewhere
+transformers dequantizes while loading, and wants ``device_map``.
 (transformers: integrations/gemma_quant.py, integrations/metal_quantization.py.)
 """
 
@@ -20,7 +21,7 @@ from transformers import GemmaQuantizationConfig, MetalConfig
 
 from ..formats import get_format, group_width
 from ..layers import QuantizedModule
-from ..model import quantized_modules
+from ..model import is_passed_by, quantized_modules
 from ..packing import unpack
 from .common import Exported, Source, copy_processor, fold_corrections, settle_losses, weight_bytes, written_beside
 
@@ -37,7 +38,7 @@ def write_gemma(source: Source, out: Path, *, lossy: bool = False) -> Exported:
         ValueError: something would be lost, or no layer has one scale a row and no offset.
     """
     lost = settle_losses(source, fold_corrections(source.model), lossy, "gemma")
-    bits = {name: _row_bits(module) for name, module in quantized_modules(source.model).items()}
+    bits = {name: _row_bits(module) for name, module in _loadable(source.model).items()}
     kept = {name: n for name, n in bits.items() if n is not None}
     if not kept:
         raise ValueError(
@@ -60,7 +61,7 @@ def write_metal(source: Source, out: Path, *, lossy: bool = False) -> Exported:
         ValueError: something would be lost, or no layer has groups that are whole multiples of 32 columns.
     """
     lost = settle_losses(source, fold_corrections(source.model), lossy, "metal")
-    modules = quantized_modules(source.model)
+    modules = _loadable(source.model)
     choices = {
         (bits, size): [name for name, module in modules.items() if _fits_metal(module, bits, size)]
         for bits in _BITS
@@ -110,6 +111,11 @@ def _check(kind: Any, folder: Path, weights: dict[str, Tensor]) -> None:
             wrong.append(f"{name}.weight")
     if wrong:
         raise ValueError(f"{kind.__name__} does not load these weights back: {', '.join(wrong[:5])}")
+
+
+def _loadable(model: nn.Module) -> dict[str, QuantizedModule]:
+    """Quantized layers but those that transformers makes float ones, whatever a config says."""
+    return {name: module for name, module in quantized_modules(model).items() if not is_passed_by(model, name)}
 
 
 def _others(model: nn.Module, kept: Any) -> list[str]:

@@ -21,6 +21,7 @@ from ..identity import CARD, EVALUATION, PLOTS, REPORT
 from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
 from ..layers import QuantizedModule
 from ..model import quantized_modules, replace_module
+from ..modules import check_no_adapters
 from ..tasks import load_quantized
 
 
@@ -66,14 +67,15 @@ def open_model(model: str | Path | PreTrainedModel, trust_remote_code: bool = Fa
     """The model, loaded, or a copy of the one in memory.
 
     Raises:
-        ValueError: it is not a quantized transformers model.
+        ValueError: it is not a quantized transformers model, or has adapters that are not merged.
     """
-    if isinstance(model, str | Path):
-        source = Source(load_quantized(str(model), trust_remote_code), str(model))
-    elif isinstance(model, PreTrainedModel):
-        source = Source(copy.deepcopy(model).cpu(), None)
-    else:
+    is_name = isinstance(model, str | Path)
+    held: Any = load_quantized(str(model), trust_remote_code) if is_name else model
+    if isinstance(held, nn.Module):
+        check_no_adapters(held, "exported")
+    if not is_name and not isinstance(held, PreTrainedModel):
         raise ValueError(f"model must be a folder, a Hub id or a transformers model, got a {type(model).__name__}")
+    source = Source(held, str(model)) if is_name else Source(copy.deepcopy(held).cpu(), None)
     if not quantized_modules(source.model):
         raise ValueError(
             f"{model if source.name else type(model).__name__} is not quantized: there is nothing to export"
