@@ -15,6 +15,7 @@ from .entries import Entries, check_tensors, verify_entries
 from .fields import check_depth, check_labels
 from .formats import get_format, group_count
 from .integrity import Stored, read_header, verify_files
+from .op_checks import COMPUTE
 from .packing import check_bytes, packed_width
 
 _BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
@@ -33,6 +34,7 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
     verify_entries(modules, config.corrections, config.checksums, config.entries_checksum)
     check_tensors(modules, config.checksums)
     check_depth(raw, len(config.checksums))
+    _check_dtype(raw)
     verify_files(files, config.checksums)
     headers: dict[str, Stored] = {}
     for path in files:
@@ -47,6 +49,14 @@ def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path])
     for path in files:
         _check_values(path, formats)
     return headers
+
+
+def _check_dtype(raw: dict[str, Any]) -> None:
+    known = [str(dtype).removeprefix("torch.") for dtype in COMPUTE]
+    for name in ("dtype", "torch_dtype"):
+        found = raw.get(name)
+        if found is not None and str(found).removeprefix("torch.") not in known:
+            raise ValueError(f"config.json: {name} must be one of {', '.join(known)}, got {found!r:.40}")
 
 
 def expected_kind(entry: dict[str, Any]) -> Kind:
