@@ -171,7 +171,7 @@ def test_tensors_that_cannot_be_are_named(folder, tensors, message):
     [
         ({"hidden_act": "relu"}, "hidden_act of config.json are not what was saved"),
         ({"dtype": "float16"}, "dtype of config.json are not what was saved"),
-        ({"dtype": "float8_e4m3fn"}, "dtype must be one of float32, .*, got 'float8_e4m3fn'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype must be one of float32"),
         ({"architectures": ["BertForMaskedLM"]}, "architectures of config.json are not what was saved"),
         (
             {"id2label": {str(i): f"class {4 - i}" for i in range(5)}, "label2id": {}},
