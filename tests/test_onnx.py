@@ -24,6 +24,7 @@ from hf_catquant.formats import ACTIVATION_FORMATS, get_format
 from hf_catquant.kernels import reference
 from hf_catquant.model import dequantize_modules, quantized_modules
 from hf_catquant.rotation import rotate
+from hf_catquant.tasks import read_rows
 from hf_catquant.weight import fit_static_range, quantize_activation
 
 
@@ -121,7 +122,11 @@ def test_every_format_in_every_layer(evaluator, tmp_path):
     model = quantize(EveryFormat(), config)
     assert {layer.scheme.weights for layer in quantized_modules(model).values()} == set(ALL_FORMATS)
     ids = torch.arange(22).view(2, 11) % 11
+    model.train()
     done = export_onnx(model, tmp_path / "all.onnx", (ids,), opset_version=18)
+    assert model.training
+    assert "21 packed weights" in done.notes[0]
+    assert "onnxruntime" in done.notes[-1]
     assert done.size == (tmp_path / "all.onnx").stat().st_size
     with torch.no_grad():
         wanted = model(ids)
@@ -194,12 +199,9 @@ def test_only_the_dequantized_model_is_made_of_operators_of_torch(pair):
     assert spaces == [{"catquant", "aten"}, {"aten"}]
 
 
-def test_onnxruntime_is_asked(evaluator, pair, tmp_path, monkeypatch):
+def test_onnxruntime_is_asked_and_a_wrong_file_is_refused(evaluator, pair, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model, _, x = pair
-    model.train()
-    assert "onnxruntime" in export_onnx(model, tmp_path / "right.onnx", (x,)).notes[-1]
-    assert model.training
     right = onnx_functions.dequantize
 
     def wrong(*given: Any) -> onnx_functions.Text:
@@ -210,7 +212,7 @@ def test_onnxruntime_is_asked(evaluator, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_functions, "dequantize", wrong)
     with pytest.raises(ValueError, match="does not compute what the model does"):
         export_onnx(model, tmp_path / "wrong.onnx", (x,))
-    assert [path.name for path in tmp_path.iterdir()] == ["right.onnx"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals(evaluator, pair, tmp_path, monkeypatch):
@@ -223,6 +225,8 @@ def test_refusals(evaluator, pair, tmp_path, monkeypatch):
     mixtral = tf.MixtralForCausalLM(tf.MixtralConfig(**tiny_models.LLAMA, num_local_experts=2, num_experts_per_tok=1))
     with pytest.raises(ValueError, match=r"mlp\.experts\.up holds fused experts"):
         export_onnx(quantize(mixtral, CatQuantConfig(solver="rtn", correction=None)), file)
+    with pytest.raises(ValueError, match="must be on the CPU to be exported, got tensors on meta"):
+        export_onnx(copy.deepcopy(model).to("meta"), file, (x,))
     llama = quantized("llama")
     with pytest.raises(ValueError, match="'use_cache': False"):
         export_onnx(llama, file, kwargs=tiny_models.batch("llama"))
@@ -236,3 +240,24 @@ def test_refusals(evaluator, pair, tmp_path, monkeypatch):
         export_onnx(model, tmp_path / "other.onnx", (x,))
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_real_sentences_are_classified_the_same(evaluator, realdata, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    folder = realdata / "models" / "minilm-l6-sst2"
+    float_model = tf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    model = quantize(float_model, CatQuantConfig(weights="int4", group_size=32, solver="rtn", correction=None))
+    file = hf_catquant.export(model, tmp_path / "minilm.onnx", "onnx").path
+    session = runtime.InferenceSession(str(file))
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    rows = read_rows(str(realdata / "data" / "sst2" / "validation.parquet"))
+    for start in range(0, len(rows), 64):
+        batch = tokenizer(rows["sentence"][start : start + 64], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            wanted = model(**batch).logits
+        names = [given.name for given in session.get_inputs()]
+        found = torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in names})[0])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.argmax(-1), wanted.argmax(-1))

@@ -8,8 +8,8 @@ functions is its own: onnxruntime decodes constants once, when it loads the file
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,18 +21,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from transformers import Cache
 
-from ..correction import corrections
-from ..inventory import shortly
 from ..layers.experts import QuantizedExpertLinear
 from ..model import quantized_modules
 from . import onnx_functions as functions
 from .common import Exported, Source, free_place, written_beside
+from .onnx_check import check_answers, check_bytes
 from .onnx_inputs import example_inputs
 from .onnx_ops import Translator
 
 LEAST_OPSET = 18  # ReduceMax, Pad and others as the functions call them
-_LARGEST = 2_000_000_000  # bytes: a protobuf holds 2 GiB
-_CLOSE = 1e-3  # of the largest answer: float32 in another order is well within, a wrong weight is not
 
 
 def export_onnx(
@@ -57,7 +54,7 @@ def export_onnx(
     Raises:
         ValueError: something is at ``path``, nothing in the model is quantized, it has quantized experts or would answer
             with a cache of keys and values, the opset is too old, the file would be beyond 2 GB, packed bytes would not be
-            in it, or onnxruntime answers something else.
+            in it, or onnxruntime answers something else or does not run the file.
         ImportError: onnx or onnxscript is not installed.
         torch.onnx.OnnxExporterError: torch cannot export the model.
     """
@@ -66,11 +63,11 @@ def export_onnx(
     with _evaluating(model), torch.no_grad():
         wanted = _answers(model(*args, **(kwargs or {})))
         program = _translated(model, args, kwargs, options)
-        notes = _check_bytes(model, program.model)
+        notes = check_bytes(model, program.model)
         with written_beside(place) as file:
             program.save(file)
-            names = [value.name for value in program.model.graph.inputs]
-            notes += _compared(model, names, file, wanted, args, kwargs or {})
+            given = _by_name(program.model.graph.inputs, args, kwargs or {})
+            notes += check_answers(model, file, given, wanted)
     return Exported(place, "onnx", place.stat().st_size, [], notes)
 
 
@@ -106,6 +103,9 @@ def _check_model(model: nn.Module, options: dict[str, Any]) -> None:
             f"{experts[0]} holds fused experts, whose rows the router sorts: ONNX has no such product. Call dequantize() "
             "and torch.onnx.export for a float file, or quantize with modules_to_not_convert naming the experts"
         )
+    elsewhere = {str(tensor.device) for tensor in model.state_dict().values()} - {"cpu"}
+    if elsewhere:
+        raise ValueError(f"the model must be on the CPU to be exported, got tensors on {', '.join(sorted(elsewhere))}")
     opset = options.get("opset_version")
     if opset is not None and opset < LEAST_OPSET:
         raise ValueError(f"opset_version must be at least {LEAST_OPSET}, got {opset}")
@@ -137,11 +137,25 @@ def _answers(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def _by_name(inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an example by the names of the graph's inputs, which have the order of ``forward``'s parameters."""
+    names = [value.name for value in inputs]
+    named = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)}
+    others = (args, {key: value for key, value in kwargs.items() if key not in named})
+    rest = [leaf for leaf in _pytree.tree_leaves(others) if isinstance(leaf, Tensor)]
+    return {**named, **dict(zip([name for name in names if name not in named], rest, strict=True))}
+
+
 def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: Any, options: dict[str, Any]) -> Any:
     """torch's ``ONNXProgram``, with the functions that it calls; packed bytes and halves as they are stored."""
     translator = Translator()
     given = {"verbose": False, **options, "optimize": False, "dynamo": True}
-    program: Any = torch.onnx.export(model, args, kwargs=kwargs, custom_translation_table=translator.table(), **given)
+    with warnings.catch_warnings():  # of torch to itself, and that sizes of several inputs have one name
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="# The axis name")
+        program: Any = torch.onnx.export(
+            model, args, kwargs=kwargs, custom_translation_table=translator.table(), **given
+        )
     graph = program.model
     # Before the functions are there: the optimizer would put them into the graph, and fold them.
     import_module("onnxscript.optimizer").optimize_ir(graph, should_fold=_may_fold)
@@ -163,71 +177,3 @@ def _may_fold(node: Any) -> bool | None:
     """Not a cast of float16 constants: they are low-rank products, and would take twice the bytes."""
     held = node.inputs[0] if node.op_type == "Cast" else None
     return False if held is not None and held.const_value is not None and held.dtype.itemsize < 4 else None
-
-
-def _check_bytes(model: nn.Module, graph: Any) -> list[str]:
-    """What the file holds packed, a note, and one of layers that it does not need.
-
-    Raises:
-        ValueError: a function would read other bytes than a layer has, or the file would be too large.
-    """
-    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    if size > _LARGEST:
-        raise ValueError(
-            f"the file would hold {size / 1e9:.2f} GB, and a file of ONNX holds 2: export parts of the model"
-        )
-    layers = quantized_modules(model)
-    names = {_digest(layer.weight_packed.cpu().numpy()): name for name, layer in layers.items()}
-    read: dict[bytes, int] = {}
-    for node in graph.graph.all_nodes():
-        for value in node.inputs if node.domain == functions.DOMAIN else ():
-            if value is not None and value.dtype is not None and value.dtype.name == "UINT8":
-                packed = None if value.const_value is None else value.const_value.numpy()
-                if packed is None or _digest(packed) not in names:
-                    raise ValueError(f"{node.op_type} would read {value.name}, which is no layer's packed weight")
-                read[_digest(packed)] = packed.nbytes
-    notes = [f"{len(read)} packed weights, {sum(read.values()) / 1e6:,.2f} MB of {size / 1e6:,.2f}"]
-    unread = [name for digest, name in names.items() if digest not in read]
-    return notes + ([f"not in the graph, as this call does not run them: {shortly(unread)}"] if unread else [])
-
-
-def _digest(packed: Any) -> bytes:
-    return hashlib.sha256(str(packed.shape).encode() + packed.tobytes()).digest()
-
-
-def _compared(
-    model: nn.Module, names: list[str], file: Path, wanted: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[str]:
-    """How far onnxruntime's answers to the example are from the model's, a note.
-
-    Raises:
-        ValueError: too far.
-    """
-    if importlib.util.find_spec("onnxruntime") is None:
-        return ["not run: onnxruntime is not installed"]
-    runtime = import_module("onnxruntime")
-    given = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    try:
-        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        found = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # such as bfloat16, which it lacks
-        return [f"not run: onnxruntime {runtime.__version__} says {str(error).splitlines()[0]}"]
-    worst = max((_distance(*pair) for pair in zip(wanted, found, strict=True)), default=0.0)
-    said = f"onnxruntime {runtime.__version__} answers the example within {worst:.1e} of the largest answer"
-    rounded = any(layer.scheme.activations for layer in quantized_modules(model).values())
-    # A value between two codes, or a row between two clusters, may go either way.
-    if (
-        worst > _CLOSE
-        and not rounded
-        and all(len(correction.gamma) == 1 for correction in corrections(model).values())
-    ):
-        raise ValueError(f"{said}: the file does not compute what the model does")
-    return [said]
-
-
-def _distance(expected: Tensor, found: Any) -> float:
-    """The largest difference, as a share of the largest value."""
-    if not expected.numel():
-        return 0.0
-    difference = (torch.from_numpy(found).double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(1e-12))

@@ -24,6 +24,7 @@ from ..rotation import block_size, signs, walsh_factors
 
 DOMAIN = "hf_catquant"
 VERSION = 1
+DECODERS = ("dequantize_", "embedding_")  # their functions read packed bytes
 _INT32, _FLOAT = 6, 1  # onnx.TensorProto
 
 
