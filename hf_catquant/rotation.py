@@ -33,10 +33,15 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
 def _walsh(x: Tensor) -> Tensor:
     """H_p is symmetric, and the Kronecker product of two smaller ones."""
     size = block_size(x.shape[-1])
+    left, right = walsh_factors(size, x.device)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, len(left), len(right))  # no -1: there may be no rows
+    return (left @ (blocks @ right)).reshape(x.shape) * size**-0.5
+
+
+def walsh_factors(size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Two matrices of +1 and -1, (a, a) and (b, b), whose Kronecker product is sqrt(size) H; a b = ``size``."""
     first = 1 << (size.bit_length() // 2)
-    second = size // first
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, first, second)  # no -1: there may be no rows
-    return (_walsh_signs(first, x.device) @ (blocks @ _walsh_signs(second, x.device))).reshape(x.shape) * size**-0.5
+    return _walsh_signs(first, torch.device(device)), _walsh_signs(size // first, torch.device(device))
 
 
 @lru_cache(maxsize=64)

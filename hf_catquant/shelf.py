@@ -71,7 +71,7 @@ def _fill(file: Any, data: Tensor, path: Path) -> None:
 
 def absent(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     """What stands for a weight that is not in memory: one NaN in its shape."""
-    return torch.full((1,), math.nan, dtype=dtype).expand(tuple(shape))
+    return torch.full((), math.nan, dtype=dtype).expand(tuple(shape))
 
 
 def is_absent(tensor: Tensor) -> bool:

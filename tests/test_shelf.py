@@ -15,7 +15,7 @@ import tiny_models
 from hf_catquant import streaming
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import read_header
-from hf_catquant.shelf import Shelf, Source, absent, resident, shelf_of
+from hf_catquant.shelf import Shelf, Source, absent, is_absent, resident, shelf_of
 from hf_catquant.tasks import auto_class, load_config
 
 
@@ -86,6 +86,12 @@ def test_a_taken_unit_stays_and_a_finished_one_frees_what_was_replaced(tmp_path)
     assert bool(weight.isnan().all())
     assert is_there(model, f"{name}.self_attn.k_proj")  # still part of the model
     assert len(copy.deepcopy(model.get_submodule(name))._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (8, 4, 1, 1), (5, 1), (1, 7)])
+def test_a_side_of_one_does_not_hide_that_a_weight_is_away(shape):
+    """The weights of convolutions with a kernel of one."""
+    assert is_absent(absent(shape, torch.float32))
 
 
 def test_what_is_read_while_it_is_away_is_not_a_number(tmp_path):

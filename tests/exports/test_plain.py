@@ -176,7 +176,7 @@ def test_bad_requests_are_refused(tmp_path):
         ({"model": tiny_models.build("bert"), "out": tmp_path / "a"}, "is not quantized"),
         ({"model": torch.nn.Linear(2, 2), "out": tmp_path / "a"}, "a folder, a Hub id or a transformers model"),
         ({"model": "x", "out": tmp_path / "there"}, "exists and is not an empty folder"),
-        ({"model": "x", "out": tmp_path / "a", "to": "onnx"}, "to must be one of safetensors, gguf"),
+        ({"model": "x", "out": tmp_path / "a", "to": "openvino"}, "to must be one of safetensors, gguf"),
         (
             {"model": "x", "out": tmp_path / "a", "ternary": "TQ1_0"},
             "safetensors has no option 'ternary'; it has dtype",
