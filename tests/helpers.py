@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,11 @@ ALL_FORMATS = list(FORMATS)
 
 # 33 columns in groups of 8 leave a last group of one; 20 in groups of 16 leave half a group; 40 come out even.
 SHAPES = [(3, 33, 8), (5, 20, 16), (4, 40, 8), (7, 13, -1), (2, 1, 8)]
+
+
+def slow(*values):
+    """Cases that only ``make test-all`` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 import tiny_models
-from helpers import global_rng_untouched
+from helpers import global_rng_untouched, slow
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.embedding import QuantizedEmbedding
@@ -269,7 +269,7 @@ def test_activations(name, activations, root, tmp_path):
             load(name, root, quantization_config=CatQuantConfig(**{**DATA_FREE, "activations": activations}))
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama_tied"])
+@pytest.mark.parametrize("name", ["vit", *slow("bert"), "llama_tied"])
 def test_compile_and_export(name, root):
     model = load(name, root, quantization_config=calibrated(name, correction={"num_clusters": 2, "alpha": 0.5}))
     batch = tiny_models.batch(name)

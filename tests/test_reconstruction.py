@@ -11,6 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import tiny_models
+from helpers import slow
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.correction import corrections
 from hf_catquant.fitting import Pairs
@@ -20,11 +21,6 @@ from hf_catquant.reconstruction import Reconstruction
 from hf_catquant.solvers.reconstruct import Options
 
 FEW = {"block_steps": 60, "model_steps": 40}
-
-
-def slow(*values):
-    """Cases that only ``make test-all`` runs."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def request(name: str, count: int = 64, **fields: Any) -> CatQuantConfig:

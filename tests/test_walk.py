@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import tiny_models
+from helpers import slow
 from hf_catquant import CatQuantConfig, quantize, walk
 from hf_catquant.layers import layer_for
 from hf_catquant.log import logger
@@ -286,7 +287,7 @@ def test_layers_that_read_one_tensor_share_a_source():
 
 
 @pytest.mark.parametrize("solver", ["gptq", "reconstruct"])
-@pytest.mark.parametrize("arch", ["resnet", "llama_tied"])
+@pytest.mark.parametrize("arch", [*slow("resnet"), "llama_tied"])
 def test_arguments_and_answers_too_large_to_keep_are_computed_again(arch, solver, monkeypatch):
     options = {"block_steps": 3, "model_steps": 2} if solver == "reconstruct" else None
     config = {"batch_size": 4, "solver": solver, "solver_options": options, "activations": "int4"}

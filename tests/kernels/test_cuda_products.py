@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cuda_emulator import compiler, emulated
-from helpers import ALL_FORMATS, Case, assert_product, random_case
+from helpers import ALL_FORMATS, Case, assert_product, random_case, slow
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
 from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_layout, cuda_table
 from hf_catquant.weight import quantize_activation
@@ -95,13 +95,18 @@ def test_groups_and_tails_of_every_format(name, outputs, columns, group_size, ro
     ("name", "rows", "group_size", "activations"),
     [
         ("ternary", 9, 64, None),
-        ("ternary", 70, -1, "int8"),
         ("binary", 33, 256, None),
-        ("binary", 40, -1, None),
-        ("int4", 65, 64, None),
-        ("int4", 9, 256, "int8"),
         ("int4", 70, 64, "int8"),
-        ("int8", 40, -1, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("ternary", 70, -1, "int8"),
+                ("binary", 40, -1, None),
+                ("int4", 65, 64, None),
+                ("int4", 9, 256, "int8"),
+                ("int8", 40, -1, None),
+            )
+        ),
     ],
 )
 def test_many_rows_cut_along_k(name, rows, group_size, activations, folder):
@@ -109,6 +114,7 @@ def test_many_rows_cut_along_k(name, rows, group_size, activations, folder):
     check(case, x, folder, activations, parts=3)
 
 
+@pytest.mark.slow
 def test_few_rows_of_x_and_of_the_weight(folder, monkeypatch):
     monkeypatch.setattr(cuda_table, "TALL_TOKENS", 0)  # as on a device that tall blocks would leave idle
     check(stored("ternary", 280, 600, 64), inputs(9, 600, torch.bfloat16), folder, parts=3)
@@ -206,7 +212,11 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# One of each file.
+ALWAYS = ("field", "row of a pair", "odd fields", "copies not waited for", "start of a part", "parts", "sums of x")
+
+
+@pytest.mark.parametrize("mistake", [*ALWAYS, *slow(*(name for name in MISTAKES if name not in ALWAYS))])
 def test_mistakes_are_found(mistake, folder, tmp_path):
     file, right, wrong, rows = MISTAKES[mistake]
     shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
+from helpers import slow
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
 from hf_catquant.layers import Scheme, layer_for
@@ -107,7 +108,7 @@ def test_a_layer_computes_with_the_weight_it_shows(name):
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq", "reconstruct"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", *slow("reconstruct")])
 @pytest.mark.parametrize("name", ["bert", "resnet"])
 @torch.no_grad()
 def test_stored_and_reported(name, solver, tmp_path):
