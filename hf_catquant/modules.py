@@ -8,6 +8,8 @@ from torch import nn
 
 from .layers.experts import Experts, Fused, does_the_same
 
+ADAPTED = ".base_layer"  # what PEFT adds to the name of a layer that has adapters
+
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` at every place that holds the module called ``name``: some models use one module at several."""

@@ -16,10 +16,10 @@ from .entries import Entries, entries_checksum, module_entry, seal
 from .integrity import checksums
 from .log import logger
 from .model import quantized_modules
+from .modules import ADAPTED
 
 _MERGED = "merged_adapters"  # of a provenance: rank by module
 _REPLACED, _GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized
-_ADAPTED = ".base_layer"  # how PEFT calls a layer that has adapters
 
 
 def update_config(
@@ -53,10 +53,10 @@ def entries_now(config: CatQuantConfig, model: nn.Module) -> Entries:
 
 
 def _check_entries(modules: Entries, model: nn.Module) -> None:
-    adapted = [name for name in modules if name.endswith(_ADAPTED)]
+    adapted = [name for name in modules if name.endswith(ADAPTED)]
     if adapted:
         raise ValueError(
-            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(_ADAPTED)} ...), and a checkpoint of "
+            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(ADAPTED)} ...), and a checkpoint of "
             "the model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
             "merge_and_unload and save what it returns"
         )

@@ -15,13 +15,14 @@ from .entries import Entries, check_tensors, verify_entries
 from .fields import check_depth, check_labels
 from .formats import get_format, group_count
 from .integrity import Stored, read_header, verify_files
+from .layers.state import SHARED
+from .modules import ADAPTED
 from .op_checks import COMPUTE
 from .packing import check_bytes, packed_width
 
-_BUFFERS = ("weight_packed", "weight_scale", "weight_offset", "low_rank_out", "low_rank_in")
 _SCALES = {"float16": "F16", "float32": "F32"}
 
-Kind = tuple[tuple[str, tuple[int, ...]] | None, ...]  # dtype and shape of each of _BUFFERS, None where there is none
+Kind = tuple[tuple[str, tuple[int, ...]] | None, ...]  # dtype and shape of each of SHARED, None where there is none
 
 
 def check_stored(config: CatQuantConfig, raw: dict[str, Any], files: list[Path]) -> dict[str, Stored]:
@@ -60,7 +61,7 @@ def _check_dtype(raw: dict[str, Any]) -> None:
 
 
 def expected_kind(entry: dict[str, Any]) -> Kind:
-    """Dtype and shape of the tensors that hold the weight of an entry, in the order of ``_BUFFERS``."""
+    """Dtype and shape of the tensors that hold the weight of an entry, in the order of ``SHARED``."""
     fmt, (rows, columns), size = get_format(entry["weights"]), entry["shape"], entry["group_size"]
     scale = (_SCALES[entry["scale_dtype"]], (rows, group_count(columns, size)))
     rank = entry["low_rank"]
@@ -81,7 +82,7 @@ def match(modules: Entries, headers: dict[str, Stored]) -> dict[str, str]:
     Raises:
         ValueError: the tensors of a module have another dtype or shape, or are not there.
     """
-    adapter = next((name for name in headers if ".base_layer." in name), None)
+    adapter = next((name for name in headers if f"{ADAPTED}." in name), None)
     if adapter is not None:
         raise ValueError(
             f"{adapter} is the name of a layer with an adapter: the model was saved with one that was not merged, and loads "
@@ -106,7 +107,7 @@ def _stems(names: Iterable[str]) -> list[str]:
 
 
 def _kind(stem: str, headers: dict[str, Stored]) -> Kind:
-    held = [headers.get(f"{stem}.{buffer}") for buffer in _BUFFERS]
+    held = [headers.get(f"{stem}.{buffer}") for buffer in SHARED]
     return tuple(None if stored is None else (stored.dtype, stored.shape) for stored in held)
 
 

@@ -6,6 +6,7 @@ it is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -100,10 +101,7 @@ class Translator:
         """The convolution of x_hat with w_hat in the shape of its kernel."""
         x_hat = self._rounded(x, input_scale, input_offset, activations)
         shape = [int(packed.shape[0]), int(x.shape[1]) // groups, *kernel_size]
-        columns = shape[1]
-        for size in kernel_size:
-            columns *= size
-        weight = self._weight(x, packed, scale, offset, weights, group_size, columns)
+        weight = self._weight(x, packed, scale, offset, weights, group_size, math.prod(shape[1:]))
         weight = self._op.Reshape(weight, self._op.Constant(value_ints=shape))
         given = [x_hat, weight] if bias is None else [x_hat, weight, self._cast_like(bias, x)]
         return self._op.Conv(

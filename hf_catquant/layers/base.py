@@ -19,7 +19,7 @@ from ..formats import get_format, group_count
 from ..kernels import direct  # registers what the ops compute, too
 from ..packing import check_bytes, pack, packed_width
 from ..weight import QuantizedWeight, storage_dtype
-from . import state
+from .state import PackedState
 
 Window = tuple[tuple[int, int], tuple[int, int]]  # (first, count) of rows and of columns
 
@@ -49,7 +49,7 @@ class Scheme:
     rotation: str | None = None
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(PackedState):
     """A layer with a packed weight (N, K) in G groups a row.
 
     Buffers: ``weight_packed`` (N, bytes) uint8, ``weight_scale`` (N, G) and for affine formats ``weight_offset`` (N, G)
@@ -59,9 +59,7 @@ class QuantizedModule(nn.Module):
 
     Buffers keep their dtype under ``.to(dtype)`` and ``.half()``: only the compute dtype, and the bias, change.
 
-    ``load_state_dict`` refuses the state of a layer in another scheme, as far as that shows (``state.py``): a state dict
-    knows its schemes, also after ``torch.save``; of tensors in a plain dict or a safetensors file only dtypes and shapes can
-    be told, and a rotation, an activation format or some group sizes are in neither.
+    Sharing a weight, and what state dicts hold and refuse, is :class:`PackedState`'s.
     """
 
     wraps: ClassVar[type[nn.Module]]
@@ -82,8 +80,6 @@ class QuantizedModule(nn.Module):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
-    owner: QuantizedModule | None = None  # the layer whose packed weight this one shares, and which alone is saved
-    sharers: tuple[QuantizedModule, ...] = ()  # the layers that share this one's packed weight
     site: str | None = None  # its name when the model was quantized, loaded or last saved; layers can be moved
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -259,34 +255,6 @@ class QuantizedModule(nn.Module):
         self.low_rank_out = out.detach().contiguous().to(device, torch.float16, copy=True)
         self.low_rank_in = into.detach().contiguous().to(device, torch.float16, copy=True)
 
-    def share(self, owner: nn.Module) -> None:
-        """Hold the very buffers of ``owner``, which alone are saved, also after they are moved or loaded anew.
-
-        Raises:
-            TypeError: it is no quantized layer, but something that only answers for one.
-        """
-        if not isinstance(owner, QuantizedModule):
-            raise TypeError(f"a {type(owner).__name__} is no quantized layer: its weight cannot be shared")
-        for buffer in state.SHARED:
-            setattr(self, buffer, getattr(owner, buffer))
-            self._non_persistent_buffers_set.add(buffer)
-        self.scheme = owner.scheme
-        if self not in owner.sharers:
-            owner.sharers = (*owner.sharers, self)
-        self.__dict__["owner"] = owner  # past nn.Module, which would make it a child
-
-    def stop_sharing(self) -> None:
-        """Hold the weight of the owner for itself: it is saved with this layer then."""
-        if self.owner is not None:
-            self.owner.sharers = tuple(layer for layer in self.owner.sharers if layer is not self)
-            del self.__dict__["owner"]
-            self._non_persistent_buffers_set.difference_update(state.SHARED)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other layers share its packed weight."""
-        return bool(self.sharers)
-
     @torch.no_grad()
     def fill_input_range(self, scale: Tensor, offset: Tensor | None) -> None:
         """Set the calibrated static range of the input, () each."""
@@ -340,33 +308,8 @@ class QuantizedModule(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != dtype:  # undo the cast, not the move
                 setattr(self, name, exact[name].to(moved.device))
-        for sharer in self.sharers if self.owner is None else (self,):  # a move makes a copy for each of them
-            state.follow(sharer)
+        self.reunite()  # a move makes a copy for each of them
         return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state.describe(self, destination, prefix)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        wrong = state.differences(self, state_dict, prefix, local_metadata)
-        if wrong:
-            error_msgs += wrong
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if any(prefix + name in state_dict for name in self._buffers):
-            state.loaded(self)
 
     def extra_repr(self) -> str:
         """Shape and scheme, as printed inside ``print(model)``."""
