@@ -102,6 +102,19 @@ def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypa
     assert digests(tmp_path / "True") == digests(tmp_path / "False")
 
 
+def test_one_and_two_threads_give_the_same_bytes(tmp_path):
+    """With products beside the codes of convolutions, whose positions torch's own convolutions add up by threads."""
+    source = tiny_models.folder_of("resnet", str(tmp_path / "float"))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            quantize_folder(source, tmp_path / str(threads), request("resnet", low_rank=2))
+    finally:
+        torch.set_num_threads(before)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
 def interrupted(source, out, config, monkeypatch, after=2, **more):
     """A run that fails in the middle; its journal stays."""
     write, count = folder.Journal.write, [0]

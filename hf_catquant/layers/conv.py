@@ -67,11 +67,17 @@ class _QuantizedConv(QuantizedModule):
 
     def _low_rank(self, x: Tensor, padding: tuple[int, ...], out: Tensor, into: Tensor) -> Tensor:
         """What the product ``out`` (N, r) times ``into`` (r, K) adds: r channels a group, and all N from them."""
-        rank = len(into)
+        rank, ones = len(into), (1,) * len(self.kernel_size)
         first = torch.cat([into.view(rank, -1, *self.kernel_size)] * int(self.groups))
-        inside = self._conv(x, first, None, self.stride, padding, self.dilation, self.groups)
-        second = out.view(*out.shape, *[1] * len(self.kernel_size))
-        return self._conv(inside, second, None, 1, 0, 1, self.groups)
+        if self.groups == 1 and tuple(self.kernel_size) == ones and not any(padding):
+            steps: Any = self.stride
+            strided: Any = (..., *(slice(None, None, step) for step in steps))
+            inside = _channels(x[strided], into)
+        else:
+            inside = self._conv(x, first, None, self.stride, padding, self.dilation, self.groups)
+        if self.groups == 1:
+            return _channels(inside, out)
+        return self._conv(inside, out.view(*out.shape, *ones), None, 1, 0, 1, self.groups)
 
     @property
     def _conv(self) -> Any:
@@ -190,3 +196,8 @@ def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     around: Any = module._reversed_padding_repeated_twice
     return F.pad(x, around, mode=mode), (0,) * len(module.kernel_size)  # type: ignore[arg-type]
+
+
+def _channels(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution of one position: weight (N, C) on x (B, C, *spatial). Threads change how torch's own adds up."""
+    return F.linear(x.movedim(1, -1), weight).movedim(-1, 1)

@@ -83,6 +83,8 @@ LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (5, 24)),
     "conv1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 11)),
     "conv2d": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3, bias=False), (2, 6, 7, 8)),
+    "position": (lambda: nn.Conv2d(6, 9, 1, stride=(2, 3)), (2, 6, 7, 8)),
+    "padded": (lambda: nn.Conv1d(6, 8, 1, stride=2, padding=2), (2, 6, 11)),
     "dilated": (lambda: nn.Conv2d(6, 9, 3, padding="same", dilation=2), (2, 6, 7, 8)),
     "embedding": (lambda: nn.Embedding(10, 24), (5, 3)),
 }
