@@ -54,7 +54,7 @@ NATIVE_COMMON := $(addprefix $(CSRC)/,bits.c decode.c float_rows.c layout.c line
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 AVX2 := -mavx2 -mfma -mf16c
 AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
-HAS_X86 := -DCQ_HAS_AVX2 -DCQ_HAS_AVX512 -DCQ_HAS_AMX
+HAS_X86 := -DCQ_HAS_AVX2 -DCQ_HAS_AVX512 -DCQ_HAS_LOOKUP -DCQ_HAS_AMX
 ARM_CC := aarch64-linux-gnu-gcc
 ARM_RUN := qemu-aarch64 -L /usr/aarch64-linux-gnu
 
@@ -63,9 +63,10 @@ test-native:
 ifeq ($(shell uname -m),x86_64)
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX2) -c $(CSRC)/path_avx2.c -o $(NATIVE)/avx2.o
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX512) -c $(CSRC)/path_avx512.c -o $(NATIVE)/avx512.o
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX512) -mavx512vbmi -c $(CSRC)/lookup.c -o $(NATIVE)/lookup.o
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(AVX512) -mamx-tile -mamx-int8 -c $(CSRC)/amx.c -o $(NATIVE)/amx.o
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(HAS_X86) $(NATIVE_COMMON) $(CSRC)/dispatch.c tests/native/products.c \
-		$(NATIVE)/avx2.o $(NATIVE)/avx512.o $(NATIVE)/amx.o -o $(NATIVE)/products -lm
+		$(NATIVE)/avx2.o $(NATIVE)/avx512.o $(NATIVE)/lookup.o $(NATIVE)/amx.o -o $(NATIVE)/products -lm
 else
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(NATIVE_COMMON) $(CSRC)/dispatch.c tests/native/products.c -o $(NATIVE)/products -lm
 endif

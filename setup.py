@@ -31,6 +31,7 @@ PATHS = {
     "x86_64": [
         ("path_avx2.c", "AVX2", AVX2),
         ("path_avx512.c", "AVX512", AVX512),
+        ("lookup.c", "LOOKUP", [*AVX512, "-mavx512vbmi"]),
         ("amx.c", "AMX", AMX),
     ],
     "aarch64": [("path_neon.c", "NEON", ["-march=armv8.2-a+dotprod"])],

@@ -104,6 +104,17 @@ def test_rows_far_apart_in_size(path):
     assert out[4].tolist() == [0.0] * 33
 
 
+@pytest.mark.parametrize("name", ["binary", "ternary"])
+def test_a_row_alone_gives_what_it_gives_among_others(path, name):
+    """Bit for bit: sums are of integers, and become floats in one way. A binary row alone is looked up in tables."""
+    for rows, columns, group_size in [*WEIGHTS, (100, 200, 64), (130, 1101, 128)]:  # runs of 16 rows, by 4, 2 and 1
+        for half, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+            case = Weight(name, rows, columns, group_size, torch.float16 if half else torch.float32)
+            x, stored = randn(3, columns, dtype=dtype), (*case.stored, None, None, None, name, group_size, None)
+            together = cpu_linear._integer_linear(x, *stored)
+            assert torch.equal(together, torch.cat([cpu_linear._integer_linear(row[None], *stored) for row in x]))
+
+
 @pytest.mark.parametrize("activations", [None, "int8"])
 def test_results_do_not_depend_on_threads(path, activations):
     case, before = Weight("ternary", 1000, 1100, 128), torch.get_num_threads()

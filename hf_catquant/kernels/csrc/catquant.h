@@ -136,6 +136,15 @@ void cq_amx_pair(const cq_layout *w, int64_t pair, const cq_chunk *chunk, int ch
 void cq_amx_begin(void);
 void cq_amx_end(void);
 
+/* One row of 2 or 3 digits times binary rows by tables of sums, of cq_lookup_bytes(), on a 64-byte boundary, where
+ * cq_has_lookup(): cq_lookup_runs() writes the results of the runs `first` and on, as cq_path.run does, and returns of
+ * how many: at least 1, at most 4 and `runs`. */
+int cq_has_lookup(void);
+size_t cq_lookup_bytes(const cq_layout *w, int parts);
+void cq_lookup_build(const cq_layout *w, const cq_chunk *chunk, uint8_t *tables);
+int cq_lookup_runs(const cq_layout *w, int64_t first, int64_t runs, const cq_chunk *chunk, const uint8_t *tables,
+                   float *result);
+
 /* Products of integers from registers, as many as the processor can do; a round is so many pairs. */
 #define CQ_AMX_PRODUCTS (4 * 16 * 16 * 64)
 #define CQ_AVX512_PRODUCTS (12 * 64)

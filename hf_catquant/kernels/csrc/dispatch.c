@@ -73,6 +73,16 @@ int cq_has_path(int path)
     }
 }
 
+/* Whether binary rows are looked up where a path of AVX-512 was chosen. */
+int cq_has_lookup(void)
+{
+#if defined(CQ_HAS_LOOKUP)
+    return __builtin_cpu_supports("avx512vbmi") != 0;
+#else
+    return 0;
+#endif
+}
+
 #if !defined(CQ_SOURCES)
 #define CQ_SOURCES ""
 #endif
@@ -123,5 +133,23 @@ void cq_amx_peak(int64_t rounds)
 void cq_avx512_peak(int64_t rounds)
 {
     (void)rounds;
+}
+#endif
+
+#if !defined(CQ_HAS_LOOKUP) /* linear.c names these; it never calls them where cq_has_lookup() is 0 */
+size_t cq_lookup_bytes(const cq_layout *w, int parts)
+{
+    (void)w, (void)parts;
+    return 0;
+}
+void cq_lookup_build(const cq_layout *w, const cq_chunk *chunk, uint8_t *tables)
+{
+    (void)w, (void)chunk, (void)tables;
+}
+int cq_lookup_runs(const cq_layout *w, int64_t first, int64_t runs, const cq_chunk *chunk, const uint8_t *tables,
+                   float *result)
+{
+    (void)w, (void)first, (void)runs, (void)chunk, (void)tables, (void)result;
+    return 1;
 }
 #endif

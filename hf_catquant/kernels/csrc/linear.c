@@ -28,7 +28,8 @@ typedef struct {
     int64_t rows, x_stride, out_stride;
     int dtype, bias_dtype, chunk_rows, amx;
     char *memory;
-    size_t chunk_bytes;
+    uint8_t *tables; /* of the one row of x whose sums are looked up, where table_bytes is not 0 */
+    size_t chunk_bytes, table_bytes;
     int64_t first, chunks;      /* those held now */
     int64_t spans, chunk_spans; /* parts that the runs and the chunks are cut in */
     atomic_int state;
@@ -127,6 +128,22 @@ static void run_task(void *context, int64_t index)
     }
 }
 
+static void lookup_task(void *context, int64_t index)
+{
+    job *j = context;
+    const cq_layout *w = j->w;
+    float result[4 * CQ_LANES];
+    cq_chunk chunk = chunk_at(j, 0);
+    int64_t to = w->runs * (index + 1) / j->spans;
+    for (int64_t run = w->runs * index / j->spans, done; run < to; run += done) {
+        done = cq_lookup_runs(w, run, to - run, &chunk, j->tables, result);
+        for (int64_t i = 0; i < done; ++i) {
+            int64_t row = (run + i) * CQ_LANES;
+            put(j, result + i * CQ_LANES, 0, 1, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
+        }
+    }
+}
+
 static void amx_task(void *context, int64_t index)
 {
     job *j = context;
@@ -156,18 +173,24 @@ static int multiply(job *j, int threads)
 {
     int64_t chunks = (j->rows + j->chunk_rows - 1) / j->chunk_rows, held = held_chunks(j, chunks);
     int64_t runs = j->amx ? (j->w->runs + 1) / 2 : j->w->runs;
-    j->memory = cq_scratch(0, (size_t)held * j->chunk_bytes);
+    void (*task)(void *, int64_t) = j->amx ? amx_task : j->table_bytes != 0 ? lookup_task : run_task;
+    j->memory = cq_scratch(0, (size_t)held * j->chunk_bytes + j->table_bytes);
     if (j->memory == NULL)
         return CQ_NO_MEMORY;
+    j->tables = (uint8_t *)j->memory + (size_t)held * j->chunk_bytes;
     for (j->first = 0; j->first < chunks; j->first += held) {
         j->chunks = chunks - j->first < held ? chunks - j->first : held;
         int64_t packs = (j->chunks + together(j) - 1) / together(j);
         cq_parallel(j->chunks < 4 ? 1 : threads, packs, pack_task, j);
         if (atomic_load(&j->state) != CQ_OK)
             break;
+        if (task == lookup_task) {
+            cq_chunk chunk = chunk_at(j, 0);
+            cq_lookup_build(j->w, &chunk, j->tables);
+        }
         j->spans = threads == 1 ? 1 : runs < 4 * threads ? runs : 4 * threads;
         j->chunk_spans = !j->amx || j->spans >= 2 * threads || threads == 1 ? 1 : (j->chunks + 7) / 8;
-        cq_parallel(threads, j->spans * j->chunk_spans, j->amx ? amx_task : run_task, j);
+        cq_parallel(threads, j->spans * j->chunk_spans, task, j);
     }
     return atomic_load(&j->state);
 }
@@ -183,6 +206,9 @@ static int start(job *j, int path, int threads)
     j->amx = j->window == NULL && path == CQ_AMX && j->rows >= rows_for_tiles[parts - 1];
     j->chunk_rows = j->amx ? 16 : j->path->chunk_rows(parts, j->rows);
     j->chunk_bytes = cq_chunk_bytes(w, j->chunk_rows, parts);
+    int wide = path == CQ_AVX512 || path == CQ_AMX;
+    if (wide && j->window == NULL && j->rows == 1 && parts > 1 && w->format == CQ_BINARY && cq_has_lookup())
+        j->table_bytes = cq_lookup_bytes(w, parts);
     atomic_init(&j->state, CQ_OK);
     return multiply(j, useful < threads ? (int)useful : threads);
 }

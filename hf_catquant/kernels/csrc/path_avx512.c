@@ -1,11 +1,6 @@
 /* AVX-512 with VNNI: vpdpbusd adds four products of an unsigned value and a signed digit to each of 16 rows. */
+#include "avx512.h"
 #include "window.h"
-
-#include <immintrin.h>
-
-/* A kernel for every format, number of digits and number of rows is compiled from one body, so that its sums stay in
- * registers. */
-#define ALWAYS static inline __attribute__((always_inline))
 
 ALWAYS __m512i quad_values(int format, const uint8_t *unit, int q)
 {
@@ -40,13 +35,6 @@ ALWAYS __m512i plane_sum(int format, __m512i sum, int q)
     if (format == CQ_BINARY)
         return q == 0 ? _mm512_add_epi32(sum, sum) : _mm512_srai_epi32(sum, (unsigned)(q - 1));
     return _mm512_srai_epi32(sum, (unsigned)(format == CQ_INT4 ? 4 * q : 2 * q));
-}
-
-ALWAYS __m512 lanes(const uint8_t *at, int wide, int second)
-{
-    if (wide)
-        return _mm512_loadu_ps((const float *)at + 16 * second);
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at + second));
 }
 
 /* Bytes ahead that are fetched: about the latency of memory times the rate of one core. */
