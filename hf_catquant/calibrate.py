@@ -168,6 +168,7 @@ class Calibration:
             reconstruction.model(self.model, self.walk.batches, self.walk.plan.logits_site, targets, draft)
             done = reconstruction.progress.get(whole)
             self.steps.keep(step, whole, {}, learned=done and asdict(done))
+            draft.drop()
         elif record["learned"] is not None:
             reconstruction.progress[whole] = Progress(**record["learned"])
 

@@ -109,6 +109,10 @@ class Journal:
         with writing(target), beside(target) as new:
             save_file(own, new, metadata={_STEP: head})
 
+    def forget(self, step: str) -> None:
+        """Delete a step, if it is there."""
+        self._file(step).unlink(missing_ok=True)
+
     def read(self, step: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of a finished step.
 

@@ -15,6 +15,22 @@ from .packing import packed_width
 COMPUTE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes that a model can compute in
 
 
+def check_devices(first: Tensor, *others: Tensor | None) -> None:
+    """Refuse tensors that are on other devices: kernels read all of them where the first one lies.
+
+    Raises:
+        RuntimeError: naming the devices.
+    """
+    for other in others:
+        torch._check(
+            other is None or other.device == first.device,
+            lambda other=other: (
+                f"the input and all tensors of a layer must be on one device, got {first.device} and {other.device}: "
+                "move them with .to(), and load what is on meta"
+            ),
+        )
+
+
 def check_weight(
     packed: Tensor, scale: Tensor, offset: Tensor | None, weights: str, group_size: int, columns: int
 ) -> None:
@@ -25,6 +41,7 @@ def check_weight(
     """
     fmt = get_format(weights)
     check_packed(packed, weights, group_size, columns)
+    check_devices(packed, scale, offset)
     shape = (packed.shape[0], group_count(columns, group_size))
     torch._check(
         tuple(scale.shape) == shape, lambda: f"weight_scale must be (N, G) = {shape}, got {tuple(scale.shape)}"
@@ -57,13 +74,16 @@ def check_packed(packed: Tensor, weights: str, group_size: int, columns: int) ->
 
 
 def check_input(
-    x: Tensor, bias: Tensor | None, rows: int, activations: str | None, input_scale: Tensor | None
+    x: Tensor, packed: Tensor, bias: Tensor | None, activations: str | None, input_scale: Tensor | None
 ) -> None:
-    """Refuse inputs that are not floating point, a bias of another length, or an unknown activation format.
+    """Refuse inputs that are not floating point or not where the weight is, a bias of another length than it has rows, or
+    an unknown activation format.
 
     Raises:
         RuntimeError: naming the tensor, the rule and the value.
     """
+    rows = packed.shape[0]
+    check_devices(x, packed, bias)
     torch._check(x.dtype in COMPUTE, lambda: f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if bias is not None:
         torch._check(tuple(bias.shape) == (rows,), lambda: f"bias must be (N,) = ({rows},), got {tuple(bias.shape)}")
@@ -101,13 +121,14 @@ def check_experts(
         ends.dim() == 1 and ends.dtype == torch.int64 and len(ends) > 0,
         lambda: f"ends must be (E,) int64 with E > 0, got {tuple(ends.shape)} {ends.dtype}",
     )
+    check_devices(x, ends, bias)
     check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
     torch._check(
         packed.shape[0] % len(ends) == 0,
         lambda: f"weight_packed must have a multiple of the {len(ends)} experts as rows, got {packed.shape[0]}",
     )
     rows = packed.shape[0] // len(ends)
-    check_input(x, None, rows, activations, None)
+    check_input(x, packed, None, activations, None)
     torch._check(
         bias is None or tuple(bias.shape) == (len(ends), rows),
         lambda: f"bias must be (E, N) = {(len(ends), rows)}, got {() if bias is None else tuple(bias.shape)}",
@@ -122,6 +143,7 @@ def check_cluster_affine(y: Tensor, basis: Tensor | None, centroids: Tensor, gam
         RuntimeError: naming the tensor, the rule and the value.
     """
     torch._check(y.is_floating_point(), lambda: f"y must be floating point, got {y.dtype}")
+    check_devices(y, basis, centroids, gamma, beta)
     width, clusters = y.shape[-1], gamma.shape[0]
     rank = width if basis is None else basis.shape[-1]
     for name, tensor, shape in (
@@ -171,12 +193,13 @@ def check_conv(
     check_weight(packed, scale, offset, weights, group_size, columns)
 
 
-def check_indices(indices: Tensor) -> None:
-    """Refuse row indices that are not int32 or int64.
+def check_indices(indices: Tensor, packed: Tensor) -> None:
+    """Refuse row indices that are not int32 or int64, or not where the packed rows are.
 
     Raises:
-        RuntimeError: naming the dtype.
+        RuntimeError: naming the dtype or the devices.
     """
+    check_devices(indices, packed)
     torch._check(
         indices.dtype in (torch.int32, torch.int64), lambda: f"indices must be int32 or int64, got {indices.dtype}"
     )

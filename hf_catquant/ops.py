@@ -24,6 +24,7 @@ import torch
 from .op_checks import (
     check_cluster_affine,
     check_conv,
+    check_devices,
     check_experts,
     check_indices,
     check_input,
@@ -56,7 +57,7 @@ for _name, _schema in SCHEMAS.items():
 @torch.library.register_fake("catquant::linear")
 def _linear(x, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations):
     check_weight(packed, scale, offset, weights, group_size, x.shape[-1])
-    check_input(x, bias, packed.shape[0], activations, input_scale)
+    check_input(x, packed, bias, activations, input_scale)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
@@ -68,6 +69,7 @@ def _expert_linear(x, ends, packed, scale, offset, bias, weights, group_size, ac
 
 @torch.library.register_fake("catquant::expert_transposed")
 def _expert_transposed(x, ends, packed, scale, offset, weights, group_size, columns):
+    check_devices(x, ends, packed)
     check_weight(packed, scale, offset, weights, group_size, columns)
     return x.new_empty((x.shape[0], columns))
 
@@ -91,7 +93,7 @@ def _conv(
     groups,
 ):
     check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
-    check_input(x, bias, packed.shape[0], activations, input_scale)
+    check_input(x, packed, bias, activations, input_scale)
     sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
     return x.new_empty((x.shape[0], packed.shape[0], *spatial))
@@ -99,7 +101,7 @@ def _conv(
 
 @torch.library.register_fake("catquant::embedding")
 def _embedding(indices, packed, scale, offset, weights, group_size, columns, dtype):
-    check_indices(indices)
+    check_indices(indices, packed)
     check_weight(packed, scale, offset, weights, group_size, columns)
     return packed.new_empty((*indices.shape, columns), dtype=dtype)
 

@@ -25,6 +25,7 @@ class Plan:
         units: units in all.
         phases: seconds of each phase that is counted: "formats" (trying every layer in every format, if there is a budget),
             "units", "whole model" (the steps of all of it at the end, if the solver learns).
+        drafts: bytes on the disk, beside ``disk``, of the drafts that the whole model's learning writes where there is room.
     """
 
     peak_ram: int
@@ -40,6 +41,7 @@ class Plan:
     phase: str
     units: int
     phases: dict[str, float] = field(default_factory=dict)
+    drafts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
@@ -55,6 +57,11 @@ class Plan:
             ("peak RAM", _size(self.peak_ram), f"while {self.phase}"),
             ("peak VRAM", _size(self.peak_vram), "quantizing runs where the model is: on the CPU"),
             ("disk", _size(self.disk), "the journal and the output, until the journal is dropped"),
+            *(
+                (("  drafts", _size(self.drafts), "of the whole model's learning, where there is room"),)
+                if self.drafts
+                else ()
+            ),
             ("time", _time(self.seconds), "without reading the data, corrections of the whole model and writing"),
             *((f"  {name}", _time(seconds), notes[name]) for name, seconds in self.phases.items()),
             ("", "", "of the peak:"),

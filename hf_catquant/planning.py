@@ -23,7 +23,7 @@ from .memory import peak, release, reset_peak, resident
 from .model import Selection, Site, select
 from .pipeline import collect, sites_by_unit
 from .plan_table import Plan
-from .planning_time import float_seconds, search_seconds, whole_seconds
+from .planning_time import draft_bytes, float_seconds, search_seconds, whole_seconds
 from .shelf import Shelf, shelf_of
 from .sizes import float_bytes, output_bytes, packed_bytes
 from .solvers import AT_ONCE
@@ -201,7 +201,8 @@ def _plan_with_data(
     work = max(0, trials[units.largest_block].bytes - units.weights[units.largest_block])
     size = shelf.largest() if isinstance(shelf, Shelf) else units.weights[units.largest]
     memory = (highest.bytes + _WRITING, 0, 2 * total, sum(phases.values()), base, packed)
-    return Plan(*memory, units.largest, size, 6 * hidden, work, highest.phase, len(units.inside), phases)
+    drafts = draft_bytes(calibration, selection.sites)
+    return Plan(*memory, units.largest, size, 6 * hidden, work, highest.phase, len(units.inside), phases, drafts)
 
 
 def _try_units(calibration: Calibration, last: str) -> Iterator[_Trial]:

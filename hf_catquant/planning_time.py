@@ -1,4 +1,6 @@
-"""How long the phases take that a plan does not go through: counted from a piece of each that is done and timed."""
+"""What the phases take that a plan does not go through: seconds, counted from a piece of each that is done and timed, and
+bytes of what the longest of them writes.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,25 @@ def whole_seconds(calibration: Calibration, block: str, sites: list[Site], one: 
         sites: every layer that is quantized.
         one: seconds of a forward of the float model, which count where blocks do not learn.
     """
-    learner = calibration.reconstruction
-    learns = any(get_format(site.scheme.weights).radix <= MAX_RADIX for site in sites)
-    if learner is None or not learner.options.model_steps or not learns:
+    learner, multiplied = calibration.reconstruction, _multiplied(sites)
+    if learner is None or not draft_bytes(calibration, sites):
         return 0.0
-    multiplied = [site for site in sites if not isinstance(site.module, nn.Embedding)]
     inside = sum(size(site) for site in multiplied if site.name == block or site.name.startswith(f"{block}."))
     if block in learner.pace and inside:
         pace = learner.pace[block] * sum(map(size, multiplied)) / inside
     else:
         pace = _LEARNED * one
     return pace * forwards(learner.options.model_steps, len(learner.batches), len(learner.held_out))
+
+
+def draft_bytes(calibration: Calibration, sites: list[Site]) -> int:
+    """Of the drafts while the whole model learns, the old beside the new: values, the best ones, and Adam's two averages."""
+    learner, multiplied = calibration.reconstruction, _multiplied(sites)
+    learns = any(get_format(site.scheme.weights).radix <= MAX_RADIX for site in sites)
+    if learner is None or not learner.options.model_steps or not learns:
+        return 0
+    return 2 * 4 * torch.float32.itemsize * sum(map(size, multiplied))
+
+
+def _multiplied(sites: list[Site]) -> list[Site]:
+    return [site for site in sites if not isinstance(site.module, nn.Embedding)]

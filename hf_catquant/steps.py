@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -104,12 +107,14 @@ class Steps:
 class Draft:
     """How far the work of one step is, for one that takes long: written again and again, read by the run that goes on.
 
-    Without a journal nothing is kept.
+    A draft saves time after a kill and is worth no more than that: where the disk has no room for it the work goes on
+    without. Without a journal nothing is kept.
     """
 
     def __init__(self, journal: Journal | None, name: str) -> None:
         self.journal = journal
         self.name = name
+        self._warned = False
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and record as they were written last, None if they never were.
@@ -120,17 +125,38 @@ class Draft:
         return self.journal.read(self.name) if self.journal is not None and self.journal.has(self.name) else None
 
     def write(self, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-        """Take the place of what was written before.
+        """Take the place of what was written before, if there is room, and as much again for what is to come.
 
         Args:
             tensors: by name.
             record: JSON-clean.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written, though there is room.
         """
-        if self.journal is not None:
+        if self.journal is None:
+            return
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            if shutil.disk_usage(self.journal.folder).free < 2 * size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.journal.write(self.name, tensors, record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            if not self._warned:
+                logger.warning(
+                    "%s: there is no room for a draft of %s bytes, which is written while the whole model learns: the run "
+                    "goes on without, and if it is interrupted now this learning begins anew",
+                    self.journal.folder,
+                    f"{size:,}",
+                )
+            self._warned = True
+
+    def drop(self) -> None:
+        """Delete what was written: the step is finished."""
+        if self.journal is not None:
+            self.journal.forget(self.name)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .fitting import sample_count
+from .log import logger
 from .steps import Draft
 
 WARM_UP = 20  # steps
@@ -102,7 +103,8 @@ def train(
         steps: batches to learn from, in random order, again and again.
         seed: of the order.
         after_check: told the steps so far and the loss at every check.
-        draft: takes the state at every check, and gives back that of an interrupted run: both end in the same bits.
+        draft: takes the state at every check, and gives back that of an interrupted run: both end in the same bits. That
+            of a run with another number of batches is not taken.
     """
     judges = held_out or batches
 
@@ -110,7 +112,14 @@ def train(
         with torch.no_grad():
             return sum(float(loss_of(batch, False)) for batch in indices) / len(indices)
 
-    found = None if draft is None else draft.read()
+    found, kind = None if draft is None else draft.read(), [len(batches), len(held_out)]
+    if found is not None and found[1]["batches"] != kind:  # they were made smaller since, and hold out other samples
+        logger.info(
+            "the draft of the interrupted run is of %s batches, these are %s: learning begins anew",
+            found[1]["batches"],
+            kind,
+        )
+        found = None
     # What is learned is not yet what it was when the draft was written, so its losses come from there.
     before, start = (mean_loss(batches), mean_loss(judges)) if found is None else found[1]["losses"]
     run = _Run(groups, start)
@@ -127,7 +136,7 @@ def train(
         if run.ends(step, loss):
             break
         if draft is not None and step < steps:
-            draft.write(run.tensors(), run.record() | {"losses": (before, start)})
+            draft.write(run.tensors(), run.record() | {"losses": (before, start), "batches": kind})
     best = run.best
     best.restore()
     after = mean_loss(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from hf_catquant import CatQuantConfig, folder, installing, mixed, pipeline, qua
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
+from hf_catquant.planning import plan_model
 from hf_catquant.walk import Walk
 
 RECONSTRUCT = {
@@ -523,3 +525,28 @@ def test_batches_shrink_where_memory_runs_out(tmp_path, source, monkeypatch, cap
         quantize_folder(
             source, tmp_path / "once", request(batch_size=8, dataset=iter(tiny_models.samples("llama_tied", 12)))
         )
+
+
+def test_without_room_for_a_draft_the_whole_model_learns_all_the_same(tmp_path, source, monkeypatch, caplog):
+    learned = {k: v for k, v in RECONSTRUCT.items() if k != "correction"} | {
+        "correction": None,
+        "solver_options": {"block_steps": 0, "model_steps": 16},
+    }
+    quantize_folder(source, tmp_path / "roomy", request(**learned))
+    write, drafts = folder.Journal.write, []
+
+    def full(self, step, tensors, record):
+        if step == "model-draft":
+            drafts.append(sum(tensor.nbytes for tensor in tensors.values()))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, step, tensors, record)
+
+    monkeypatch.setattr(folder.Journal, "write", full)
+    with caplog.at_level(logging.WARNING, "hf_catquant"):
+        quantize_folder(source, tmp_path / "full", request(**learned))
+    assert len(drafts) > 1
+    assert caplog.text.count("no room for a draft") == 1
+    assert digests(tmp_path / "full") == digests(tmp_path / "roomy")
+    plan = plan_model(folder.open_source(source, torch.float32, True, False), request(**learned))
+    assert plan.drafts == pytest.approx(2 * max(drafts), rel=0.2)
+    assert "drafts" in str(plan)

@@ -44,6 +44,15 @@ def clones(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def test_a_head_is_there_after_a_load_from_meta():
+    """As a model is restored without memory for it twice: all keys match, and nothing may be left on meta."""
+    source = tied(0)
+    model = copy.deepcopy(source).to("meta")
+    assert model.load_state_dict(source.state_dict(), assign=True).missing_keys == []
+    assert not model.lm_head.weight_packed.is_meta
+    assert model.lm_head.weight_packed is model.get_input_embeddings().weight_packed
+
+
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_head_follows_its_embedding(assign: bool):
     model, other = tied(0), tied(1)

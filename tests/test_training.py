@@ -135,6 +135,32 @@ def test_a_draft_of_other_parameters_is_refused():
         train([{"params": [other], "lr": 0.1}], lambda b, _: other.square().sum(), [0], [], 16, 0, draft=draft)
 
 
+def test_a_draft_of_other_batches_is_not_taken():
+    """Batches become smaller where memory runs out: other samples are held out then, and losses are no longer the same."""
+
+    def run(batches: range, held_out: list[int], draft: Memory | None) -> tuple[Any, ...]:
+        weight, data = regression(count=8)
+        with learning([weight]):
+            groups = [{"params": [weight], "lr": 0.05}]
+            done = train(
+                groups,
+                lambda b, _: (data[b][0] @ weight - data[b][1]).square().mean(),
+                batches,
+                held_out,
+                80,
+                0,
+                None,
+                draft,
+            )
+        return done, weight.tolist()
+
+    draft = Memory(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(range(3), [3], draft)
+    draft.last = None
+    assert run(range(6), [6, 7], draft) == run(range(6), [6, 7], None)
+
+
 def test_without_held_out_batches_the_batches_decide():
     weight, data = regression()
 

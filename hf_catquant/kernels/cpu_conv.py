@@ -54,7 +54,7 @@ def conv(
 ) -> Tensor:
     """Convolution of x_hat (B, C, *spatial) with w_hat (N, C / groups * prod(kernel_size)), zero padding."""
     check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
-    check_input(x, bias, packed.shape[0], activations, input_scale)
+    check_input(x, packed, bias, activations, input_scale)
     if x.dtype == torch.float64:
         shift = None if bias is None else bias.float()
         where = (kernel_size, stride, padding, dilation, groups)

@@ -75,7 +75,7 @@ def _integer_linear(
 
 def readable_bias(bias: Tensor, rows: int) -> bool:
     """Whether the library can add it where it lies."""
-    return bias.dtype in DTYPES and bias.shape == (rows,) and bias.is_contiguous()
+    return bias.is_cpu and bias.dtype in DTYPES and bias.shape == (rows,) and bias.is_contiguous()
 
 
 def _float_linear(
@@ -93,7 +93,7 @@ def _float_linear(
     """The reference's product in float32, from ``DENSE_VALUES`` float weights at a time."""
     columns, rows = x.shape[-1], packed.shape[0]
     check_weight(packed, scale, offset, weights, group_size, columns)
-    check_input(x, bias, rows, activations, input_scale)
+    check_input(x, packed, bias, activations, input_scale)
     wide, shift = x.float(), None if bias is None else bias.float()
     if activations is not None:
         wide = quantize_activation(wide, get_format(activations), input_scale, input_offset)

@@ -23,7 +23,7 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows of w_hat (N, ``columns``) at ``indices`` (...): (..., ``columns``); only those rows are unpacked."""
-    check_indices(indices)
+    check_indices(indices, packed)
     check_weight(packed, scale, offset, weights, group_size, columns)
     rows = indices.to(torch.int64).contiguous()
     inside = rows.numel() and int(rows.min()) >= 0 and int(rows.max()) < packed.shape[0]

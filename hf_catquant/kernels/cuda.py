@@ -89,7 +89,7 @@ def linear(
     """x_hat (..., K) times w_hat (N, K) transposed, plus bias (N,): (..., N) in the dtype of x."""
     columns, rows = x.shape[-1], weight_packed.shape[0]
     check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
-    check_input(x, bias, rows, activations, input_scale)
+    check_input(x, weight_packed, bias, activations, input_scale)
     if x.dtype == torch.float64:
         raise Unserved("products take float32, float16 and bfloat16, not float64")
     if bias is not None:
@@ -154,7 +154,7 @@ def embedding(
     """Rows of w_hat (N, ``columns``) at ``indices`` (...): (..., ``columns``). An index that is not there stops the
     device, as it does in torch's own embedding on CUDA.
     """
-    check_indices(indices)
+    check_indices(indices, weight_packed)
     stored = (weight_packed, weight_scale, weight_offset, weights, group_size, columns)
     check_weight(*stored)
     return expand(*stored, dtype, indices.reshape(-1)).view(*indices.shape, columns)
@@ -181,7 +181,7 @@ def conv(
     """Convolution of x_hat (B, C, *spatial) with w_hat (N, C / groups * prod(kernel_size)), zero padding."""
     stored = (weight_packed, weight_scale, weight_offset, weights, group_size)
     check_conv(x, *stored, kernel_size, groups)
-    check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    check_input(x, weight_packed, bias, activations, input_scale)
     if x.dtype == torch.float64:
         raise Unserved("convolutions take float32, float16 and bfloat16, not float64")
     if activations is not None:

@@ -68,7 +68,8 @@ def readable(packed: Tensor, scale: Tensor, offset: Tensor | None) -> bool:
     """Whether the library can read these tensors where they lie."""
     tensors = (packed, scale) if offset is None else (packed, scale, offset)
     same = offset is None or offset.dtype == scale.dtype
-    return same and scale.dtype in SCALE_DTYPES and all(t.numel() and t.is_contiguous() for t in tensors)
+    there = all(t.is_cpu and t.numel() and t.is_contiguous() for t in tensors)
+    return same and there and scale.dtype in SCALE_DTYPES
 
 
 def forget(packed: Tensor) -> None:

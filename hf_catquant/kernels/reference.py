@@ -16,6 +16,7 @@ from ..formats import get_format
 from ..op_checks import (
     check_cluster_affine,
     check_conv,
+    check_devices,
     check_experts,
     check_indices,
     check_input,
@@ -43,7 +44,7 @@ def linear(
     """x_hat (..., K) times w_hat (N, K) transposed, plus bias (N,): (..., N) in the dtype of x."""
     columns = x.shape[-1]
     check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
-    check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    check_input(x, weight_packed, bias, activations, input_scale)
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     weight = dequantize_packed(weight_packed, weight_scale, weight_offset, get_format(weights), group_size, columns)
@@ -91,6 +92,7 @@ def expert_transposed(
     """Rows x (S, N) by w_hat of their expert, not transposed: (S, ``columns``). See :func:`expert_linear`."""
     rows = x.shape[1]
     stored = (weight_packed, weight_scale, weight_offset)
+    check_devices(x, ends, weight_packed)
     check_weight(*stored, weights, group_size, columns)
     out = x.new_zeros(len(x), columns)
     for expert, start, end in _runs(ends):
@@ -127,7 +129,7 @@ def conv(
 ) -> Tensor:
     """Convolution of x_hat (B, C, *spatial) with w_hat (N, C / groups * prod(kernel_size)), zero padding."""
     check_conv(x, weight_packed, weight_scale, weight_offset, weights, group_size, kernel_size, groups)
-    check_input(x, bias, weight_packed.shape[0], activations, input_scale)
+    check_input(x, weight_packed, bias, activations, input_scale)
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     shape = (weight_packed.shape[0], x.shape[1] // groups, *kernel_size)
@@ -152,7 +154,7 @@ def embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     """Rows of w_hat (N, ``columns``) at ``indices`` (...): (..., ``columns``); only the gathered rows are unpacked."""
-    check_indices(indices)
+    check_indices(indices, weight_packed)
     check_weight(weight_packed, weight_scale, weight_offset, weights, group_size, columns)
     rows = indices.reshape(-1)
     # F.embedding and not indexing: it refuses negative and too large indices instead of wrapping around.

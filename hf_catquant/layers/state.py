@@ -73,13 +73,18 @@ class PackedState(nn.Module):
             sharer._follow()
 
     def _follow(self, copy: bool = False) -> None:
-        """Hold the very buffers of the owner, if both are on one device; with ``copy`` their values on another one."""
+        """Hold the very buffers of the owner, if both are on one device; with ``copy`` their values on another one, and
+        the very buffers where this layer had none yet.
+        """
         assert self.owner is not None
         for name in SHARED:
             here, there = self._buffers[name], self.owner._buffers[name]
-            if here is None or there is None or here.device == there.device:
+            empty = (
+                copy and here is not None and here.is_meta and not hasattr(self, "_hf_hook")
+            )  # or offloaded to disk
+            if here is None or there is None or here.device == there.device or empty:
                 self._buffers[name] = there
-            elif copy and not here.is_meta and not there.is_meta:  # meta: offloaded to disk
+            elif copy and not here.is_meta and not there.is_meta:
                 self._buffers[name] = there.to(here.device, copy=True)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

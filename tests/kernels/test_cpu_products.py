@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from helpers import ALL_FORMATS, assert_product, random_case
 from hf_catquant.formats import FORMATS
-from hf_catquant.kernels import cpu, cpu_linear, native, reference
+from hf_catquant.kernels import cpu, cpu_linear, direct, native, reference
 from hf_catquant.weight import fit_static_range, quantize_activation
 
 PATHS = native.available_paths()
@@ -213,6 +213,35 @@ class Threads(torch.utils.data.Dataset):
 @pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux")
 def test_workers_of_a_data_loader_start_no_threads():
     assert torch.cat(list(torch.utils.data.DataLoader(Threads(), num_workers=2))).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("moved", ["packed", "scale", "offset", "bias", "all"])
+@pytest.mark.parametrize("op", ["linear", "conv", "expert_linear", "embedding", "dequantize"])
+def test_what_is_not_where_the_input_is_is_refused(op, moved):
+    """A tensor on meta has no memory that a kernel could read."""
+    case, x = random_case("int4", 4, 24, 8), randn(2, 24)
+    tensors = {"packed": case.packed, "scale": case.scale, "offset": case.offset, "bias": randn(4)}
+    if op in ("embedding", "dequantize") and moved in ("bias", "all"):
+        pytest.skip("there is no bias, or all of it is on meta and so is the result")
+    for name in tensors if moved == "all" else (moved,):
+        tensors[name] = tensors[name].to("meta")
+    packed, scale, offset, bias = tensors.values()
+    stored, more = (packed, scale, offset), ("int4", 8)
+    ops, unset = torch.ops.catquant, (None, None)
+    calls = {
+        "linear": lambda f: f.linear(x, *stored, *unset, bias, *more, None),
+        "conv": lambda f: f.conv(
+            x.view(2, 6, 2, 2), *stored, *unset, bias, *more, None, [2, 2], *[[1, 1], [0, 0], [1, 1]], 1
+        ),
+        "expert_linear": lambda f: f.expert_linear(
+            x, torch.tensor([2]), *stored, None if bias is None else bias[None], *more, None
+        ),
+        "embedding": lambda f: f.embedding(torch.tensor([1]), *stored, *more, 24, torch.float32),
+        "dequantize": lambda f: f.dequantize(*stored, *more, 24, torch.float32),
+    }
+    for functions in (ops, direct) if op in ("linear", "conv") else (ops,):
+        with pytest.raises(RuntimeError, match="must be on one device, got"):
+            calls[op](functions)
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
