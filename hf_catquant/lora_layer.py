@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .layers.linear import QuantizedLinear
@@ -54,6 +54,11 @@ class LoraOnQuantized(Linear):
                 f"{type(variant).__name__} reads the float weight of the layer, which is packed: use plain LoRA"
             )
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the float weight, where the layer was dequantized: (N, K), of a ``Conv1D`` (K, N)."""
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        return super().get_delta_weight(adapter)
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the float16 product of the packed layer; where that was dequantized since, to its weight.
@@ -71,7 +76,6 @@ class LoraOnQuantized(Linear):
             raise ValueError(reason)
         layer: Any = self.get_base_layer()
         if not isinstance(layer, QuantizedLinear):
-            self.fan_in_fan_out = isinstance(layer, Conv1D)
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
         for name in check_adapters_to_merge(self, adapter_names):

@@ -51,7 +51,10 @@ def merge_refusal(layer: BaseTunerLayer, adapter_names: list[str] | None = None)
         )
     for name in names:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer, name)):
-            return f"adapter {name!r} has values that are not finite: its training diverged, or its file is damaged. Take it off, model.delete_adapter({name!r})"
+            return (
+                f"adapter {name!r} has values that are not finite: its training diverged, or its file is damaged. Take it "
+                f"off with model.delete_adapter({name!r})"
+            )
         lora: Any = layer
         if name in getattr(layer, "lora_A", ()) and isinstance(base, QuantizedLinear):
             if lora.lora_bias[name]:

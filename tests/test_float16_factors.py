@@ -18,7 +18,7 @@ def errors(out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     return difference.norm(dim=1) / wanted.norm(dim=1), difference.norm(dim=0) / wanted.norm(dim=0)
 
 
-@pytest.mark.parametrize(("least", "most"), [(-2, -2), (-6, 3), (-4, 4), (-7, 0)])
+@pytest.mark.parametrize(("least", "most"), [(-2, -2), (-6, 3), (-4, 4), (-6, 0)])
 def test_rows_of_many_sizes_are_right_to_rounding(least: int, most: int, generator: torch.Generator):
     out = torch.randn(64, 4, generator=generator) * torch.logspace(least, most, 64)[:, None]
     into = torch.randn(4, 48, generator=generator) / 12
@@ -44,7 +44,7 @@ def test_zero_ranks_and_the_edge_of_float16():
     out, into = torch.ones(3, 2), torch.ones(2, 4)
     out[:, 1] = 0
     assert torch.equal(torch.stack(errors(out, into)[:1])[0], torch.zeros(3, dtype=torch.float64))
-    for size, fits in ((2.0**31, True), (2.0**33, False)):
+    for size, fits in ((2.0**30, True), (2.0**33, False)):
         assert fits_float16(out * size, into) == fits
         assert all(bool(factor.half().isfinite().all()) for factor in balanced(out * size, into)) == fits
 
