@@ -28,6 +28,8 @@ ROWS = [
     "correction_file cluster_space cluster_sums held_out site_rows",
     "cluster_fit judge",
     "layers",
+    "lora_merge lora_targets",
+    "lora_layer",
     "entries lora modules sentinels",
     "config",
     "model resolve",

@@ -108,6 +108,12 @@ def run(evaluator: Any, file: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(answer)) for answer in found]
 
 
+def names_of(evaluator: Any, file: Path) -> tuple[list[str], list[str]]:
+    """What a file calls its inputs and outputs."""
+    there = evaluator(str(file))
+    return there.input_names, there.output_names
+
+
 def initializers(file: Path) -> dict[str, np.ndarray]:
     """What a file holds, by name."""
     import onnx as library
@@ -162,6 +168,7 @@ def test_a_folder_of_texts_by_the_command_line(evaluator, tmp_path, capsys):
     with torch.no_grad():
         wanted = loaded(**batch).logits
     (found,) = run(evaluator, tmp_path / "bert.onnx", batch)
+    assert names_of(evaluator, tmp_path / "bert.onnx") == (list(batch), ["logits"])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
     held = initializers(tmp_path / "bert.onnx")
@@ -175,10 +182,42 @@ def test_a_folder_of_texts_by_the_command_line(evaluator, tmp_path, capsys):
 def test_images_with_rounded_inputs(evaluator, tmp_path):
     model = quantized("resnet", weights="int4", activations="int8", dataset=tiny_models.samples("resnet"))
     batch = tiny_models.batch("resnet")
-    done = export_onnx(model, tmp_path / "resnet.onnx", kwargs=batch)
+    done = export_onnx(model, tmp_path / "resnet.onnx", kwargs=batch, output_names=["scores"])
+    assert names_of(evaluator, done.path)[1] == ["scores"]
     with torch.no_grad():
         wanted = model(**batch).logits
     torch.testing.assert_close(run(evaluator, done.path, batch)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+class Answers(nn.Module):
+    """A model that answers with keys; one tensor is two of its answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        states = self.linear(x), self.linear(x).relu()
+        return {"last_hidden_state": states[-1], "hidden_states": states, "loss": None, "pooled": states[-1].mean(1)}
+
+
+def test_outputs_have_the_names_that_the_model_gives_them(evaluator, tmp_path, generator):
+    model = quantize(Answers(), CatQuantConfig(group_size=8, solver="rtn", correction=None)).eval()
+    x = torch.randn(1, 3, 16, generator=generator)
+    export_onnx(model, tmp_path / "model.onnx", (x,))
+    keys = ["last_hidden_state", "hidden_states.0", "hidden_states.1", "pooled"]
+    assert names_of(evaluator, tmp_path / "model.onnx") == (["x"], keys)
+    with torch.no_grad():
+        last, states, _, pooled = model(x).values()
+    for wanted, found in zip((last, *states, pooled), run(evaluator, tmp_path / "model.onnx", {"x": x}), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizer_does_not_fold_what_its_evaluator_fails_at(evaluator, tmp_path, caplog):
+    """BERT without ``token_type_ids`` gathers them itself; "Evaluation failed" would read as if the export had."""
+    export_onnx(quantized("bert"), tmp_path / "bert.onnx", kwargs={"input_ids": torch.arange(16).view(2, 8) + 3})
+    assert "Evaluation failed" not in caplog.text
+    assert names_of(evaluator, tmp_path / "bert.onnx") == (["input_ids"], ["logits"])
 
 
 @pytest.fixture

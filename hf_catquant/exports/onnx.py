@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -49,7 +49,8 @@ def export_onnx(
         path: the file.
         args, kwargs: an example of what its forward takes.
         options: of ``torch.onnx.export``, such as ``dynamic_shapes`` (without it every size is that of the example),
-            ``input_names``, ``output_names`` and ``opset_version``, at least 18.
+            ``input_names``, ``output_names`` (without it the keys of the output, such as "logits") and ``opset_version``, at
+            least 18.
 
     Raises:
         ValueError: something is at ``path``, nothing in the model is quantized, it has quantized experts or would answer
@@ -61,8 +62,10 @@ def export_onnx(
     _check_model(model, options)
     place = free_place(path)
     with _evaluating(model), torch.no_grad():
-        wanted = _answers(model(*args, **(kwargs or {})))
+        output = model(*args, **(kwargs or {}))
+        wanted = _answers(output)
         program = _translated(model, args, kwargs, options)
+        _name_outputs(program.model.graph, options.get("output_names") or _keys(output))
         notes = check_bytes(model, program.model)
         with written_beside(place) as file:
             program.save(file)
@@ -137,6 +140,27 @@ def _answers(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def _keys(output: Any) -> list[str]:
+    """The keys of an output that has some, one for each of its tensors, such as "logits" or "hidden_states.0"."""
+    names: list[str] = []
+    if not isinstance(output, Mapping):
+        return names
+    for key, value in output.items():
+        names += [key] if isinstance(value, Tensor) else [f"{key}.{i}" for i in range(len(_answers(value)))]
+    return names
+
+
+def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Give the outputs their names, in place, unless another value has one of them.
+
+    torch does so before its optimizer; a tensor that is two outputs has one value there, which gets the last of its names.
+    """
+    inside = {value.name for node in graph for value in node.outputs} - {value.name for value in graph.outputs}
+    if inside.isdisjoint(names) and not {value.name for value in graph.inputs}.intersection(names):
+        for value, name in zip(graph.outputs, names, strict=False):
+            value.name = name
+
+
 def _by_name(inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of an example by the names of the graph's inputs, which have the order of ``forward``'s parameters."""
     names = [value.name for value in inputs]
@@ -174,6 +198,11 @@ def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: Any, options: d
 
 
 def _may_fold(node: Any) -> bool | None:
-    """Not a cast of float16 constants: they are low-rank products, and would take twice the bytes."""
+    """Not a cast of float16 constants: they are low-rank products, and would take twice the bytes.
+
+    Nor a GatherElements: onnx's evaluator, which folds, fails at one row of a batch, and the optimizer would say so.
+    """
+    if node.op_type == "GatherElements":
+        return False
     held = node.inputs[0] if node.op_type == "Cast" else None
     return False if held is not None and held.const_value is not None and held.dtype.itemsize < 4 else None

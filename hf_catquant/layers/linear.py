@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from ..kernels import cuda, direct
 from .base import QuantizedModule, Window, autocast, waves
+from .float16_factors import LARGEST, balanced, fits_float16
 
 
 class QuantizedLinear(QuantizedModule):
@@ -45,22 +46,33 @@ class QuantizedLinear(QuantizedModule):
         """Add ``out`` (N, r) times ``into`` (r, K) to the weight: as columns and rows of its float16 product.
 
         Raises:
-            ValueError: the weight is shared with another layer, which would not have the product.
+            ValueError: as :meth:`product_refusal` says; nothing is changed.
         """
-        if self.owner is not None or self.is_shared:
-            raise ValueError(
-                "the weight of this layer is tied to that of another one: nothing can be added to one of them"
-            )
-        into = self.rotated(into.detach().float())
-        out = out.detach().float()
-        # Float16 has its bits from 6e-5 to 65504: both factors get the same size.
-        size = (into.abs().amax(1) / out.abs().amax(0).clamp_min(1e-30)).clamp(1e-12, 1e12).sqrt()
-        factors = [out * size, into / size.unsqueeze(1)]
+        refusal = self.product_refusal(out, into)
+        if refusal is not None:
+            raise ValueError(refusal)
+        factors = balanced(out.detach().float(), self.rotated(into.detach().float()))
         held = self.product(torch.float32)
         if held is not None:
-            factors = [torch.cat((held[0], factors[0]), 1), torch.cat((held[1], factors[1]))]
+            factors = torch.cat((held[0], factors[0]), 1), torch.cat((held[1], factors[1]))
         self.scheme = replace(self.scheme, low_rank=factors[1].shape[0])
         self.fill_low_rank(*factors)
+
+    @torch.no_grad()
+    def product_refusal(self, out: Tensor, into: Tensor) -> str | None:
+        """Why ``out`` (N, r) times ``into`` (r, K) cannot be added to the weight; None if it can."""
+        if self.owner is not None or self.is_shared:
+            return "its weight is tied to that of another one: nothing can be added to one of them"
+        out, into = out.detach().float(), self.rotated(into.detach().float())
+        if not bool(torch.isfinite(out).all() & torch.isfinite(into).all()):
+            return "what is to be added to its weight has values that are not finite"
+        if not fits_float16(out, into):
+            largest = float((out.abs().amax(0) * into.abs().amax(1)).max())
+            return (
+                f"what is to be added to its weight is a product of factors in float16, which end at {LARGEST:.0f}, and a "
+                f"value of one times one of the other is {largest:.3g}"
+            )
+        return None
 
     def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None, *where: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
