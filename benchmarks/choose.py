@@ -66,9 +66,10 @@ is none.
 MIDDLE = """
 ## Size, accuracy and time of every result without quantized inputs
 
-Smallest first. MB are those of the whole file; a weight counts its scales and offsets; seconds are those of quantizing on a
-machine that did other work beside it. Accuracy in percent on the first test set, perplexity for stories260K, with 95 %
-intervals; [results.md](results.md) has the second set of images.
+Smallest first. MB are those of the whole file, of float models in float32, in which all are quantized here (the files of
+MiniLM and ResNet-18 are in float16: beside those it is half as many times smaller); a weight counts its scales and offsets;
+seconds are those of quantizing on a machine that did other work beside it. Accuracy in percent on the first test set,
+perplexity for stories260K, with 95 % intervals; [results.md](results.md) has the second set of images.
 """
 
 

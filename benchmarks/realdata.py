@@ -187,13 +187,21 @@ def all_images(results: list[dict]) -> list[str]:
             f"{e['rows'][0]['metric']:.2f} / {e['rows'][-1]['metric']:.2f}"
             for e in (result["evaluation"], result["second"])
         ]
-        rows.append([result["model"], *how, result["solver"], *tops, n, f"{lost} / {won}", interval])
+        gains = " / ".join(gain(e) for e in (result["evaluation"], result["second"]))
+        rows.append([result["model"], *how, result["solver"], *tops, n, f"{lost} / {won}", interval, gains])
     head = ("model", "weights", "bits", "activations", "solver", "700: float / quantized", "400: float / quantized")
-    head = (*head, "n", "lost / won", "change")
+    head = (*head, "n", "lost / won", "change", "gain of CAT: 700 / 400")
     note = [
         "The clean images of NIPS 2017's competition as a second test set, and the paired change of top-1 on both sets:"
     ]
     return ["", "## 1,100 images", "", *note, "", *table(head, rows)] if rows else []
+
+
+def gain(evaluation: dict) -> str:
+    """Of the correction, with its interval."""
+    if evaluation["gain"] is None:
+        return "0 (off)"
+    return f"{evaluation['gain']:+.2f} [{evaluation['gain_low']:+.2f}, {evaluation['gain_high']:+.2f}]"
 
 
 def cells(result: dict) -> list[str]:
@@ -204,11 +212,6 @@ def cells(result: dict) -> list[str]:
     spans = [span(row) for row in rows]
     if len(rows) == 2:
         spans.append("off")
-    gain = (
-        "0 (off)"
-        if evaluation["gain"] is None
-        else (f"{evaluation['gain']:+.2f} [{evaluation['gain_low']:+.2f}, {evaluation['gain_high']:+.2f}]")
-    )
     discrimination = "-"
     if plain["discrimination"] is not None:
         discrimination = f"{rows[0]['discrimination']:.3f} / {plain['discrimination']:.3f}"
@@ -220,7 +223,7 @@ def cells(result: dict) -> list[str]:
         result["solver"],
         str(evaluation["n"]),
         *spans,
-        gain,
+        gain(evaluation),
         f"{last['agreement']:.1f}",
         "-" if last["lost"] is None else f"{last['lost']} / {last['won']}",
         f"{last['kl']:.3f}",

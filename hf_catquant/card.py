@@ -86,7 +86,7 @@ def model_card(
         weights=quantization.weights,
         repo=repo or folder.name,
         bits=f"{report.bits_per_parameter:.2f}",
-        size_before=_megabytes(report.bytes_before),
+        size_before=_megabytes(report.bytes_before) + _dtype(config),
         size_after=_megabytes(report.bytes_after),
         usage=usage(folder, config, task, repo or folder.name),
         merges=merges,
@@ -96,7 +96,7 @@ def model_card(
         evaluation_note=f"Measured by `catquant eval` on the rows of `{data}`.{_size_note(table, report)}"
         + (" What was evaluated is the model after the fine-tuning." if merges else ""),
         plots=[name for name in ("accuracy", "errors") if (folder / f"{name}.png").is_file()],
-        stored=_stored(quantization, report),
+        stored=_stored(quantization, report, _dtype(config)),
         skipped=[(name, cell(reason)) for name, reason in report.skipped.items()],
         worst=_worst(report),
         corrections=[f"`{name}`: {cell(_correction(fit))}" for name, fit in report.corrections.items()],
@@ -167,7 +167,13 @@ def _metadata(
     )
 
 
-def _stored(config: CatQuantConfig, report: Report) -> list[tuple[str, str]]:
+def _dtype(config: dict[str, Any]) -> str:
+    """That of the float model as it was quantized: the file that it came in may have another."""
+    dtype = config.get("dtype")
+    return f" in {dtype}" if isinstance(dtype, str) else ""
+
+
+def _stored(config: CatQuantConfig, report: Report, dtype: str) -> list[tuple[str, str]]:
     counts: dict[str, int] = {}
     for layer in report.layers:
         counts[layer.weights] = counts.get(layer.weights, 0) + 1
@@ -175,7 +181,7 @@ def _stored(config: CatQuantConfig, report: Report) -> list[tuple[str, str]]:
     return [
         ("parameters quantized", f"{report.coverage:.2f} % of {report.parameters:,}"),
         ("bits a parameter, everything included", f"{report.bits_per_parameter:.3f}"),
-        ("bytes", f"{report.bytes_after:,}, {ratio:.2f} times less than {report.bytes_before:,}"),
+        ("bytes", f"{report.bytes_after:,}, {ratio:.2f} times less than {report.bytes_before:,}{dtype}"),
         ("layers", ", ".join(f"{count} {name}" for name, count in counts.items())),
         ("columns that share a scale", "whole rows" if config.group_size == -1 else str(config.group_size)),
         ("inputs", config.activations or "float"),

@@ -32,10 +32,11 @@ def test_a_wrong_product_is_not_timed(generator, monkeypatch):
 def test_contenders_take_turns_over_all_their_weights():
     order = []
     contenders = [
-        bench.Contender(name, 1, [lambda i=i, name=name: order.append((name, i)) for i in range(2)]) for name in "ab"
+        bench.Contender(name, 1, [lambda i=i, name=name: order.append((name, i)) for i in range(3)]) for name in "ab"
     ]
     bench.measure(contenders, seconds=0, least=3)
-    assert order[2:] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
+    turns = [[("a", i), ("a", (i + 1) % 3), ("b", i), ("b", (i + 1) % 3)] for i in (0, 2, 1)]
+    assert order[4:] == [call for turn in turns for call in turn]
     assert [len(contender.times) for contender in contenders] == [3, 3]
 
 
