@@ -1,10 +1,11 @@
-"""Every table and plot of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
+"""Tables and plots of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
 
     pip install --no-deps optimum-quanto hqq auto-round torchao bitsandbytes        # the peers
     python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]
 
 FOLDER as in ``realdata.py``. Hours on two cores: every case is a process of its own, what is in the results already is not
-run again unless ``--again`` is given, and the pages and the plot are drawn after each case.
+run again unless ``--again`` is given, and the pages and the plots are drawn after each case. One table is not made here:
+``cat_defaults.py``, from the checkpoints of ``cards.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import ablation
 import autoround
 import cat_curves
 import cat_places
+import choose
 import matplotlib.pyplot as plt
 import peers
 import plugin
@@ -183,12 +185,19 @@ def main() -> None:
         for setting in PLAN:
             if is_of(case.model, setting) and (args.again or not is_measured(case, setting)):
                 process("realdata.py", args.data, ["--only", case.model, *setting.words()])
-                plot()
+                draw()
         for table in TABLES:
             if is_of(case.model, table) and (args.again or not is_drawn(case.model, table)):
                 process(table.script, args.data, [*(["--only", case.model] if table.takes_model else []), *table.more])
+                draw()
+    draw()
+
+
+def draw() -> None:
+    """The pages that show results of several benchmarks, and the plots; each of the others draws its own."""
     realdata.write_page()
     peers.write_page()
+    choose.main()
     plot()
 
 
@@ -216,7 +225,18 @@ def is_drawn(model: str, table: Table) -> bool:
     found = [r for r in found if all(r[name] == value for name, value in table.where)]
     if not table.takes_model:
         return bool(found)
-    return set(table.rows(model)) <= {r[table.field] for r in found}
+    whole = [
+        r for r in found if r.get("peak_bytes", 0) is not None
+    ]  # older rows of peers were measured without memory
+    return set(table.rows(model)) <= {r[table.field] for r in whole}
+
+
+PEERS = (
+    ("HQQ", "s", "tab:orange"),
+    ("optimum-quanto", "^", "tab:red"),
+    ("AutoRound", "v", "tab:purple"),
+    ("bitsandbytes NF4", "P", "tab:brown"),
+)  # where a name begins so, its marker and colour
 
 
 def is_for_comparison(solver: str) -> bool:
@@ -239,9 +259,10 @@ def plot() -> None:
             points = sorted((r["weight_bits"], peers.last(r)["metric"]) for r in found)
             if points:
                 axis.plot(*zip(*points, strict=True), marker + "-", color=colour, label=f"hf_catquant, {solver}")
-        for peer, marker, colour in (("HQQ", "s", "tab:orange"), ("optimum-quanto", "^", "tab:red")):
-            found = [r for r in read(peers.RESULTS) if r["model"] == case.model and r["peer"].startswith(peer)]
-            points = sorted((r["bits"], r["metric"]) for r in found)
+        known = [(r["model"], r["peer"], r["bits"], r["metric"]) for r in read(peers.RESULTS)]
+        known += [(r["model"], r["what"], r["stored"], r["metric"]) for r in read(autoround.RESULTS)]
+        for peer, marker, colour in PEERS:
+            points = sorted(found[2:] for found in known if found[0] == case.model and found[1].startswith(peer))
             if points:
                 axis.plot(*zip(*points, strict=True), marker + ":", color=colour, label=peer)
         is_text = first["metric"] == "perplexity"
