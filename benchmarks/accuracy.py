@@ -236,6 +236,7 @@ PEERS = (
     ("optimum-quanto", "^", "tab:red"),
     ("AutoRound", "v", "tab:purple"),
     ("bitsandbytes NF4", "P", "tab:brown"),
+    ("hf_catquant", "d", "tab:cyan"),
 )  # where a name begins so, its marker and colour
 
 
@@ -264,7 +265,8 @@ def plot() -> None:
         for peer, marker, colour in PEERS:
             points = sorted(found[2:] for found in known if found[0] == case.model and found[1].startswith(peer))
             if points:
-                axis.plot(*zip(*points, strict=True), marker + ":", color=colour, label=peer)
+                label = "hf_catquant, layers and texts of AutoRound" if peer == "hf_catquant" else peer
+                axis.plot(*zip(*points, strict=True), marker + ":", color=colour, label=label)
         is_text = first["metric"] == "perplexity"
         if is_text:
             axis.set_yscale("log")
