@@ -127,6 +127,8 @@ def write_page() -> None:
         "Made by `python benchmarks/cat_curves.py --data FOLDER`: models quantized in groups of 64 on 512 images (by gptq;",
         "by reconstruct where inputs are int2), both estimators fitted on the logits of the first n of them; paired change",
         "of top-1 on the test images, 95 % interval. As published: PCA 50, 64 clusters, least squares, alpha 0.4. Seed 0.",
+        "That is 64 x (2 x 1,000 + 50) + 50 x 1,000 numbers, 0.72 MB in float32 beside the 2.05 MB of DeiT-Tiny in ternary;",
+        "one cluster is 1,000 factors and 1,000 offsets.",
         "",
         "How many answers a correction may turn was decided with these images in view, and DeiT-Tiny's gain is smaller on",
         "400 others; where errors of logits are pure noise the divergence falls and top-1 may fall with it",
