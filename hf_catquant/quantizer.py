@@ -42,7 +42,7 @@ from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 from .saving import update_config
 from .sentinels import check_files
 from .ties import adopt_orphans, say_tied, tie_again, untie
-from .written import as_written, fields_as_written, given_to, parameters_as_written, tensors_to_save
+from .written import as_written, asked_of_save, fields_as_written, parameters_as_written, tensors_to_save
 
 
 class CatQuantizer(HfQuantizer):
@@ -195,7 +195,13 @@ class CatQuantizer(HfQuantizer):
         Raises:
             ValueError: the model has adapters or is not as a load wants it, or the ``state_dict`` is of another one.
         """
-        given = given_to(model)
+        asked = asked_of_save(model)
+        if asked.get("distributed_checkpoint"):  # which takes no tensors from here, and so not those of one byte
+            raise ValueError(
+                "distributed_checkpoint must be False for a quantized model: without the tensors of one byte, which only "
+                "the other way writes, the checkpoint would load as another model; the packed weights are small"
+            )
+        given = asked.get("state_dict")
         if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved, and no config
             return model.state_dict() if given is None else given, {}
         return self._to_save(model, given), {}

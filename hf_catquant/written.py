@@ -49,15 +49,15 @@ def _instead(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Te
     other = [name for name, tensor in own.items() if name in given and given[name].shape != tensor.shape]
     other += [n for n in own if n in given and n in fixed and n not in other and not _same(model, n, own[n], given[n])]
     for names, what in (
-        (missing, "lacks {}, without which the checkpoint could not be loaded"),
+        (missing, "lacks {}, without which no checkpoint loads"),
         (unknown, "has {}, which the model does not have"),
-        (other, "has other values or shapes than the model in {}, which are not trained: load them first"),
+        (other, "and the model differ in the shape, or in the packed values, of {}"),
     ):
         if names:
             few = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
             raise ValueError(
-                f"state_dict must be that of this {type(model).__name__}: it {what.format(few)} "
-                "(model.load_state_dict), or leave state_dict out"
+                f"state_dict must be one of this {type(model).__name__}, with other float values at most: it "
+                f"{what.format(few)}; leave it out, or load it into the model that it is of and save that"
             )
     return {name: given[name] for name in own if name in given}
 
@@ -69,12 +69,12 @@ def _same(model: nn.Module, name: str, own: Tensor, given: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
 
 
-def given_to(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The ``state_dict`` of the ``save_pretrained`` that asks the quantizer's caller: transformers does not hand it on."""
+def asked_of_save(model: PreTrainedModel) -> Mapping[str, Any]:
+    """The arguments of the ``save_pretrained`` that has called the caller: transformers does not hand them on."""
     frame: Any = inspect.currentframe()
     caller = frame.f_back.f_back
     is_save = caller.f_code.co_name == "save_pretrained" and caller.f_locals.get("self") is model
-    return caller.f_locals.get("state_dict") if is_save else None
+    return caller.f_locals if is_save else {}
 
 
 def fields_as_written(model: PreTrainedModel) -> dict[str, int]:
