@@ -53,12 +53,13 @@ def part_config(
     check_entries(modules, model)
     provenance = dict(first.provenance)
     tables = [_tables(each, model) for each in (first, *others)]
-    for key in {key for table in tables for key in table}:
+    for key in dict.fromkeys(key for table in tables for key in table):
         found = [table[key] for table in tables if key in table]
         is_list = isinstance(found[0], list)
         provenance[key] = [name for each in found for name in each] if is_list else dict(ChainMap(*found))
     notes = [note for each in (first, *others) for note in each.provenance.get("notes") or []]
-    notes += [_SEVERAL.format(1 + len(others))] if others else []
+    different = [each for each in others if each != first]  # layers that were copied one by one have copies of one config
+    notes += [_SEVERAL.format(1 + len(different))] if different else []
     provenance["notes"] = list(dict.fromkeys([*notes, NOTE]))
     provenance["bytes_before"] = _float_bytes(model)
     write_down(config, model, modules, provenance, tensors, fields)
