@@ -58,7 +58,7 @@ def part_config(
         is_list = isinstance(found[0], list)
         provenance[key] = [name for each in found for name in each] if is_list else dict(ChainMap(*found))
     notes = [note for each in (first, *others) for note in each.provenance.get("notes") or []]
-    different = [each for each in others if each != first]  # layers that were copied one by one have copies of one config
+    different = [each for each in others if each != first]  # layers that were copied one by one have copies of one
     notes += [_SEVERAL.format(1 + len(different))] if different else []
     provenance["notes"] = list(dict.fromkeys([*notes, NOTE]))
     provenance["bytes_before"] = _float_bytes(model)
