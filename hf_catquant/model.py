@@ -17,7 +17,16 @@ from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
 from .log import logger
-from .modules import check_no_adapters, close_experts, holds, move_correction, open_experts, replace_module
+from .modules import (
+    check_no_adapters,
+    close_experts,
+    holds,
+    move_correction,
+    open_experts,
+    opened_experts,
+    replace_module,
+)
+from .offloaded import bring_back, forget_hooks
 from .op_checks import COMPUTE
 from .rotation import block_size
 
@@ -221,10 +230,10 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
 
 
-def remember_sites(model: nn.Module) -> None:
-    """Have every quantized layer know the name under which the model's config has it."""
+def remember_sites(model: nn.Module, config: CatQuantConfig) -> None:
+    """Have every quantized layer know the config of the model that it belongs to, and its name there."""
     for name, module in quantized_modules(model).items():
-        module.site = name
+        module.site, module.origin = name, config
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -341,7 +350,17 @@ def _listed(skipped: dict[str, str]) -> str:
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every quantized layer by a float one with the same weights, in place; ties stay ties."""
+    """Replace every quantized layer by a float one with the same weights, in place; ties stay ties.
+
+    Weights that are offloaded are read, and stay in memory.
+
+    Raises:
+        ValueError: a tensor has no values anywhere; nothing has been changed then.
+    """
+    inside = tuple(f"{name}." for name in opened_experts(model))
+    bring_back(model, [*quantized_modules(model), *(n for n, _ in model.named_modules() if n.startswith(inside))])
+    for experts in opened_experts(model).values():
+        forget_hooks(experts)  # those of a module that goes
     made: dict[nn.Module, Tensor] = {}
     for name, module in quantized_modules(model).items():
         new = module.to_float()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from .layers import QuantizedModule
 from .layers.experts import Experts, Fused, does_the_same
 
 ADAPTED = ".base_layer"  # what PEFT adds to the name of a layer that has adapters
@@ -49,6 +50,21 @@ def holds(name: str, stored: Iterable[str]) -> bool:
     return any(f".{name}".endswith(f".{holder}") or f".{holder}".endswith(f".{name}") for holder in holders if holder)
 
 
+def adapted(model: nn.Module) -> list[str]:
+    """Names of the layers that have adapters, and of what else PEFT has put in the place of modules of ``model``."""
+    packed = {
+        n.removesuffix(ADAPTED)
+        for n, m in model.named_modules()
+        if isinstance(m, QuantizedModule) and n.endswith(ADAPTED)
+    }
+    return [name for name, module in model.named_modules() if _is_of_peft(module) or name in packed]
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """PEFT is not imported for that."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
 def check_no_adapters(model: nn.Module, done: str) -> None:
     """Refuse a model with a module of PEFT in it or around it; PEFT is not imported for that.
 
@@ -60,7 +76,7 @@ def check_no_adapters(model: nn.Module, done: str) -> None:
         ValueError: naming the module and the way out.
     """
     for name, module in model.named_modules():
-        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+        if _is_of_peft(module):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__} of PEFT, and adapters are not {done}: "
                 f"merge them first, model = model.merge_and_unload(), or take them off, model.unload()"

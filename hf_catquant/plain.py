@@ -77,7 +77,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     with _as_it_was_if_refused(model) as numbers:
         _fill(model, config, folder / WEIGHTS, numbers)
     model.quantization_config = config  # type: ignore[assignment]
-    remember_sites(model)
+    remember_sites(model, config)
     return model.eval()
 
 

@@ -18,10 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -29,20 +26,23 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction
 from .entries import check_tensors, verify_entries
-from .fields import check_depth, check_tables, field_checksums
+from .fields import check_depth, check_tables
 from .integrity import verify_files
 from .journal import Journal
+from .layers import QuantizedModule
 from .load_checks import check_given, check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
 from .op_checks import COMPUTE
+from .parts import adopted, origins, part_config
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
 from .saving import update_config
 from .sentinels import check_files
 from .ties import adopt_orphans, say_tied, tie_again, untie
+from .written import as_written, asked_of_save, fields_as_written, parameters_as_written, tensors_to_save
 
 
 class CatQuantizer(HfQuantizer):
@@ -161,14 +161,14 @@ class CatQuantizer(HfQuantizer):
         for name, correction in corrections(model).items():
             check_loaded(f"{name}.correction", correction)
             check_values(name, correction)
-        check_complete(model, _parameters_as_written(model), self.quantization_config.checksums)
+        check_complete(model, parameters_as_written(model), self.quantization_config.checksums)
         for module in quantized_modules(model).values():
             module.keep_stored_dtypes()
         for name, owner in tied.items():
             share_weight(model, name, owner)
         if self.is_given:
-            check_given(_as_written(model, model.state_dict()), self.quantization_config.checksums)
-        remember_sites(model)
+            check_given(as_written(model, model.state_dict()), self.quantization_config.checksums)
+        remember_sites(model, self.quantization_config)
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -190,25 +190,30 @@ class CatQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with the one-byte tensors that make other loaders fail; checksums go into the config."""
+        """The tensors to save, those of ``save_pretrained(state_dict=...)`` among them; the config says what they are.
+
+        Raises:
+            ValueError: the model has adapters or is not as a load wants it, or the ``state_dict`` is of another one.
+        """
+        asked = asked_of_save(model)
+        if asked.get("distributed_checkpoint"):  # which takes no tensors from here, and so not those of one byte
+            raise ValueError(
+                "distributed_checkpoint must be False for a quantized model: without the tensors of one byte, which only "
+                "the other way writes, the checkpoint would load as another model; the packed weights are small"
+            )
+        given = asked.get("state_dict")
         if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved, and no config
-            return model.state_dict(), {}
+            return model.state_dict() if given is None else given, {}
+        return self._to_save(model, given), {}
+
+    def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
         adopt_orphans(model)
-        # What waits on the disk is read: its checksum is needed before transformers writes it, shard by shard.
-        state = {n: load_offloaded_parameter(model, n) if t.is_meta else t for n, t in model.state_dict().items()}
-        stored = {n: m for n, m in quantized_modules(model).items() if f"{n}.weight_packed" in state}
-        state.update({f"{n}.{m.sentinel}": torch.zeros(1, dtype=torch.uint8) for n, m in stored.items() if m.sentinel})
-        for name, module in opened_experts(model).items():
-            state.update({f"{name}.{key}": value for key, value in module.sentinel().items()})
+        state = tensors_to_save(model, given)
         say_tied(model)
-        # As save_pretrained writes them, which sets these two only after it has asked for the tensors.
-        name = type(model).__name__.removeprefix("FSDP")
-        written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
-        fields = field_checksums(model.config.to_dict() | written)
-        update_config(self.quantization_config, model, _as_written(model, state), fields)
-        remember_sites(model)
+        update_config(self.quantization_config, model, as_written(model, state), fields_as_written(model))
+        remember_sites(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
-        return state, {}
+        return state
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if corrections(model):
@@ -223,8 +228,47 @@ class CatQuantizer(HfQuantizer):
         return model
 
 
+class PartQuantizer(CatQuantizer):
+    """Of a model that was not quantized as a whole: a part of one that was, or a model that has one inside.
+
+    What it saves loads by itself. The model that was quantized stays as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        known = origins(model)
+        HfQuantizer.__init__(self, known[0] if known else CatQuantConfig(solver="rtn", correction=None))
+
+    def is_serializable(self) -> bool:
+        """True: what cannot be saved is refused by name."""
+        return True
+
+    def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        untie(model)
+        with adopted(model):
+            state = tensors_to_save(model, given)
+            say_tied(model)
+            _forget_inside(model.config)
+            model.config.quantization_config = part_config(model, as_written(model, state), fields_as_written(model))
+        return state
+
+
+class _HeldInside:
+    """The quantizer of a model that has none of its own but packed layers inside.
+
+    ``save_pretrained`` asks a model for its ``hf_quantizer`` and for nothing else. Without one it would write packed weights
+    into a checkpoint that says nothing of them, and that loads as a float model with random weights.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> PartQuantizer:
+        if model is None or not any(isinstance(module, QuantizedModule) for module in model.modules()):
+            raise AttributeError("hf_quantizer")  # as if this class were not
+        return PartQuantizer(model)
+
+
 def register() -> None:
-    """Make transformers know ``quant_method="catquant"``; a second call changes nothing."""
+    """Make transformers know ``quant_method="catquant"``, and the quantizer of a model that holds packed layers; a second
+    call changes nothing.
+    """
     # What hf_catquant_autoload put there stands in for these two until now.
     for table, name, add, entry in (
         (AUTO_QUANTIZATION_CONFIG_MAPPING, "LateConfig", register_quantization_config, CatQuantConfig),
@@ -234,6 +278,8 @@ def register() -> None:
             del table[QUANT_METHOD]
         if QUANT_METHOD not in table:
             add(QUANT_METHOD)(entry)
+    if "hf_quantizer" not in vars(PreTrainedModel):  # what a model has of its own goes before it
+        PreTrainedModel.hf_quantizer = _HeldInside()  # type: ignore[attr-defined]
 
 
 def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> nn.Module:
@@ -268,25 +314,15 @@ def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | 
     config.modules, config.corrections = outcome.modules, outcome.corrections
     config.provenance = provenance(config, before, selection, outcome, batches)
     config.dataset = config.processor = None
-    remember_sites(model)
+    remember_sites(model, config)
     if isinstance(model, PreTrainedModel):
         untie(model)
     return config
 
 
-def _as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names that ``save_pretrained`` gives them: ties once, original names of the Hub."""
-    ignored = model._keys_to_ignore_on_save or ()
-    state = {k: v for k, v in state.items() if k not in ignored}
-    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
-
-
-def _parameters_as_written(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters that every checkpoint of ``model`` holds, shared ones under all their names."""
-    optional = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
-    state: dict[str, Tensor] = {
-        name: value
-        for name, value in model.named_parameters(remove_duplicate=False)
-        if name not in model.all_tied_weights_keys and not any(re.search(key, name) for key in optional)
-    }
-    return revert_weight_conversion(model, state)
+def _forget_inside(config: PretrainedConfig) -> None:
+    """Take the entries of parts off their configs inside ``config``, which has those of the whole."""
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            vars(value).pop("quantization_config", None)
+            _forget_inside(value)

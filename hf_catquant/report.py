@@ -159,8 +159,9 @@ def _skipped(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
 
 def config_of(model: nn.Module) -> CatQuantConfig | None:
     """The config that quantizing left on the model, or None."""
-    holder = getattr(model, "config", None)
-    found = getattr(holder, "quantization_config", None) or getattr(model, "quantization_config", None)
+    # A part may share its config with the whole, and say there what it was saved as.
+    holders = vars(model).get("hf_quantizer"), getattr(model, "config", None), model
+    found = next((each for h in holders if (each := getattr(h, "quantization_config", None)) is not None), None)
     return found if isinstance(found, CatQuantConfig) else None
 
 

@@ -16,10 +16,10 @@ from .entries import Entries, entries_checksum, module_entry, seal
 from .integrity import checksums
 from .log import logger
 from .model import quantized_modules
-from .modules import ADAPTED
+from .modules import adapted
 
-_MERGED = "merged_adapters"  # of a provenance: rank by module
-_REPLACED, _GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized
+MERGED = "merged_adapters"  # of a provenance: rank by module
+REPLACED, GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized
 
 
 def update_config(
@@ -33,9 +33,21 @@ def update_config(
         fields: checksums of the fields of the model's own config, where it has one.
     """
     modules = entries_now(config, model)
-    _check_entries(modules, model)
+    check_entries(modules, model)
     _warn_of_corrections(config, model)
-    config.provenance = provenance_now(config, model) | ({} if fields is None else {"fields": dict(fields)})
+    write_down(config, model, modules, provenance_now(config, model), tensors, fields)
+
+
+def write_down(
+    config: CatQuantConfig,
+    model: nn.Module,
+    modules: Entries,
+    provenance: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, int] | None,
+) -> None:
+    """Put all that a checkpoint says into ``config``, its checksums last."""
+    config.provenance = provenance | ({} if fields is None else {"fields": dict(fields)})
     config.modules = modules
     # What sits on the model now: corrections can be fitted, loaded and taken off after quantizing.
     config.corrections = {name: entry_of(correction) for name, correction in corrections(model).items()}
@@ -52,11 +64,16 @@ def entries_now(config: CatQuantConfig, model: nn.Module) -> Entries:
     return {name: made[name] for name in (*(name for name in config.modules or {} if name in made), *made)}
 
 
-def _check_entries(modules: Entries, model: nn.Module) -> None:
-    adapted = [name for name in modules if name.endswith(ADAPTED)]
-    if adapted:
+def check_entries(modules: Entries, model: nn.Module) -> None:
+    """Refuse to save a model with adapters, with no packed layer, or with one that could not be loaded.
+
+    Raises:
+        ValueError: naming it and the way out.
+    """
+    wrapped = adapted(model)
+    if wrapped:
         raise ValueError(
-            f"adapters are on {len(adapted)} of its layers ({adapted[0].removesuffix(ADAPTED)} ...), and a checkpoint of "
+            f"adapters are on {len(wrapped)} of its layers ({wrapped[0]} ...), and a checkpoint of "
             "the model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
             "merge_and_unload and save what it returns"
         )
@@ -65,6 +82,11 @@ def _check_entries(modules: Entries, model: nn.Module) -> None:
             f"{type(model).__name__} has no quantized layer any more: call model.dequantize(), which takes the quantization "
             "off its config, and save it as a float model"
         )
+    for name, layer in quantized_modules(model).items():
+        try:
+            layer.check_values()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}: a checkpoint of {type(model).__name__} could not be loaded") from error
 
 
 def _warn_of_corrections(config: CatQuantConfig, model: nn.Module) -> None:
@@ -121,8 +143,8 @@ def provenance_now(config: CatQuantConfig, model: nn.Module) -> dict[str, Any]:
     merged = {name: rank for name, rank in merged.items() if name not in lost}
     merged |= {now[site]: rank for site, rank in ranks.items() if rank > 0}
     new = dict(known)
-    if merged or _MERGED in known:
-        new[_MERGED] = merged
+    if merged or MERGED in known:
+        new[MERGED] = merged
     moved = {site for site, name in now.items() if site != name}
     if lost or moved or merged:
         errors = {now.get(n, n): error for n, error in known.get("errors", {}).items() if n not in lost}
@@ -137,7 +159,7 @@ def _without(known: dict[str, Any], model: nn.Module, replaced: list[str], gone:
     skipped = {name: reason for name, reason in known.get("skipped", {}).items() if name in kinds}
     skipped |= {name: f"replaced by a float {kinds[name]} after it was quantized" for name in replaced}
     fits = {name: fit for name, fit in known.get("fits", {}).items() if _still_fits(name, fit, model, replaced)}
-    tables = {_REPLACED: [*known.get(_REPLACED, []), *replaced], _GONE: [*known.get(_GONE, []), *gone]}
+    tables = {REPLACED: [*known.get(REPLACED, []), *replaced], GONE: [*known.get(GONE, []), *gone]}
     return {**known, "skipped": skipped, "fits": fits, **{name: table for name, table in tables.items() if table}}
 
 
@@ -153,9 +175,9 @@ def merged_adapters(provenance: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ValueError: what the provenance has is no such table.
     """
-    found = provenance.get(_MERGED, {})
+    found = provenance.get(MERGED, {})
     if not isinstance(found, dict) or not all(type(rank) is int and rank > 0 for rank in found.values()):
-        raise ValueError(f"quantization_config: provenance.{_MERGED} must be {{module: rank}}, got {found!r:.200}")
+        raise ValueError(f"quantization_config: provenance.{MERGED} must be {{module: rank}}, got {found!r:.200}")
     return dict(found)
 
 
@@ -179,8 +201,8 @@ def notes_of(provenance: Mapping[str, Any]) -> list[str]:
             "not recorded; errors of other layers and gains of corrections were measured before it"
         )
     for key, what in (
-        (_REPLACED, "float now ({}): errors of other layers and gains of corrections were measured before"),
-        (_GONE, "no longer there ({}): errors were measured, and the float model's size taken, with them"),
+        (REPLACED, "float now ({}): errors of other layers and gains of corrections were measured before"),
+        (GONE, "no longer there ({}): errors were measured, and the float model's size taken, with them"),
     ):
         names = provenance.get(key)
         if isinstance(names, list) and names:

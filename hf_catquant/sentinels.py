@@ -7,14 +7,29 @@ with whole weights in their place, one file would be two models.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from .integrity import Stored, read_header
-from .layers.experts import DOWN, UP
+from .layers import QuantizedModule
+from .layers.experts import DOWN, UP, Experts
 
 _PACKED = ".weight_packed"
 _WEIGHTS = ("weight", "parametrizations.weight.original1")  # what float layers call theirs
+
+
+def sentinels_of(model: nn.Module, tensors: Container[str]) -> dict[str, Tensor]:
+    """The sentinels of a checkpoint of ``model`` that holds ``tensors``."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    stored = {n: m for n, m in layers.items() if m.sentinel and f"{n}{_PACKED}" in tensors}
+    found = {f"{name}.{module.sentinel}": torch.zeros(1, dtype=torch.uint8) for name, module in stored.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            found |= {f"{name}.{key}": value for key, value in module.sentinel().items()}
+    return found
 
 
 def check_sentinels(headers: Mapping[str, Stored]) -> None:

@@ -59,6 +59,36 @@ def test_offload_to_disk_from_a_checkpoint(name: str, buffers: bool, tmp_path: P
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_offloaded_model_is_dequantized_and_exported(name: str, tmp_path: Path):
+    """What waits on the disk is read; before, the weights were meta tensors, and answers NaN."""
+    model = quantized(name)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk"}
+    places |= {"model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    away = type(model).from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "away", offload_buffers=True
+    )
+    wanted = logits(model.dequantize())
+    hf_catquant.export(away, tmp_path / "export")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "export")), wanted)
+    assert quantized_modules(away), "an export works on a copy"
+    assert torch.equal(logits(away.dequantize()), wanted)
+    assert torch.equal(logits(away), wanted), "after the hooks have run once"
+    away.save_pretrained(tmp_path / "float")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "float")), wanted)
+
+
+def test_a_model_without_values_is_not_dequantized():
+    model = quantized("llama").to("meta")
+    layers = quantized_modules(model)
+    with pytest.raises(ValueError, match=r"weight_packed is on the meta device, and no hook of accelerate says where"):
+        model.dequantize()
+    assert quantized_modules(model).keys() == layers.keys()
+    with pytest.raises(ValueError, match="is on the meta device, and no hook"):
+        hf_catquant.export(model, "nowhere")
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "mixtral"]
 )  # of a tied one accelerate misses the buffers that are not saved
@@ -68,7 +98,9 @@ def test_offload_of_a_model_in_memory(name: str, tmp_path: Path):
         lambda model: accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True),
         lambda model: accelerate.disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=True),
     ):
-        assert torch.equal(logits(offload(quantized(name))), wanted)
+        away = offload(quantized(name))
+        assert torch.equal(logits(away), wanted)
+        assert torch.allclose(logits(away.dequantize()), wanted, atol=1e-5)
 
 
 def test_a_budget_decides_what_goes_to_the_disk(tmp_path: Path):

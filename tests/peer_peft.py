@@ -54,6 +54,16 @@ def shake(model: nn.Module, size: float = 0.3, seed: int = 0) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * size
 
 
+def test_a_base_model_with_adapters_on_float_layers_is_not_saved(tmp_path: Path):
+    model = quantized("bert", modules_to_not_convert=["classifier"])
+    adapted = get_peft_model(model, peft.LoraConfig(r=4, target_modules=["classifier"]))
+    with pytest.raises(ValueError, match=r"adapters are on 1 of its layers \(classifier \.\.\.\)"):
+        adapted.get_base_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    adapted.unload().save_pretrained(tmp_path)
+    assert verify(tmp_path).is_whole
+
+
 def test_adapters_learn_and_nothing_else_does(tmp_path: Path):
     base = quantized()
     packed = {name: buffer.clone() for name, buffer in base.named_buffers()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -48,9 +49,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("closed")
 
 
+def parts(root: Path) -> dict[str, str]:
+    """Folders of a part of a quantized model, of one with a config of its own, and of a model around one; their classes."""
+    text = tf.CLIPModel.from_pretrained(quantized("clip", root)).text_model
+    pair = tf.BertConfig(**tiny_models.TEXT, is_decoder=True, add_cross_attention=True)
+    encoder = tf.BertForSequenceClassification.from_pretrained(quantized("bert", root)).bert
+    made = {
+        "trunk": tf.LlamaForCausalLM.from_pretrained(quantized("llama_tied", root)).model,
+        "text": text,
+        "pair": tf.EncoderDecoderModel(encoder=encoder, decoder=tf.BertLMHeadModel(pair)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+    return {name: type(model).__name__ for name, model in made.items()}
+
+
 def test_without_the_package_loading_raises(root):
     """In one process of its own: most of the time is its start."""
     kinds = {name: type(tiny_models.build(name)).__name__ for name in CLOSED}
+    kinds |= parts(root)
     command = [sys.executable, "-c", WITHOUT_IMPORT]
     for name, kind in kinds.items():
         command += [str(quantized(name, root)), kind]

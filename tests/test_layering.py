@@ -30,10 +30,10 @@ ROWS = [
     "layers",
     "lora_merge lora_targets",
     "lora_layer",
-    "entries lora modules sentinels",
+    "entries lora modules offloaded sentinels",
     "config",
     "model resolve",
-    "model_inputs padding load_checks streaming sizes float_parameters saving ties",
+    "model_inputs padding load_checks streaming sizes float_parameters saving ties written",
     "collate",
     "decoder_inputs processors",
     "raw_samples",
@@ -49,7 +49,7 @@ ROWS = [
     "pipeline planning_time plan_table",
     "planning",
     "report stored_tensors",
-    "plain identity",
+    "plain identity parts",
     "quantizer",
     "evaluation tasks verify installing report_checks",
     "card_usage card_making",
@@ -62,7 +62,7 @@ ROWS = [
 # Parts of transformers that change without notice, and the files that follow them: the quantizer, and the model's one
 # question what modules_to_not_convert means.
 INTERNALS = ("transformers.quantizers", "transformers.core_model_loading", "transformers.modeling_utils")
-FOLLOWERS = {"quantizer", "model", "streaming"}
+FOLLOWERS = {"quantizer", "model", "streaming", "written"}
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

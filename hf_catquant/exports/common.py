@@ -22,6 +22,7 @@ from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
 from ..layers import QuantizedModule
 from ..model import quantized_modules, replace_module
 from ..modules import check_no_adapters
+from ..offloaded import bring_back, forget_hooks
 from ..tasks import load_quantized
 
 
@@ -75,12 +76,22 @@ def open_model(model: str | Path | PreTrainedModel, trust_remote_code: bool = Fa
         check_no_adapters(held, "exported")
     if not is_name and not isinstance(held, PreTrainedModel):
         raise ValueError(f"model must be a folder, a Hub id or a transformers model, got a {type(model).__name__}")
-    source = Source(held, str(model)) if is_name else Source(copy.deepcopy(held).cpu(), None)
+    source = Source(held, str(model)) if is_name else Source(_in_memory(copy.deepcopy(held)), None)
     if not quantized_modules(source.model):
         raise ValueError(
             f"{model if source.name else type(model).__name__} is not quantized: there is nothing to export"
         )
     return source
+
+
+def _in_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the CPU, with what accelerate offloaded."""
+    away = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    bring_back(model, [name for name, _ in model.named_modules()])
+    forget_hooks(model)
+    if away:
+        model.tie_weights()
+    return model.cpu()
 
 
 def free_place(out: str | Path) -> Path:

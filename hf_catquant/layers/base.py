@@ -80,7 +80,9 @@ class QuantizedModule(PackedState):
     input_offset: Tensor | None
     bias: nn.Parameter | None
     dtype: torch.dtype
-    site: str | None = None  # its name when the model was quantized, loaded or last saved; layers can be moved
+    # Its name when the model was quantized, loaded or last saved, and the config that has it: layers can be moved.
+    site: str | None = None
+    origin: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

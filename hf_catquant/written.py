@@ -1,0 +1,102 @@
+"""What ``save_pretrained`` writes of a model: the tensors, under the names that it gives them, and fields of its config."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from .correction import corrections
+from .fields import field_checksums
+from .model import quantized_modules
+from .offloaded import read
+from .sentinels import sentinels_of
+
+
+def tensors_to_save(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of ``model``, with the one-byte ones that make other loaders fail.
+
+    What waits on the disk is read: its checksum is needed before it is written.
+
+    Args:
+        model: any module that holds packed layers.
+        given: float parameters and buffers that stand in for those of the model, which may have been trained elsewhere.
+
+    Raises:
+        ValueError: ``given`` is of another model.
+    """
+    own = model.state_dict()
+    state = own if given is None else _instead(model, own, given)
+    state = {name: read(model, name) if tensor.is_meta else tensor for name, tensor in state.items()}
+    return {**state, **sentinels_of(model, state)}
+
+
+def _instead(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``own`` with the values that are ``given``, without those that are left out there because they are tied."""
+    optional = {*(getattr(model, "_keys_to_ignore_on_save", None) or ())}
+    optional |= set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = [name for name in own if name not in given and name not in optional]
+    unknown = [name for name in given if name not in own and name not in sentinels_of(model, own)]
+    held = {**quantized_modules(model), **{f"{n}.correction": c for n, c in corrections(model).items()}}
+    fixed = {f"{name}.{buffer}" for name, module in held.items() for buffer in module._buffers}
+    other = [name for name, tensor in own.items() if name in given and given[name].shape != tensor.shape]
+    other += [n for n in own if n in given and n in fixed and n not in other and not _same(model, n, own[n], given[n])]
+    for names, what in (
+        (missing, "lacks {}, without which no checkpoint loads"),
+        (unknown, "has {}, which the model does not have"),
+        (other, "and the model differ in the shape, or in the packed values, of {}"),
+    ):
+        if names:
+            few = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"state_dict must be one of this {type(model).__name__}, with other float values at most: it "
+                f"{what.format(few)}; leave it out, or load it into the model that it is of and save that"
+            )
+    return {name: given[name] for name in own if name in given}
+
+
+def _same(model: nn.Module, name: str, own: Tensor, given: Tensor) -> bool:
+    if given is own or (given.is_meta and own.is_meta):
+        return True
+    first, second = (read(model, name) if tensor.is_meta else tensor for tensor in (own, given))
+    return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
+
+
+def asked_of_save(model: PreTrainedModel) -> Mapping[str, Any]:
+    """The arguments of the ``save_pretrained`` that has called the caller: transformers does not hand them on."""
+    frame: Any = inspect.currentframe()
+    caller = frame.f_back.f_back
+    is_save = caller.f_code.co_name == "save_pretrained" and caller.f_locals.get("self") is model
+    return caller.f_locals if is_save else {}
+
+
+def fields_as_written(model: PreTrainedModel) -> dict[str, int]:
+    """Checksums of the config as save_pretrained writes it: it sets two fields only after it has asked for the tensors."""
+    name = type(model).__name__.removeprefix("FSDP")
+    written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
+    return field_checksums(model.config.to_dict() | written)
+
+
+def as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that ``save_pretrained`` gives them: ties once, original names of the Hub."""
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {k: v for k, v in state.items() if k not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+
+
+def parameters_as_written(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters that every checkpoint of ``model`` holds, shared ones under all their names."""
+    optional = [*(model._keys_to_ignore_on_save or ()), *(model._keys_to_ignore_on_load_missing or ())]
+    state: dict[str, Tensor] = {
+        name: value
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if name not in model.all_tied_weights_keys and not any(re.search(key, name) for key in optional)
+    }
+    return revert_weight_conversion(model, state)
