@@ -14,7 +14,8 @@ from .extract import extract_features
 from .features import BinaryQuantizer, TernaryQuantizer
 from .generate import generate_samples
 from .plugin import fit_correction
-from .quantizer import quantize, register
+from .quantizer import quantize
+from .registration import register
 from .report import report
 from .version import __version__
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
 
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
@@ -29,13 +28,11 @@ from .entries import check_tensors, verify_entries
 from .fields import check_depth, check_tables
 from .integrity import verify_files
 from .journal import Journal
-from .layers import QuantizedModule
 from .load_checks import check_given, check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
 from .op_checks import COMPUTE
-from .parts import adopted, origins, part_config
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names
@@ -228,60 +225,6 @@ class CatQuantizer(HfQuantizer):
         return model
 
 
-class PartQuantizer(CatQuantizer):
-    """Of a model that was not quantized as a whole: a part of one that was, or a model that has one inside.
-
-    What it saves loads by itself. The model that was quantized stays as it is.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        known = origins(model)
-        HfQuantizer.__init__(self, known[0] if known else CatQuantConfig(solver="rtn", correction=None))
-
-    def is_serializable(self) -> bool:
-        """True: what cannot be saved is refused by name."""
-        return True
-
-    def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        untie(model)
-        with adopted(model):
-            state = tensors_to_save(model, given)
-            say_tied(model)
-            _forget_inside(model.config)
-            model.config.quantization_config = part_config(model, as_written(model, state), fields_as_written(model))
-        return state
-
-
-class _HeldInside:
-    """The quantizer of a model that has none of its own but packed layers inside.
-
-    ``save_pretrained`` asks a model for its ``hf_quantizer`` and for nothing else. Without one it would write packed weights
-    into a checkpoint that says nothing of them, and that loads as a float model with random weights.
-    """
-
-    def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> PartQuantizer:
-        if model is None or not any(isinstance(module, QuantizedModule) for module in model.modules()):
-            raise AttributeError("hf_quantizer")  # as if this class were not
-        return PartQuantizer(model)
-
-
-def register() -> None:
-    """Make transformers know ``quant_method="catquant"``, and the quantizer of a model that holds packed layers; a second
-    call changes nothing.
-    """
-    # What hf_catquant_autoload put there stands in for these two until now.
-    for table, name, add, entry in (
-        (AUTO_QUANTIZATION_CONFIG_MAPPING, "LateConfig", register_quantization_config, CatQuantConfig),
-        (AUTO_QUANTIZER_MAPPING, "late_quantizer", register_quantizer, CatQuantizer),
-    ):
-        if getattr(table.get(QUANT_METHOD), "__name__", None) == name:
-            del table[QUANT_METHOD]
-        if QUANT_METHOD not in table:
-            add(QUANT_METHOD)(entry)
-    if "hf_quantizer" not in vars(PreTrainedModel):  # what a model has of its own goes before it
-        PreTrainedModel.hf_quantizer = _HeldInside()  # type: ignore[attr-defined]
-
-
 def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> nn.Module:
     """Quantize a model that is already in memory, in place, and return it.
 
@@ -318,11 +261,3 @@ def quantize_model(model: nn.Module, config: CatQuantConfig, journal: Journal | 
     if isinstance(model, PreTrainedModel):
         untie(model)
     return config
-
-
-def _forget_inside(config: PretrainedConfig) -> None:
-    """Take the entries of parts off their configs inside ``config``, which has those of the whole."""
-    for value in vars(config).values():
-        if isinstance(value, PretrainedConfig):
-            vars(value).pop("quantization_config", None)
-            _forget_inside(value)

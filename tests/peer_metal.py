@@ -14,7 +14,8 @@ from hf_catquant.layers import Scheme
 from hf_catquant.layers.linear import QuantizedLinear
 from hf_catquant.model import quantized_modules, select
 from hf_catquant.packing import pack, packed_width, unpack
-from hf_catquant.quantizer import CatQuantizer, register
+from hf_catquant.quantizer import CatQuantizer
+from hf_catquant.registration import register
 
 DATA_FREE = {"solver": "rtn", "correction": None}
 

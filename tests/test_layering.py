@@ -51,6 +51,7 @@ ROWS = [
     "report stored_tensors",
     "plain identity parts",
     "quantizer",
+    "registration",
     "evaluation tasks verify installing report_checks",
     "card_usage card_making",
     "by_layer report_page card exports folder",
@@ -62,7 +63,7 @@ ROWS = [
 # Parts of transformers that change without notice, and the files that follow them: the quantizer, and the model's one
 # question what modules_to_not_convert means.
 INTERNALS = ("transformers.quantizers", "transformers.core_model_loading", "transformers.modeling_utils")
-FOLLOWERS = {"quantizer", "model", "streaming", "written"}
+FOLLOWERS = {"quantizer", "registration", "model", "streaming", "written"}
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

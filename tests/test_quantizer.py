@@ -303,7 +303,7 @@ def test_loading_without_modules_is_refused(root, tmp_path):
 
 
 def test_register_twice_changes_nothing():
-    from hf_catquant.quantizer import register
+    from hf_catquant.registration import register
 
     register()
     assert tf.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["catquant"] is CatQuantConfig

@@ -1,0 +1,77 @@
+"""What transformers is told of this package: its config, its quantizer, and who saves models around packed layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .config import QUANT_METHOD, CatQuantConfig
+from .layers import QuantizedModule
+from .parts import adopted, origins, part_config
+from .quantizer import CatQuantizer
+from .ties import say_tied, untie
+from .written import as_written, fields_as_written, tensors_to_save
+
+
+class PartQuantizer(CatQuantizer):
+    """Of a model that was not quantized as a whole: a part of one that was, or a model that has one inside.
+
+    What it saves loads by itself. The model that was quantized stays as it is.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        known = origins(model)
+        HfQuantizer.__init__(self, known[0] if known else CatQuantConfig(solver="rtn", correction=None))
+
+    def is_serializable(self) -> bool:
+        """True: what cannot be saved is refused by name."""
+        return True
+
+    def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        untie(model)
+        with adopted(model):
+            state = tensors_to_save(model, given)
+            say_tied(model)
+            _forget_inside(model.config)
+            model.config.quantization_config = part_config(model, as_written(model, state), fields_as_written(model))
+        return state
+
+
+class _HeldInside:
+    """The quantizer of a model that has none of its own but packed layers inside.
+
+    ``save_pretrained`` asks a model for its ``hf_quantizer`` and for nothing else. Without one it would write packed weights
+    into a checkpoint that says nothing of them, and that loads as a float model with random weights.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> PartQuantizer:
+        if model is None or not any(isinstance(module, QuantizedModule) for module in model.modules()):
+            raise AttributeError("hf_quantizer")  # as if this class were not
+        return PartQuantizer(model)
+
+
+def register() -> None:
+    """Make transformers know ``quant_method="catquant"``, and the quantizer of a model that holds packed layers; a second
+    call changes nothing.
+    """
+    # What hf_catquant_autoload put there stands in for these two until now.
+    for table, name, add, entry in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "LateConfig", register_quantization_config, CatQuantConfig),
+        (AUTO_QUANTIZER_MAPPING, "late_quantizer", register_quantizer, CatQuantizer),
+    ):
+        if getattr(table.get(QUANT_METHOD), "__name__", None) == name:
+            del table[QUANT_METHOD]
+        if QUANT_METHOD not in table:
+            add(QUANT_METHOD)(entry)
+    if "hf_quantizer" not in vars(PreTrainedModel):  # what a model has of its own goes before it
+        PreTrainedModel.hf_quantizer = _HeldInside()  # type: ignore[attr-defined]
+
+
+def _forget_inside(config: PretrainedConfig) -> None:
+    """Take the entries of parts off their configs inside ``config``, which has those of the whole."""
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            vars(value).pop("quantization_config", None)
+            _forget_inside(value)
