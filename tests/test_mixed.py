@@ -143,6 +143,23 @@ def test_only_what_takes_no_fewer_bits_is_tried(weights, tried, monkeypatch):
     assert "binary" not in names
 
 
+@pytest.mark.parametrize(
+    ("activations", "rotation"), [(None, "auto"), ("int8", "auto"), ("int4", "auto"), ("int8", "hadamard")]
+)
+def test_a_wider_format_has_the_rotation_of_its_own(activations, rotation):
+    """As the rule of "auto" says it of the format that was chosen, not of the one that the search began with."""
+    model, samples = uneven()
+    config = request(dataset=samples, average_bits=7.0, activations=activations, rotation=rotation, solver="rtn")
+    inside = [layer for layer in report(quantize(model, config)).layers if layer.name.startswith("layers")]
+    assert len({layer.weights in ("int4", "int8") for layer in inside}) == 2
+    for layer in inside:
+        by_rule = CatQuantConfig(layer.weights, 16, activations, rotation=rotation).scheme_for(layer.name, edge=False)
+        if activations is None and rotation == "auto":  # data may have decided against it
+            assert layer.rotation in (None, by_rule.rotation)
+        else:
+            assert layer.rotation == by_rule.rotation
+
+
 def test_mixed_is_better_than_uniform_of_the_same_bits():
     errors = []
     for fields in ({"weights": "int2"}, {"weights": "binary", "average_bits": 4.0}):
