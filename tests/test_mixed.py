@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, mixed, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, mixed, pipeline, quantize, report
 from hf_catquant.formats import get_format
+from hf_catquant.journal import open_journal
 from hf_catquant.model import select
 from hf_catquant.sizes import output_bytes
 
@@ -158,6 +159,19 @@ def test_a_wider_format_has_the_rotation_of_its_own(activations, rotation):
             assert layer.rotation in (None, by_rule.rotation)
         else:
             assert layer.rotation == by_rule.rotation
+
+
+def test_formats_from_a_journal_have_the_same_rotations(tmp_path):
+    model, samples = uneven()
+    config = request(dataset=samples, average_bits=7.0, activations="int8", solver="rtn")
+    batches, journal, schemes = pipeline.collect(model, config), open_journal(tmp_path / "journal", resume=False), []
+    for _ in range(2):
+        selection = select(model, config)
+        pipeline._mixed_formats(model, selection, config, batches, journal)
+        schemes.append([site.scheme for site in selection.sites])
+    journal.close()
+    assert schemes[0] == schemes[1]
+    assert len({scheme.rotation for scheme in schemes[0] if scheme.weights != "int8"}) == 2
 
 
 def test_mixed_is_better_than_uniform_of_the_same_bits():
