@@ -20,7 +20,15 @@ from .correction import CatConfig
 from .entries import check_checksums, check_corrections, check_modules
 from .formats import FORMATS, get_format
 from .layers import Scheme
-from .request_checks import OVERRIDABLE, check_budget, check_choice, check_count, check_names, check_overrides
+from .request_checks import (
+    OVERRIDABLE,
+    check_budget,
+    check_choice,
+    check_count,
+    check_names,
+    check_overrides,
+    check_seed,
+)
 
 QUANT_METHOD = "catquant"
 FORMAT_VERSION = 1
@@ -116,7 +124,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.average_bits = average_bits
         self.target_bytes = target_bytes
         self.solver = solver
-        self.solver_options = solver_options or {}
+        self.solver_options = {} if solver_options is None else solver_options
         self.correction = CatConfig.of(correction)
         self.dataset = dataset
         self.processor = processor
@@ -124,11 +132,11 @@ class CatQuantConfig(QuantizationConfigMixin):
         self.batch_size = batch_size
         self.seed = seed
         self.modules_to_not_convert = modules_to_not_convert
-        self.overrides = overrides or {}
+        self.overrides = {} if overrides is None else overrides
         self.strict = strict
         self.modules = modules
-        self.corrections = corrections or {}
-        self.checksums = checksums or {}
+        self.corrections = {} if corrections is None else corrections
+        self.checksums = {} if checksums is None else checksums
         self.entries_checksum = entries_checksum
         self.provenance = provenance or {}
         self._check()
@@ -142,13 +150,12 @@ class CatQuantConfig(QuantizationConfigMixin):
         """Format, group size and activations of the layer called ``name``; ``edge``: it is outside the blocks."""
         fields = self._fields(name, edge)
         if fields["rotation"] == "auto":
-            fields["rotation"] = "hadamard" if _is_coarse(fields["weights"], fields["activations"]) else None
+            fields["rotation"] = "hadamard" if is_coarse(fields["weights"], fields["activations"]) else None
         return Scheme(**fields)
 
-    def tries_rotation(self, name: str, edge: bool) -> bool:
-        """Whether data may decide that the layer called ``name`` does without the rotation that its scheme has."""
-        fields = self._fields(name, edge)
-        return fields["rotation"] == "auto" and fields["activations"] is None
+    def rotates_by_rule(self, name: str, edge: bool) -> bool:
+        """Whether the formats of the layer called ``name`` say if it rotates, and data where its inputs are not rounded."""
+        return self._fields(name, edge)["rotation"] == "auto"
 
     def asked(self, option: str, name: str) -> Any:
         """What is asked of the layer called ``name`` if it does not matter where it lies."""
@@ -255,10 +262,10 @@ class CatQuantConfig(QuantizationConfigMixin):
             check(name, getattr(self, name))
         if self.edge_weights is not None:
             check_choice("edge_weights", self.edge_weights, FORMATS, "None or ")
+        if not isinstance(self.solver_options, dict):
+            raise TypeError(f"solver_options must be {{option: value}}, got {self.solver_options!r}")
         if self.modules is None:  # a stored config only remembers its solver, it does not need it
             check_choice("solver", self.solver, solvers.names())
-            if not isinstance(self.solver_options, dict):
-                raise TypeError(f"solver_options must be {{option: value}}, got {self.solver_options!r}")
             solvers.options(self.solver, self.solver_options)
         else:
             check_modules(self.modules)
@@ -266,7 +273,7 @@ class CatQuantConfig(QuantizationConfigMixin):
         check_checksums(self.checksums, self.entries_checksum)
         check_count("num_samples", self.num_samples, 2)
         check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed)
+        check_seed("seed", self.seed)
         check_budget(self.average_bits, self.target_bytes)
         check_names(self.modules_to_not_convert)
         check_overrides(self.overrides)
@@ -287,7 +294,7 @@ def check_format_version(version: Any) -> None:
         )
 
 
-def _is_coarse(weights: str, activations: str | None) -> bool:
+def is_coarse(weights: str, activations: str | None) -> bool:
     """Whether so few levels are left that outliers decide how well they fit: what was measured to gain from a rotation."""
     return get_format(weights).radix <= _COARSE_WEIGHTS or (
         activations is not None and get_format(activations).radix <= _COARSE_INPUTS

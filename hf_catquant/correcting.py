@@ -11,7 +11,7 @@ from .answers import problem_of
 from .cluster_fit import LEAST_ROWS, UnusableTeacher
 from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
-from .fitting import Pairs, Widths, output_of, resolve_sites, sample_count, tensor_of
+from .fitting import Pairs, Widths, output_of, resolve_sites, sample_count, several_runs, tensor_of
 from .gather import Gather, Streams
 from .judge import NOT_JUDGED, Judge
 from .log import logger
@@ -48,11 +48,12 @@ class Corrections:
         self._pairs: dict[str, Pairs] = {}
         self._judge: Judge | None = None
         self.names = resolve_sites(model, config.correction, blocks, self.logits)
+        if config.correction is not None and not self.names:
+            self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
+        self._leave_out_several_runs()
         # Now, while all modules are where they are: units that are finished hide what is in them.
         sites = [*self.names, self.logits]
         self._widths = {name: Widths.of(model.get_submodule(name)) for name in sites if name is not None}
-        if config.correction is not None and not self.names:
-            self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
 
     def left_out(self, note: str) -> None:
         """Say that something asked for was not done.
@@ -64,6 +65,16 @@ class Corrections:
             raise ValueError(f"strict=True, but {note}")
         self.outcome.notes.append(note)
         logger.warning(note)
+
+    def _leave_out_several_runs(self) -> None:
+        """Of "blocks" and "logits"; what was asked for by name is refused."""
+        asked = self.config.correction.at if self.config.correction is not None else ()
+        for name in [name for name in self.names if self.walk.plan.runs.get(name, 0) > 1]:
+            note = several_runs(self.walk.plan.runs[name])
+            if name in ([asked] if isinstance(asked, str) else asked):
+                raise ValueError(f"no correction at {name}: {note}")
+            self.names.remove(name)
+            self.left_out(f"correction at {name}: off, {note}")
 
     def inside(self, unit: str, *, waits: bool) -> list[str]:
         """Those that sit inside ``unit``, and on all of it unless that ``waits`` for the whole model."""

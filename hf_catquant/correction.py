@@ -33,7 +33,8 @@ class CatConfig:
             cross-validation.
         shrinkage: rows that the prior counts for (times D / M where there are fewer rows M than channels D): clusters
             shrink to the affine map of all rows, that to one slope for all channels, that to the identity.
-        at: "logits", "blocks", the name of a module, or several of these.
+        at: "logits", "blocks", the name of a module, or several of these. Modules that run several times in a forward (the
+            shared layers of ALBERT) have no correction: they are refused by name, and left out of "logits" and "blocks".
         seed: of the clustering and of the folds.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,33 @@ def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
     if not caught:
         raise ValueError(f"CatConfig(at={name!r}): the model does not run this module on the calibration data")
     return caught[-1]
+
+
+def several_runs(runs: int) -> str:
+    """Why a module that runs ``runs`` times in a forward has no correction.
+
+    One correction acts on all of its runs, and changes what the later ones are given: rows of one run say nothing of that.
+    """
+    return (
+        f"the model runs it {runs} times in a forward, which no one correction fits: name another in CatConfig(at=...)"
+    )
+
+
+def check_runs(model: nn.Module, names: Sequence[str], batch: dict[str, Tensor]) -> None:
+    """Refuse modules that ``model`` runs more than once on ``batch``.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    runs: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(hooked(module, before=lambda m, a, k, name=name: runs.update([name])))
+        run(model, batch)
+    for name in names:
+        if runs[name] > 1:
+            raise ValueError(f"no correction at {name}: {several_runs(runs[name])}")
 
 
 @dataclass(frozen=True)

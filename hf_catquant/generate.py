@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .request_checks import check_count, check_seed
+
 Sample = dict[str, Tensor]
 
 
@@ -37,8 +39,8 @@ def generate_samples(
     """
     start = _start_token(model)
     for name, value, least in (("num_samples", num_samples, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_count(name, value, least)
+    check_seed("seed", seed)
     was_training = model.training
     model.eval()
     rows: list[Sample] = []

@@ -217,7 +217,7 @@ def _hull(site: str, bits: dict[str, int], losses: dict[str, float]) -> list[_St
 def _empty(site: Site, weights: str) -> QuantizedModule:
     layer = layer_for(site.module)
     assert layer is not None
-    return layer(site.module, replace(site.scheme, weights=weights, activations=None))
+    return layer(site.module, replace(site.in_format(weights).scheme, activations=None))
 
 
 def _bits(site: Site, weights: str) -> int:
@@ -225,4 +225,4 @@ def _bits(site: Site, weights: str) -> int:
 
 
 def _in_format(site: Site, weights: str | None) -> Site:
-    return site if weights is None else replace(site, scheme=replace(site.scheme, weights=weights))
+    return site if weights is None else site.in_format(weights)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .config import CatQuantConfig
+from .config import CatQuantConfig, is_coarse
 from .entries import Entries, entry_scheme
 from .layers import QuantizedModule, Scheme, layer_for
 from .layers.experts import DOWN, UP
@@ -44,7 +44,7 @@ class Site:
         scheme: how it will be stored.
         tied_to: name of the site whose packed weight it shares, or None.
         is_free: whether a budget may choose its format.
-        tries_rotation: whether it does without its scheme's rotation where calibration data says so.
+        auto_rotation: whether its formats decide if it rotates, and calibration data where its inputs are not rounded.
     """
 
     name: str
@@ -52,13 +52,21 @@ class Site:
     scheme: Scheme
     tied_to: str | None = None
     is_free: bool = False
-    tries_rotation: bool = False
+    auto_rotation: bool = False
 
     @property
     def schemes(self) -> list[Scheme]:
         """What calibration data chooses from, the plainest first."""
         plain = replace(self.scheme, rotation=None)
-        return [plain, self.scheme] if self.tries_rotation and self.scheme != plain else [self.scheme]
+        chooses = self.auto_rotation and self.scheme.activations is None
+        return [plain, self.scheme] if chooses and self.scheme != plain else [self.scheme]
+
+    def in_format(self, weights: str) -> Site:
+        """The same layer with weights of another format, and without a rotation that is only worth it in this one."""
+        scheme = replace(self.scheme, weights=weights)
+        if self.auto_rotation and not is_coarse(weights, scheme.activations):
+            scheme = replace(scheme, rotation=None)
+        return replace(self, scheme=scheme)
 
 
 @dataclass
@@ -106,8 +114,8 @@ def _select(model: nn.Module, config: CatQuantConfig) -> Selection:
                 scheme = replace(scheme, rotation=None)
             if not candidates[name].takes_product:
                 scheme = replace(scheme, low_rank=0)
-            is_free, tries = config.leaves_free(name, edge), config.tries_rotation(name, edge)
-            selection.sites.append(Site(name, module, scheme, is_free=is_free, tries_rotation=tries))
+            is_free, by_rule = config.leaves_free(name, edge), config.rotates_by_rule(name, edge)
+            selection.sites.append(Site(name, module, scheme, is_free=is_free, auto_rotation=by_rule))
     selection.sites = _ranks_that_fit(selection.sites)
     _resolve_ties(model, selection)
     _skip_loose_parameters(model, selection, config)

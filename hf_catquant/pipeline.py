@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from . import mixed, samples
+from . import mixed, samples, solvers
 from .alignment import align
 from .calibrate import Calibration, check_ranges
 from .config import CatQuantConfig
+from .float_parameters import check_gradients
 from .journal import Journal
 from .log import logger
 from .model import Selection, Site, quantized_modules, select, stacks
@@ -41,9 +41,13 @@ def quantize_modules(
     Raises:
         ValueError: data is needed and missing or unusable, a pattern matches nothing, nothing can be quantized, or the
             journal is of other data.
+        RuntimeError: the solver learns, and ``torch.inference_mode()`` rules gradients out.
         OSError: the journal cannot be written.
     """
     config.check_data()
+    learning = solvers.options(config.solver, config.solver_options)
+    if learning is not None and (learning.block_steps or learning.model_steps):
+        check_gradients(model)
     selection = select(model, config)
     _check_float(model)
     training = model.training
@@ -122,7 +126,7 @@ def _mixed_formats(
     if journal is not None and journal.has(step):
         _, record = journal.read(step)
         chosen = record["weights"]
-        selection.sites = [replace(s, scheme=replace(s.scheme, weights=chosen[s.name])) for s in selection.sites]
+        selection.sites = [site.in_format(chosen[site.name]) for site in selection.sites]
         return [record["note"]]
     if journal is None:
         return [mixed.choose(model, selection, config, batches)]

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from . import samples
 from .answers import problem_of
 from .correction import CatConfig, attach, detach
-from .fitting import Pairs, correction_dim, evaluating, output_of, placed, resolve_sites, sample_count, tensor_of
+from .fitting import (
+    Pairs,
+    check_runs,
+    correction_dim,
+    evaluating,
+    output_of,
+    placed,
+    resolve_sites,
+    sample_count,
+    tensor_of,
+)
 from .judge import NOT_JUDGED, Judge
 from .logits import logits_site
 from .model import stacks
-from .request_checks import check_count
+from .request_checks import check_seed
 
 
 @torch.no_grad()
@@ -47,13 +57,13 @@ def fit_correction(
         The report of each fit by module name.
 
     Raises:
-        ValueError, TypeError: ``config`` or ``seed`` breaks a rule, the data cannot be used, a site is not in the model, or
-            no module returns the logits.
+        ValueError, TypeError: ``config`` or ``seed`` breaks a rule, the data cannot be used, a site is not in the model or
+            runs more than once in a forward, or no module returns the logits.
     """
     wanted = CatConfig.of(config)
     if wanted is None:
         raise ValueError("config must say which correction to fit, got None: leave it out for the default one")
-    check_count("seed", seed)
+    check_seed("seed", seed)
     data = samples.collect(
         dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed
     )
@@ -66,6 +76,7 @@ def fit_correction(
                 f"no module of {type(teacher).__name__} returns its logits: name one in CatConfig(at=...)"
             )
         _check_teacher(teacher, sites)
+        check_runs(model, sites, placed(data.batches[0], model))
         judged = logits is not None and wanted.may_be_off and sites != [logits]
         if judged and logits not in {name for name, _ in model.named_modules()}:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -35,7 +36,7 @@ def make_plan(
     _detach_caches(model)
     if probe.silent:
         return make_plan(model, batch, [block for block in blocks if block not in probe.silent], leaves, watched)
-    plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned), probe.watched_reads)
+    plan = Plan(probe.units, probe.reads(output), find_logits(output, probe.returned), probe.watched_reads, probe.runs)
     if not probe.check(plan, batch, own(output)):
         logger.warning(
             "%s hides which of its blocks read which: all hidden states are kept in memory", type(model).__name__
@@ -79,6 +80,7 @@ class _Probe:
         self.visited: list[Any] = []  # tensors of the block in work
         self.blocks, self.last_block = set(inside.values()), "\0"
         self.returned: list[tuple[str, Tensor]] = []
+        self.runs: Counter[str] = Counter()
         self.silent: set[str] = (
             set()
         )  # blocks whose forward the model calls past their hooks: their layers stand alone
@@ -97,6 +99,7 @@ class _Probe:
         for name, module in self.model.named_modules():
             if name:
                 handles.append(module.register_forward_hook(note_into(self.returned, name)))
+                handles.append(module.register_forward_hook(partial(self._count, name)))
         try:
             return run(self.model, batch)
         finally:
@@ -168,6 +171,9 @@ class _Probe:
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
         self.watched_reads |= self.reads(output)
         self.watched_outputs.append(own(output))
+
+    def _count(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.runs[name] += 1
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -51,6 +51,16 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Refuse what is no integer of 32 bits: scikit-learn takes no other seeds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
+        raise ValueError(f"{name} must be an integer from 0 to 2**32 - 1, got {value!r}")
+
+
 def check_rotation(name: str, value: Any) -> None:
     """Refuse what is neither None, "auto" nor a rotation.
 

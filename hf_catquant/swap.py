@@ -150,13 +150,17 @@ class Swap:
             raise ValueError(f"{name}.weight has values that are not finite: the model itself is broken there")
         return matrix
 
-    def _solver(self, scheme: Scheme, moments: Moments | None) -> Callable[[Tensor], QuantizedWeight]:
-        """From a matrix (N, K) to what the solver finds for it."""
-        solver = solvers.get(self.solver if moments is not None else "rtn")
-        return lambda target: solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
+    def _solver(self, scheme: Scheme) -> Callable[[Tensor, Moments | None], QuantizedWeight]:
+        """From a matrix (N, K) and the statistics of its inputs to what the solver finds for it."""
+
+        def solve(target: Tensor, moments: Moments | None) -> QuantizedWeight:
+            solver = solvers.get(self.solver if moments is not None else "rtn")
+            return solver.solve(target, get_format(scheme.weights), scheme.group_size, moments)
+
+        return solve
 
     def _solve(self, new: QuantizedModule, matrix: Tensor, moments: Moments | None) -> Solved:
-        solve = self._solver(new.scheme, moments)
+        solve = self._solver(new.scheme)
 
         def stored(quantized: QuantizedWeight) -> Tensor:
             new.fill(quantized)
@@ -166,7 +170,7 @@ class Swap:
             quantized, *product = solvers.solve_with_product(matrix, new.scheme.low_rank, moments, solve, stored)
             new.fill_low_rank(*product)
         else:
-            quantized = solve(matrix)
+            quantized = solve(matrix, moments)
         new.fill(quantized)
         del quantized
         w_hat = _StoredRows(new)
@@ -183,8 +187,9 @@ class Swap:
         parts: list[QuantizedWeight] = []
         shifts: list[Tensor] = []
         noise = signal = distance = 0.0
+        solve = self._solver(new.scheme)
         for rows, moments in zip(matrix.chunk(new.runs), each, strict=False):
-            part = self._solver(new.scheme, moments)(rows)
+            part = solve(rows, moments)
             parts.append(part)
             w_hat = dequantize(part, get_format(new.scheme.weights), new.scheme.group_size)
             lost, whole = solvers.output_energies(rows, w_hat, moments)

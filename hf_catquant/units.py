@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -41,13 +42,15 @@ class Unit:
 class Plan:
     """The units in the order the model runs them; what its output reads; where its logits come from.
 
-    ``watched`` is what modules read that are looked at when all units are done.
+    ``watched`` is what modules read that are looked at when all units are done; ``runs`` how often one forward runs each
+    module, by name.
     """
 
     units: list[Unit]
     final_reads: set[int]
     logits_site: str | None
     watched: set[int] = field(default_factory=set)
+    runs: Mapping[str, int] = field(default_factory=dict)
 
     def last_reads(self, *, watched: bool) -> list[int]:
         """Index of the last unit that reads each unit's outputs, itself if none does; past the end: the model's output.

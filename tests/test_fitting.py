@@ -11,8 +11,8 @@ import transformers as tf
 from torch import nn
 
 import tiny_models
-from helpers import global_rng_untouched
-from hf_catquant import CatConfig, CatQuantConfig, fit_correction, load_correction, quantize, save_correction
+from helpers import global_rng_untouched, slow
+from hf_catquant import CatConfig, CatQuantConfig, fit_correction, load_correction, quantize, report, save_correction
 from hf_catquant.correction import corrections, detach
 from hf_catquant.fitting import correction_dim
 
@@ -91,6 +91,50 @@ def test_named_sites_and_unknown_ones():
         fit_correction(model, teacher, rows, CatConfig(at="nowhere"))
     with pytest.raises(ValueError, match="Sequential has no repeated blocks"):
         fit_correction(model, teacher, rows, CatConfig(at="blocks"))
+
+
+class Twice(nn.Module):
+    """Runs its blocks twice in a forward, as ALBERT runs one many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(2)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        for layer in (*self.layers, *self.layers):
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("solver", ["gptq", *slow("reconstruct")])
+def test_what_runs_several_times_has_no_correction(solver):
+    """A fit sees one run, and the correction would act on all of them."""
+    torch.manual_seed(0)
+    teacher, rows = Twice().eval(), list(torch.randn(64, 8))
+    fields = {"weights": "int2", "group_size": 8, "solver": solver, "dataset": [{"x": row} for row in rows]}
+    fields["solver_options"] = {"block_steps": 1, "model_steps": 1} if solver == "reconstruct" else {}
+    both = CatConfig(1, alpha=1.0, at=("blocks", "logits"))
+    model = quantize(copy.deepcopy(teacher), CatQuantConfig(correction=both, **fields))
+    assert list(corrections(model)) == ["head"]
+    notes = [
+        note for note in report(model).notes if note.startswith("correction at layers.1: off, the model runs it 2 ")
+    ]
+    assert len(notes) == 1
+    with pytest.raises(ValueError, match=r"strict=True, but correction at layers\.0: off, the model runs it 2 times"):
+        quantize(copy.deepcopy(teacher), CatQuantConfig(correction=both, strict=True, **fields))
+    named = CatConfig(1, alpha=1.0, at="layers.0.1")
+    with pytest.raises(ValueError, match=r"no correction at layers\.0\.1: the model runs it 2 times in a forward"):
+        quantize(copy.deepcopy(teacher), CatQuantConfig(correction=named, **fields))
+    with pytest.raises(ValueError, match=r"no correction at layers\.0\.1: the model runs it 2 times in a forward"):
+        fit_correction(model, teacher, rows, named)
+    assert list(corrections(model)) == ["head"]
+
+
+def test_a_seed_has_32_bits():
+    model, teacher, rows = plain_pair()
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*32 - 1, got 18446744073709551616"):
+        fit_correction(model, teacher, rows, FIXED, seed=1 << 64)
 
 
 def test_modules_keep_their_own_mode_and_no_global_generator_moves():

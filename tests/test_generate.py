@@ -60,6 +60,8 @@ def test_bad_numbers():
     for fields in ({"num_samples": 0}, {"num_samples": 1, "length": 1}, {"num_samples": 2, "batch_size": True}):
         with pytest.raises(ValueError, match="must be an integer of at least"):
             generate_samples(model, **fields)
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*32 - 1, got -1"):
+        generate_samples(model, 1, seed=-1)
     model.generation_config.bos_token_id = model.config.bos_token_id = None
     with pytest.raises(ValueError, match="has no start token"):
         generate_samples(model, 2)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "answers formats discrimination version log integrity fields generate evaluation_table bench_peers memory disk",
+    "answers formats discrimination version log integrity fields evaluation_table bench_peers memory disk",
     "checkpoint units",
     "journal_place",
     "rotation outputs journal shelf alignment hub_id whole inventory source_files row_files",
@@ -33,7 +33,7 @@ ROWS = [
     "entries lora modules offloaded sentinels",
     "config",
     "model resolve",
-    "model_inputs padding load_checks streaming sizes float_parameters saving ties written",
+    "generate model_inputs padding load_checks streaming sizes float_parameters saving ties written",
     "collate",
     "decoder_inputs processors",
     "raw_samples",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, mixed, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, mixed, pipeline, quantize, report
 from hf_catquant.formats import get_format
+from hf_catquant.journal import open_journal
 from hf_catquant.model import select
 from hf_catquant.sizes import output_bytes
 
@@ -141,6 +142,36 @@ def test_only_what_takes_no_fewer_bits_is_tried(weights, tried, monkeypatch):
     assert ("ternary_symmetric" in names) == tried
     assert {"ternary", "int2", "int8"} <= set(names)
     assert "binary" not in names
+
+
+@pytest.mark.parametrize(
+    ("activations", "rotation"), [(None, "auto"), ("int8", "auto"), ("int4", "auto"), ("int8", "hadamard")]
+)
+def test_a_wider_format_has_the_rotation_of_its_own(activations, rotation):
+    """As the rule of "auto" says it of the format that was chosen, not of the one that the search began with."""
+    model, samples = uneven()
+    config = request(dataset=samples, average_bits=7.0, activations=activations, rotation=rotation, solver="rtn")
+    inside = [layer for layer in report(quantize(model, config)).layers if layer.name.startswith("layers")]
+    assert len({layer.weights in ("int4", "int8") for layer in inside}) == 2
+    for layer in inside:
+        by_rule = CatQuantConfig(layer.weights, 16, activations, rotation=rotation).scheme_for(layer.name, edge=False)
+        if activations is None and rotation == "auto":  # data may have decided against it
+            assert layer.rotation in (None, by_rule.rotation)
+        else:
+            assert layer.rotation == by_rule.rotation
+
+
+def test_formats_from_a_journal_have_the_same_rotations(tmp_path):
+    model, samples = uneven()
+    config = request(dataset=samples, average_bits=7.0, activations="int8", solver="rtn")
+    batches, journal, schemes = pipeline.collect(model, config), open_journal(tmp_path / "journal", resume=False), []
+    for _ in range(2):
+        selection = select(model, config)
+        pipeline._mixed_formats(model, selection, config, batches, journal)
+        schemes.append([site.scheme for site in selection.sites])
+    journal.close()
+    assert schemes[0] == schemes[1]
+    assert len({scheme.rotation for scheme in schemes[0] if scheme.weights != "int8"}) == 2
 
 
 def test_mixed_is_better_than_uniform_of_the_same_bits():

@@ -312,6 +312,25 @@ def test_options_are_a_dict():
         CatQuantConfig(solver="reconstruct", solver_options=[1])
 
 
+@pytest.mark.parametrize("made_there", [True, False])
+def test_inference_mode_is_refused_before_anything_is_done(made_there):
+    """No gradient passes there, nor through what was made there."""
+    model = None if made_there else build("bert")
+    asked = request("bert", count=4)
+    asked.solver = "reconstruct"
+    with torch.inference_mode():
+        model = build("bert") if model is None else model
+        if not made_there:
+            with pytest.raises(
+                RuntimeError, match=r"which torch.inference_mode\(\) rules out, and it is on: load and"
+            ):
+                quantize(model, asked)
+    if made_there:
+        with pytest.raises(RuntimeError, match=r"it was on when bert\.\S+ of the model was made: load and"):
+            quantize(model, asked)
+    assert not quantized_modules(model)
+
+
 def test_needs_data():
     with pytest.raises(ValueError, match='solver="reconstruct" needs calibration data'):
         quantize(tiny_models.build("bert"), CatQuantConfig(solver="reconstruct", correction=None))

@@ -2,8 +2,11 @@
 
     min ||(W* - W_hat - A B) H^1/2||,   A (N, r), B (r, K)
 
-is solved by the r leading directions of (W* - W_hat) H^1/2. Codes and product are then found in turn: codes for W - A B, a
+is solved by the r leading directions of (W* - W_hat) H^1/2. Codes and product are then found in turn: codes for W* - A B, a
 product for what they leave (as LoftQ, arXiv 2310.08659, does without H).
+
+W* is what ``gptq`` aims at, and the product acts on the inputs of the quantized stream: what is left for the codes is aimed
+already. So they are solved as if both streams were one; aimed once more, W* - A B would move by A B (G - H) H^-1.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .gptq import aim, drifted, factorise, trust, unit_factor
 
 _ROUNDS = 3
 
-Solve = Callable[[Tensor], QuantizedWeight]
+Solve = Callable[[Tensor, Moments | None], QuantizedWeight]
 Values = Callable[[QuantizedWeight], Tensor]
 
 
@@ -33,16 +36,17 @@ def solve_with_product(
         weight: (N, K) float32.
         rank: r; more than there are rows or columns is filled up with zeros.
         moments: statistics of the inputs; None: every direction counts the same.
-        solve: finds the codes of a matrix.
+        solve: finds the codes of a matrix from the statistics of its inputs.
         values: what the stored codes stand for, (N, K) float32.
     """
     target, root = _target(weight, moments)
-    quantized = solve(weight)
+    aimed = None if moments is None else moments._replace(cross=moments.gram)
+    quantized = solve(target, aimed)
     for left in reversed(range(_ROUNDS)):
         with one_thread():  # products of few rows with many columns are split by threads, too
             out, into = _leading(target - values(quantized), root, rank)
         if left:
-            quantized = solve(weight - out.float() @ into.float())
+            quantized = solve(target - out.float() @ into.float(), aimed)
     return quantized, out, into
 
 

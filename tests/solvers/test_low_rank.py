@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,18 +17,20 @@ from hf_catquant.layers import Scheme, layer_for
 from hf_catquant.model import select
 from hf_catquant.moments import MomentSums
 from hf_catquant.solvers import Moments, gptq, output_error, rtn, solve_with_product
+from hf_catquant.solvers._low_rank import _target
 from hf_catquant.weight import QuantizedWeight, dequantize
 
 TERNARY = get_format("ternary")
 
 
-def case(rows: int, columns: int) -> tuple[Tensor, Moments]:
+def case(rows: int, columns: int, drift: float = 0.0) -> tuple[Tensor, Moments]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(400, columns, generator=generator) * torch.logspace(0, -2, columns)
     x = x @ torch.linalg.qr(torch.randn(columns, columns, generator=generator)).Q
+    found = x + drift * x @ torch.randn(columns, columns, generator=generator) / columns**0.5
     sums = MomentSums()
-    sums.add(x.unsqueeze(0), x.unsqueeze(0))
+    sums.add(x.unsqueeze(0), found.unsqueeze(0))
     moments = sums.result()
     assert moments is not None
     return weight, moments
@@ -37,6 +40,10 @@ def values(quantized: QuantizedWeight) -> Tensor:
     return dequantize(quantized, TERNARY, 16)
 
 
+def by(solver: ModuleType) -> Callable[[Tensor, Moments | None], QuantizedWeight]:
+    return lambda weight, moments: solver.solve(weight, TERNARY, 16, moments)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(24, 48), (48, 24)])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_it_takes_the_error_that_weighs_most(rows, columns, calibrated):
@@ -44,10 +51,9 @@ def test_it_takes_the_error_that_weighs_most(rows, columns, calibrated):
     if not calibrated:
         moments = None
     solver = gptq if calibrated else rtn
-    solve = partial(solver.solve, fmt=TERNARY, group_size=16, moments=moments)
-    errors = [output_error(weight, values(solve(weight)), moments)]
+    errors = [output_error(weight, values(by(solver)(weight, moments)), moments)]
     for rank in (2, 6):
-        quantized, out, into = solve_with_product(weight, rank, moments, solve, values)
+        quantized, out, into = solve_with_product(weight, rank, moments, by(solver), values)
         assert out.shape == (rows, rank)
         assert into.shape == (rank, columns)
         assert out.dtype == into.dtype == torch.float16
@@ -59,9 +65,8 @@ def test_it_takes_the_error_that_weighs_most(rows, columns, calibrated):
 def test_the_product_alone_is_best_under_the_inputs():
     """Of all products of rank 2 that are added to given codes none does better: random moves from it do worse."""
     weight, moments = case(24, 48)
-    solve = partial(gptq.solve, fmt=TERNARY, group_size=16, moments=moments._replace(cross=moments.gram))
     exact = moments._replace(cross=moments.gram)
-    quantized, out, into = solve_with_product(weight, 2, exact, solve, values)
+    quantized, out, into = solve_with_product(weight, 2, exact, by(gptq), values)
     best = output_error(weight, values(quantized) + out.float() @ into.float(), exact)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
@@ -69,10 +74,23 @@ def test_the_product_alone_is_best_under_the_inputs():
         assert output_error(weight, values(quantized) + moved @ into.float(), exact) > best
 
 
+@pytest.mark.parametrize("solver", [gptq, rtn])
+def test_codes_and_product_share_one_aim(solver):
+    """The product acts on the quantized stream: what it leaves to the codes has moved to the float stream already."""
+    weight, moments = case(24, 48, drift=0.3)
+    target, _ = _target(weight, moments)
+    still = moments._replace(cross=moments.gram)
+    quantized, *product = solve_with_product(weight, 4, moments, by(solver), values)
+    expected, *expected_product = solve_with_product(target, 4, still, by(solver), values)
+    assert torch.equal(quantized.codes, expected.codes)
+    torch.testing.assert_close(quantized.scale, expected.scale)
+    torch.testing.assert_close(product, expected_product)
+    assert not torch.equal(by(solver)(weight, still).codes, by(solver)(target, still).codes)
+
+
 def test_more_rank_than_there_is_room_for_is_zeros():
     weight, moments = case(4, 24)
-    solve = partial(gptq.solve, fmt=TERNARY, group_size=16, moments=moments)
-    _, out, into = solve_with_product(weight, 9, moments, solve, values)
+    _, out, into = solve_with_product(weight, 9, moments, by(gptq), values)
     assert out.shape == (4, 9)
     assert into.shape == (9, 24)
     assert not out[:, 4:].any()
@@ -166,7 +184,7 @@ def test_one_and_two_threads_find_the_same():
         for count in (1, 2):
             torch.set_num_threads(count)
             factor, _ = gptq._cholesky(ridged.clone())
-            coded, *product = solve_with_product(weight, 4, moments, lambda w: rtn.solve(w, TERNARY, 16), values)
+            coded, *product = solve_with_product(weight, 4, moments, by(rtn), values)
             found.append([factor, coded.codes, *product])
             assert torch.get_num_threads() == count
     finally:
