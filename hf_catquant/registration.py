@@ -1,6 +1,12 @@
-"""What transformers is told of this package: its config, its quantizer, and who saves models around packed layers."""
+"""What transformers is told of this package: its config, its quantizer, who saves models around packed layers, and what is
+looked at before a config of ours is read.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -8,11 +14,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .config import QUANT_METHOD, CatQuantConfig
+from .fields import check_labels
 from .layers import QuantizedModule
 from .parts import adopted, origins, part_config
 from .quantizer import CatQuantizer
 from .ties import say_tied, untie
 from .written import as_written, fields_as_written, tensors_to_save
+
+_MANY_LABELS, _NAMED = 1 << 17, 1 << 20  # classes that any checkpoint may have, and of which names fit into memory
 
 
 class PartQuantizer(CatQuantizer):
@@ -52,6 +61,40 @@ class _HeldInside:
         return PartQuantizer(model)
 
 
+def check_raw(config: Mapping[str, Any]) -> None:
+    """Refuse the config.json of a quantized checkpoint that asks for more classes than a head has.
+
+    transformers writes a table of their names while it reads a config, and asks nobody before.
+
+    Args:
+        config: as it is in the file; those of other checkpoints are not looked at.
+
+    Raises:
+        ValueError: naming the number.
+    """
+    request = config.get("quantization_config")
+    if not isinstance(request, Mapping) or request.get("quant_method") != QUANT_METHOD:
+        return
+    modules = request.get("modules")
+    entries = modules.values() if isinstance(modules, Mapping) else ()
+    shapes = [entry.get("shape") for entry in entries if isinstance(entry, Mapping)]
+    rows = [shape[0] for shape in shapes if isinstance(shape, list) and shape and isinstance(shape[0], int)]
+    check_labels(config, min(max([_MANY_LABELS, *rows]), _NAMED))
+
+
+def _checked(read: Any) -> Any:
+    """``PretrainedConfig.get_config_dict`` that looks at what it has read."""
+
+    @wraps(read)
+    def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        found = read(cls, *args, **kwargs)
+        check_raw(found[0])
+        return found
+
+    get_config_dict.catquant = True  # type: ignore[attr-defined]
+    return classmethod(get_config_dict)
+
+
 def register() -> None:
     """Make transformers know ``quant_method="catquant"``, and the quantizer of a model that holds packed layers; a second
     call changes nothing.
@@ -67,6 +110,9 @@ def register() -> None:
             add(QUANT_METHOD)(entry)
     if "hf_quantizer" not in vars(PreTrainedModel):  # what a model has of its own goes before it
         PreTrainedModel.hf_quantizer = _HeldInside()  # type: ignore[attr-defined]
+    read = vars(PretrainedConfig)["get_config_dict"].__func__
+    if not hasattr(read, "catquant"):
+        PretrainedConfig.get_config_dict = _checked(read)  # type: ignore[method-assign]
 
 
 def _forget_inside(config: PretrainedConfig) -> None:

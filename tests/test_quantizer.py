@@ -302,8 +302,25 @@ def test_loading_without_modules_is_refused(root, tmp_path):
         tf.AutoModel.from_pretrained(folder, config=config)
 
 
+@pytest.mark.parametrize("number", [10**12, 3e9])
+def test_a_config_of_endless_classes_is_refused_before_their_names_are_written(root, tmp_path, number):
+    model = quantize(tiny_models.build("bert"), CatQuantConfig(**DATA_FREE))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"num_labels": number}))
+    for kind in (tf.AutoConfig, tf.AutoModelForSequenceClassification, tf.BertModel):
+        with pytest.raises(ValueError, match=r"config.json: num_labels must be at most 131072 .*, got "):
+            kind.from_pretrained(tmp_path)
+    del fields["quantization_config"]
+    path.write_text(json.dumps(fields | {"num_labels": 200_000}))  # of others nothing is asked
+    assert tf.AutoConfig.from_pretrained(tmp_path).num_labels == 200_000
+
+
 def test_register_twice_changes_nothing():
     from hf_catquant.registration import register
 
+    read = vars(tf.PretrainedConfig)["get_config_dict"]
     register()
+    assert vars(tf.PretrainedConfig)["get_config_dict"] is read
     assert tf.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["catquant"] is CatQuantConfig
