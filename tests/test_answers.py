@@ -144,8 +144,8 @@ def test_a_correction_is_asked_for_as_in_a_request(config):
     [
         (None, 0, "config must say which correction to fit"),
         ("dog", 0, 'correction must be None, "cat"'),
-        ("cat", -1, "seed must be an integer of at least 0"),
-        ("cat", "a", "seed must be an integer of at least 0"),
+        ("cat", -1, "seed must be an integer from 0 to"),
+        ("cat", "a", "seed must be an integer from 0 to"),
     ],
 )
 def test_what_is_no_request_is_refused(config, seed, message):
