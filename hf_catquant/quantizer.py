@@ -225,6 +225,22 @@ class CatQuantizer(HfQuantizer):
         return model
 
 
+def check_unquantized(model: nn.Module) -> None:
+    """Refuse a model that another method has quantized, or a part of it.
+
+    Raises:
+        ValueError: naming the method: one checkpoint has one, and would lose the other's weights.
+    """
+    for name, module in model.named_modules():
+        other = vars(module).get("hf_quantizer")
+        if other is not None and not isinstance(other, CatQuantizer):
+            method = getattr(other.quantization_config, "quant_method", type(other).__name__)
+            raise ValueError(
+                f"{name or type(model).__name__} was quantized by {getattr(method, 'value', method)}, and a checkpoint has "
+                "one method of quantization: start from the float model, or save the two apart"
+            )
+
+
 def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None = None) -> nn.Module:
     """Quantize a model that is already in memory, in place, and return it.
 
@@ -240,6 +256,7 @@ def quantize(model: nn.Module, config: CatQuantConfig, journal: Journal | None =
     """
     if quantized_modules(model):
         raise ValueError(f"{type(model).__name__} is already quantized: start from the float model")
+    check_unquantized(model)
     if not isinstance(model, PreTrainedModel):
         model.quantization_config = quantize_model(model, copy.deepcopy(config), journal)  # type: ignore[assignment]
         return model

@@ -4,6 +4,7 @@ looked at before a config of ours is read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
@@ -17,7 +18,7 @@ from .config import QUANT_METHOD, CatQuantConfig
 from .fields import check_labels
 from .layers import QuantizedModule
 from .parts import adopted, origins, part_config
-from .quantizer import CatQuantizer
+from .quantizer import CatQuantizer, check_unquantized
 from .ties import say_tied, untie
 from .written import as_written, fields_as_written, tensors_to_save
 
@@ -39,12 +40,13 @@ class PartQuantizer(CatQuantizer):
         return True
 
     def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        check_unquantized(model)
         untie(model)
         with adopted(model):
             state = tensors_to_save(model, given)
             say_tied(model)
-            _forget_inside(model.config)
-            model.config.quantization_config = part_config(model, as_written(model, state), fields_as_written(model))
+            fields = fields_as_written(model, _without_parts(model.config))
+            _lend(model, part_config(model, as_written(model, state), fields))
         return state
 
 
@@ -115,9 +117,28 @@ def register() -> None:
         PretrainedConfig.get_config_dict = _checked(read)  # type: ignore[method-assign]
 
 
-def _forget_inside(config: PretrainedConfig) -> None:
-    """Take the entries of parts off their configs inside ``config``, which has those of the whole."""
-    for value in vars(config).values():
+def _without_parts(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of ``config`` without the entries of parts, which are in those of the whole."""
+    config = copy.deepcopy(config)
+    for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            vars(value).pop("quantization_config", None)
-            _forget_inside(value)
+            vars(config)[name] = _without_parts(value)
+            vars(vars(config)[name]).pop("quantization_config", None)
+    return config
+
+
+def _lend(model: PreTrainedModel, entries: CatQuantConfig) -> None:
+    """Give ``model`` a config with ``entries`` until it is written.
+
+    A part shares its config with the whole, and configs of parts are those of the parts: none of them may change by a save.
+    """
+    own, lent = model.config, _without_parts(model.config)
+    kind = type(lent)
+
+    def save_pretrained(self: PretrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        self.__class__, model.config = kind, own
+        return kind.save_pretrained(self, *args, **kwargs)
+
+    lent.quantization_config = entries
+    lent.__class__ = type(kind.__name__, (kind,), {"save_pretrained": save_pretrained, "__module__": kind.__module__})
+    model.config = lent

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -77,11 +77,11 @@ def asked_of_save(model: PreTrainedModel) -> Mapping[str, Any]:
     return caller.f_locals if is_save else {}
 
 
-def fields_as_written(model: PreTrainedModel) -> dict[str, int]:
+def fields_as_written(model: PreTrainedModel, config: PretrainedConfig | None = None) -> dict[str, int]:
     """Checksums of the config as save_pretrained writes it: it sets two fields only after it has asked for the tensors."""
     name = type(model).__name__.removeprefix("FSDP")
     written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
-    return field_checksums(model.config.to_dict() | written)
+    return field_checksums((config or model.config).to_dict() | written)
 
 
 def as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

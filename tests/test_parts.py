@@ -10,6 +10,7 @@ import functools
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,3 +268,35 @@ def test_state_dicts_have_no_one_byte_tensors(tmp_path: Path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert names - set(state) == {f"{name}.weight" for name in quantized_modules(model.model)}
     quantized().model.load_state_dict(state)
+
+
+def test_configs_are_as_they_were_after_a_part_or_a_model_around_one_was_saved(tmp_path):
+    whole = quantized("clip")
+    before, own = whole.config.to_dict(), whole.config
+    whole.text_model.save_pretrained(tmp_path / "part")
+    assert whole.config is own
+    assert whole.text_model.config is own.text_config
+    assert whole.config.to_dict() == before
+    whole.dequantize().save_pretrained(tmp_path / "float")
+    tf.CLIPModel.from_pretrained(tmp_path / "float")  # nothing in it speaks of packed weights
+
+    llama = quantized("llama")
+    entries = llama.config.quantization_config
+    llama.model.save_pretrained(tmp_path / "decoder")
+    assert llama.config.quantization_config is entries
+    assert type(llama.model.config) is tf.LlamaConfig
+
+
+def test_parts_of_another_method_are_refused(tmp_path):
+    """One checkpoint has one method: the weights of the other would be lost."""
+    model = quantized("clip")
+    other = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="another"))
+    model.vision_model.hf_quantizer = other
+    around = tiny_models.build("clip")
+    around.text_model, around.vision_model = model.text_model, model.vision_model
+    with pytest.raises(ValueError, match=r"vision_model was quantized by another, and a checkpoint has one method"):
+        around.save_pretrained(tmp_path)
+    fresh = tiny_models.build("llama")
+    fresh.hf_quantizer = other
+    with pytest.raises(ValueError, match="LlamaForCausalLM was quantized by another"):
+        quantize(fresh, CatQuantConfig(solver="rtn", correction=None, group_size=16))
