@@ -31,6 +31,17 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None = None) -> Non
         ValueError: naming the first such layer, the rule and the way out.
     """
     holders = _holders(model)
+    known = {
+        name
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for kind in layer.adapter_layer_names
+        for name in getattr(layer, kind, ())
+    }
+    if adapter_names is not None and (not adapter_names or set(adapter_names) - known):
+        raise ValueError(
+            f"adapter_names must be some of {', '.join(sorted(known))}, got {adapter_names!r}: nothing was merged"
+        )
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             with onload_layer(layer):  # an exception inside would leave it on the device

@@ -198,6 +198,10 @@ class CatQuantizer(HfQuantizer):
                 "distributed_checkpoint must be False for a quantized model: without the tensors of one byte, which only "
                 "the other way writes, the checkpoint would load as another model; the packed weights are small"
             )
+        if asked.get("save_original_format") is False:  # names of tensors are compared as the Hub has them
+            raise ValueError(
+                "save_original_format must be True for a quantized model: with other names of its tensors it would not load"
+            )
         given = asked.get("state_dict")
         if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are saved, and no config
             return model.state_dict() if given is None else given, {}

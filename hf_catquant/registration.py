@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -48,6 +49,17 @@ class PartQuantizer(CatQuantizer):
             fields = fields_as_written(model, _without_parts(model.config))
             _lend(model, part_config(model, as_written(model, state), fields))
         return state
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        super()._dequantize(model, dtype)
+        for module in model.modules():
+            if isinstance(
+                vars(module).get("hf_quantizer"), CatQuantizer
+            ):  # a model inside that was quantized by itself
+                for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                    vars(module).pop(name, None)
+                vars(module.config).pop("quantization_config", None)
+        return model
 
 
 class _HeldInside:

@@ -191,3 +191,14 @@ def test_what_peft_would_pass_over_or_refuse_without_a_way_out():
     )
     free = {"target_parameters": ["lm_head.weight"], "trainable_token_indices": [1]}
     assert lora_config(lora("q_proj", **free), kept).target_parameters == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("names", [["nope"], []])
+def test_adapters_that_there_are_not_are_refused(names: list[str]):
+    """PEFT would merge nothing and take all adapters off."""
+    model = adapted(toy())
+    before = model(torch.ones(2, 16))
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"adapter_names must be some of default, got "):
+            merge(adapter_names=names)
+    assert torch.equal(model(torch.ones(2, 16)), before)

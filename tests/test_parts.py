@@ -300,3 +300,18 @@ def test_parts_of_another_method_are_refused(tmp_path):
     fresh.hf_quantizer = other
     with pytest.raises(ValueError, match="LlamaForCausalLM was quantized by another"):
         quantize(fresh, CatQuantConfig(solver="rtn", correction=None, group_size=16))
+
+
+def test_a_dequantized_whole_leaves_no_quantized_part(tmp_path):
+    whole = tiny_models.build("llama")
+    quantize(whole.model, CatQuantConfig(**RTN))
+    whole.dequantize()
+    assert not hasattr(whole.model, "hf_quantizer")
+    whole.model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    tf.LlamaModel.from_pretrained(tmp_path)
+
+
+def test_other_names_of_tensors_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="save_original_format must be True"):
+        quantized("llama").save_pretrained(tmp_path, save_original_format=False)
