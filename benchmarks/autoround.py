@@ -141,8 +141,9 @@ def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tup
     if run is ours:
         stored = weight_bits([asdict(layer) for layer in report(model).layers])
     print(f"{bench.case.model}, {bits} bits, {name}: {row.metric:.3f}", flush=True)
-    what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored, "seconds": seconds, "peak_bytes": peak}
-    return {**what, **kept(row), **made(), "auto-round": version("auto-round")}
+    what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored}
+    cost = {"seconds": seconds, "peak_bytes": peak}
+    return {**what, **cost, **kept(row), **made(), "auto-round": version("auto-round")}
 
 
 def rows_of(bench: Bench, subject: Subject) -> list[dict[str, Tensor]]:

