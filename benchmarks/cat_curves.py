@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_catquant import CatConfig, CatQuantConfig, quantize
 from hf_catquant.cluster_fit import fit
 from hf_catquant.fitting import SHARE
-from hf_catquant.model import parameter_count
+from hf_catquant.packed_model import parameter_count
 
 RESULTS = ROOT / "benchmarks" / "results" / "cat_curves.json"
 PAGE, PLOT = ROOT / "docs" / "cat.md", ROOT / "docs" / "cat.png"

@@ -25,7 +25,7 @@ from hf_catquant.cluster_fit import fit
 from hf_catquant.correction import corrections, detach
 from hf_catquant.fitting import SHARE
 from hf_catquant.held_out import losses
-from hf_catquant.model import parameter_count
+from hf_catquant.packed_model import parameter_count
 from hf_catquant.tasks import labels_of, load_quantized, read_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "cat_defaults.json"

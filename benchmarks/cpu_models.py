@@ -31,7 +31,9 @@ from hf_catquant.bench import machine, random_weight
 from hf_catquant.formats import FORMATS, get_format
 from hf_catquant.layers import QuantizedModule, layer_for
 from hf_catquant.log import logger
-from hf_catquant.model import replace_module, select, share_weight
+from hf_catquant.model import select
+from hf_catquant.modules import replace_module
+from hf_catquant.packed_model import share_weight
 from hf_catquant.weight import fit_static_range
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_models.json"

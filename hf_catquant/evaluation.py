@@ -21,7 +21,7 @@ from .discrimination import feature_discrimination
 from .evaluation_table import Evaluation, Row
 from .extract import Place, catch, head_place
 from .fitting import placed
-from .model import parameter_count
+from .packed_model import parameter_count
 from .replay import run
 from .report import parameter_bytes, stored_bytes
 

@@ -16,7 +16,7 @@ from .cluster_fit import fit
 from .correction import CatConfig, attach
 from .correction_file import entry_of
 from .log import logger
-from .model import parameter_count
+from .packed_model import parameter_count
 from .replay import hooked, run
 from .site_rows import SiteRows
 

@@ -16,7 +16,7 @@ from .fields import CHOSEN_AT_LOAD, changed_fields, unknown_fields
 from .integrity import checksum
 from .layers.state import SHARED
 from .log import logger
-from .model import quantized_modules
+from .packed_model import quantized_modules
 
 
 def check_room(model: nn.Module, size: int) -> None:

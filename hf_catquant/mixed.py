@@ -22,8 +22,10 @@ from .formats import FORMATS, Format, get_format
 from .layers import QuantizedModule, layer_for
 from .log import logger
 from .logits import logits_site
-from .model import Selection, Site, parameter_count, replace_module, stacks
+from .model import Selection, Site, stacks
+from .modules import replace_module
 from .outputs import answers
+from .packed_model import parameter_count
 from .replay import run
 from .samples import Batches, padding_mask
 from .shelf import resident

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import CatQuantConfig
 from .layers import QuantizedModule
-from .model import quantized_modules
+from .packed_model import quantized_modules
 from .report import stored_bytes
 from .saving import GONE, MERGED, REPLACED, check_entries, entries_now, merged_adapters, write_down
 from .ties import adopt_orphans

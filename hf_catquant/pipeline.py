@@ -19,8 +19,9 @@ from .config import CatQuantConfig
 from .float_parameters import check_gradients
 from .journal import Journal
 from .log import logger
-from .model import Selection, Site, quantized_modules, select, stacks
+from .model import Selection, Site, select, stacks
 from .modules import close_experts
+from .packed_model import quantized_modules
 from .shelf import is_absent, shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Swap

@@ -26,7 +26,7 @@ from .correction_file import check_values, empty_correction
 from .entries import check_tensors, verify_entries
 from .integrity import verify_files
 from .load_checks import check_room
-from .model import prepare, quantized_modules, remember_sites
+from .packed_model import prepare, quantized_modules, remember_sites
 from .report import config_of
 from .saving import update_config
 from .ties import adopt_orphans

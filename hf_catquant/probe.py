@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .log import logger
 from .logits import find_logits, note_into
-from .model import replace_module
+from .modules import replace_module
 from .replay import Replay, Stop, forget, hooked, own, revived, run
 from .units import Leaf, Plan, Unit
 

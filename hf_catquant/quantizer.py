@@ -30,9 +30,9 @@ from .integrity import verify_files
 from .journal import Journal
 from .load_checks import check_given, check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
-from .model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .modules import holds, open_experts, opened_experts
 from .op_checks import COMPUTE
+from .packed_model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, renamed, resolve_corrections, resolve_names

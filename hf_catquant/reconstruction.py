@@ -28,8 +28,9 @@ from .gather import Gather
 from .layers import QuantizedModule
 from .learned import MAX_RADIX, LearnedLayer
 from .log import logger
-from .model import quantized_modules, replace_module
+from .modules import replace_module
 from .outputs import LOGITS, answers
+from .packed_model import quantized_modules
 from .replay import run
 from .solvers.reconstruct import Options
 from .steps import Draft

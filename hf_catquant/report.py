@@ -13,7 +13,8 @@ from .calibrate import Outcome
 from .config import CatQuantConfig
 from .correction import corrections
 from .layers import QuantizedModule
-from .model import Selection, float_parameters, parameter_count, quantized_modules
+from .model import Selection
+from .packed_model import float_parameters, parameter_count, quantized_modules
 from .samples import Batches
 from .saving import entries_now, notes_of, provenance_now
 

@@ -15,8 +15,8 @@ from .correction_file import entry_of
 from .entries import Entries, entries_checksum, module_entry, seal
 from .integrity import checksums
 from .log import logger
-from .model import quantized_modules
 from .modules import adapted
+from .packed_model import quantized_modules
 
 MERGED = "merged_adapters"  # of a provenance: rank by module
 REPLACED, GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized

@@ -14,7 +14,8 @@ from . import solvers
 from .entries import Entries, entry_scheme, module_entry
 from .formats import get_format
 from .layers import QuantizedModule, Scheme, layer_for
-from .model import Selection, replace_module
+from .model import Selection
+from .modules import replace_module
 from .replay import Replay
 from .solvers import Moments
 from .weight import QuantizedWeight, dequantize

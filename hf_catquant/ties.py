@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .layers import QuantizedModule
-from .model import quantized_modules
+from .packed_model import quantized_modules
 
 _FLOAT_TIES = "_catquant_float_ties"  # of a model: the tied weights keys that it had before some were packed
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .model import replace_module
+from .modules import replace_module
 from .probe import make_plan
 from .replay import Call, Replay, Rerun, Stop, forget, hooked, own, own_random_numbers, revived, run
 from .units import Leaf, Unit

@@ -15,8 +15,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .correction import corrections
 from .fields import field_checksums
-from .model import quantized_modules
 from .offloaded import read
+from .packed_model import quantized_modules
 from .sentinels import sentinels_of
 
 

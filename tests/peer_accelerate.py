@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hf_catquant
 import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, quantize
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from tiny_models import LLAMA
 
 IDS = torch.arange(3, 19).view(2, 8)

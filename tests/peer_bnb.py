@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.layers import QuantizedModule
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 REQUEST = {"weights": "int4", "solver": "rtn", "correction": None, "group_size": 16}
 

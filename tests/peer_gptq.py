@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_catquant import CatQuantConfig
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from peer_bnb import llama
 
 TEXTS = [{"input_ids": (torch.arange(8) * (i + 1)) % 40} for i in range(24)]

@@ -12,7 +12,8 @@ from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.formats import FORMATS, get_format
 from hf_catquant.layers import Scheme
 from hf_catquant.layers.linear import QuantizedLinear
-from hf_catquant.model import quantized_modules, select
+from hf_catquant.model import select
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.packing import pack, packed_width, unpack
 from hf_catquant.quantizer import CatQuantizer
 from hf_catquant.registration import register

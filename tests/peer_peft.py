@@ -20,7 +20,7 @@ from hf_catquant.exports import TARGETS
 from hf_catquant.hub import describe
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.linear import QuantizedLinear
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.verify import verify
 from test_ties import FIELDS, ROWS, Tied
 

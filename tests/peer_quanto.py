@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_catquant import CatQuantConfig, quantize
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from peer_bnb import llama
 
 IDS = torch.arange(8).view(1, 8)

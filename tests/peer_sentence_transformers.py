@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hf_catquant import CatQuantConfig
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from tiny_models import TEXT
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hf_catquant
 from hf_catquant import CatConfig, CatQuantConfig, quantize
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
 
 

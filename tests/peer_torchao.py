@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_catquant import CatConfig, CatQuantConfig, quantize
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.report import stored_bytes
 from peer_bnb import llama
 

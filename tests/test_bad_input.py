@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from hf_catquant import CatConfig, CatQuantConfig, quantize
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 
 def bert() -> nn.Module:

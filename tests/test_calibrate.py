@@ -15,7 +15,7 @@ from helpers import global_rng_untouched, sqnr
 from hf_catquant import CatConfig, CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
 from hf_catquant.layers import QuantizedModule
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.replay import Replay, hooked
 from test_walk import lines
 from toys import make, samples_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, quantize, report
 from hf_catquant.correction import corrections
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
 from hf_catquant.verify import verify
 

@@ -20,8 +20,8 @@ from hf_catquant.expert_rows import ExpertRows
 from hf_catquant.formats import get_format
 from hf_catquant.gather import Gather, Streams
 from hf_catquant.layers.experts import ExpertLinear, Experts, Fused
-from hf_catquant.model import quantized_modules
 from hf_catquant.modules import close_experts, open_experts
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.verify import verify
 from hf_catquant.walk import Leaf
 from test_fails_closed import WITHOUT_IMPORT

@@ -22,7 +22,7 @@ from hf_catquant.correction import ClusterAffine, attach
 from hf_catquant.exports import export_onnx, onnx, onnx_functions
 from hf_catquant.formats import ACTIVATION_FORMATS, get_format
 from hf_catquant.kernels import reference
-from hf_catquant.model import dequantize_modules, quantized_modules
+from hf_catquant.packed_model import dequantize_modules, quantized_modules
 from hf_catquant.rotation import rotate
 from hf_catquant.tasks import read_rows
 from hf_catquant.weight import fit_static_range, quantize_activation

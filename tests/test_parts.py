@@ -24,7 +24,7 @@ import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, fit_correction, quantize, report
 from hf_catquant.correction import corrections
 from hf_catquant.layers import Scheme, layer_for
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.sentinels import check_files
 from hf_catquant.verify import verify
 

@@ -18,7 +18,7 @@ from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.embedding import QuantizedEmbedding
 from hf_catquant.layers.linear import QuantizedLinear
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 DATA_FREE = {"weights": "ternary", "group_size": 16, "solver": "rtn", "correction": None}
 

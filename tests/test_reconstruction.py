@@ -16,7 +16,7 @@ from hf_catquant import CatQuantConfig, quantize, report
 from hf_catquant.correction import corrections
 from hf_catquant.fitting import Pairs
 from hf_catquant.learned import LearnedLayer
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from hf_catquant.reconstruction import Reconstruction
 from hf_catquant.solvers.reconstruct import Options
 

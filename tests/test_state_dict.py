@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tiny_models
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.layers import QuantizedModule
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 X = torch.arange(4 * 16).sin().view(4, 16)
 IDS = torch.arange(3, 19).view(2, 8)

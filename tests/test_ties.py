@@ -14,7 +14,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.journal import open_journal
 from hf_catquant.layers import QuantizedModule
-from hf_catquant.model import dequantize_modules, quantized_modules
+from hf_catquant.packed_model import dequantize_modules, quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
 from hf_catquant.replay import Replay
 from hf_catquant.swap import original_at

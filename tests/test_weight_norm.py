@@ -13,7 +13,7 @@ import hf_catquant
 from helpers import sqnr
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.layers import QuantizedModule
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 from tiny_models import SPEECH, TEXT
 
 RTN = {"weights": "int8", "group_size": 16, "solver": "rtn", "correction": None}

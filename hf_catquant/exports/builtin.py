@@ -21,7 +21,8 @@ from transformers import GemmaQuantizationConfig, MetalConfig
 
 from ..formats import get_format, group_width
 from ..layers import QuantizedModule
-from ..model import is_passed_by, quantized_modules
+from ..model import is_passed_by
+from ..packed_model import quantized_modules
 from ..packing import unpack
 from .common import Exported, Source, copy_processor, fold_corrections, settle_losses, weight_bytes, written_beside
 

@@ -20,9 +20,9 @@ from ..correction import ClusterAffine, corrections, detach
 from ..identity import CARD, EVALUATION, PLOTS, REPORT
 from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
 from ..layers import QuantizedModule
-from ..model import quantized_modules, replace_module
-from ..modules import check_no_adapters
+from ..modules import check_no_adapters, replace_module
 from ..offloaded import bring_back, forget_hooks
+from ..packed_model import quantized_modules
 from ..tasks import load_quantized
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model import quantized_modules
+from ..packed_model import quantized_modules
 from .blocks import encode
 from .common import Exported, Source, fold_corrections, settle_losses, source_folder, written_beside
 from .gguf_check import bytes_of, check_file

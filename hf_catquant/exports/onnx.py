@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from transformers import Cache
 
 from ..layers.experts import QuantizedExpertLinear
-from ..model import quantized_modules
+from ..packed_model import quantized_modules
 from . import onnx_functions as functions
 from .common import Exported, Source, free_place, written_beside
 from .onnx_check import check_answers, check_bytes

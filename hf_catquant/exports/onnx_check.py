@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..correction import corrections
 from ..inventory import shortly
-from ..model import quantized_modules
+from ..packed_model import quantized_modules
 from . import onnx_functions as functions
 
 _LARGEST = 2_000_000_000  # bytes: a protobuf holds 2 GiB

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import quantized_modules
+from ..packed_model import quantized_modules
 from .common import Exported, Source, copy_processor, fold_corrections, settle_losses, weight_bytes, written_beside
 
 

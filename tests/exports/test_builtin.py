@@ -15,7 +15,7 @@ from transformers.integrations.gemma_quant import QuantizedLinear
 import hf_catquant
 import tiny_models
 from hf_catquant import CatQuantConfig, export
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 
 def quantized(name: str, **options: Any) -> Any:

@@ -13,7 +13,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig, export
 from hf_catquant.cli import main
 from hf_catquant.correction import ClusterAffine, attach, corrections
-from hf_catquant.model import quantized_modules
+from hf_catquant.packed_model import quantized_modules
 
 
 def quantized(name: str, **options: Any) -> Any:
