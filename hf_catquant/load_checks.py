@@ -18,6 +18,8 @@ from .layers.state import SHARED
 from .log import logger
 from .packed_model import quantized_modules
 
+OF_A_HEAD = ("id2label", "label2id", "problem_type")  # fields that say nothing of the layers below it
+
 
 def check_room(model: nn.Module, size: int) -> None:
     """Refuse entries that ask for more memory than the files hold, before any of it is taken.
@@ -43,11 +45,15 @@ def check_room(model: nn.Module, size: int) -> None:
         )
 
 
-def warn_of_changes(model: PreTrainedModel, provenance: dict[str, Any]) -> None:
+def warn_of_changes(
+    model: PreTrainedModel, provenance: dict[str, Any], read: dict[str, Any] | None, is_stored_class: bool
+) -> None:
     """Say which fields of the model's config are not those that were saved: they can change what it computes.
 
     Args:
         model: as it is built.
+        read: its config as it was read, if it is known: some classes change fields while they are built.
+        is_stored_class: whether the model is of the class that was saved. Another one has a head of its own.
         provenance: of its checkpoint; its ``fields`` are the checksums of what was saved. Without them nothing can be told
             of any, which is said.
 
@@ -61,8 +67,9 @@ def warn_of_changes(model: PreTrainedModel, provenance: dict[str, Any]) -> None:
             "fetch the file again, or save the model again if you trust it"
         )
         return
-    config = model.config.to_dict()
-    changed = [name for name in changed_fields(config, fields) if name not in CHOSEN_AT_LOAD]
+    config = model.config.to_dict() if read is None else read
+    chosen = CHOSEN_AT_LOAD if is_stored_class else (*CHOSEN_AT_LOAD, *OF_A_HEAD)
+    changed = [name for name in changed_fields(config, fields) if name not in chosen]
     if changed:
         logger.warning(
             "%s of config.json are not what was saved: unless you changed them, the file is damaged, and the model does "
@@ -71,7 +78,7 @@ def warn_of_changes(model: PreTrainedModel, provenance: dict[str, Any]) -> None:
         )
     # The config of a part of the model has fields that the whole has not: that it is another one was said above.
     unknown = [] if "model_type" in changed else unknown_fields(config, _chosen(model.config, config), fields)
-    unknown = [name for name in unknown if name not in CHOSEN_AT_LOAD]
+    unknown = [name for name in unknown if name not in chosen]
     if unknown:
         logger.warning(
             "%s of config.json have no checksum, which every save writes: unless you added them, the file was changed or "

@@ -29,8 +29,9 @@ except ImportError as error:
     raise ImportError("adapters need PEFT: pip install 'hf-catquant[peft]'") from error
 
 from .lora_layer import LoraOnQuantized
-from .lora_merge import check_merge
+from .lora_merge import FIRST, check_merge
 from .lora_targets import ALL_LINEAR, check_targets, linear_names
+from .offloaded import read
 
 
 class LoraModelOnQuantized(LoraModel):
@@ -140,4 +141,20 @@ def _taught(adapted: PeftModel) -> PeftModel:
     """``adapted`` with a tuner that knows packed layers; PEFT has no place to say which class that is to be."""
     if type(adapted.base_model) is LoraModel:
         adapted.base_model.__class__ = LoraModelOnQuantized
+    _check_values(adapted)
     return adapted
+
+
+def _check_values(adapted: PeftModel) -> None:
+    """Refuse adapters without values, which PEFT makes where a layer is offloaded: each call would draw others.
+
+    Raises:
+        ValueError: naming the first one and the way out; the model is as it was before.
+    """
+    for name, value in adapted.named_parameters():
+        if value.is_meta and ".lora_" in name:
+            try:
+                read(adapted, name)
+            except ValueError:
+                adapted.unload()
+                raise ValueError(f"{name} has no values: the layer is offloaded. {FIRST}") from None

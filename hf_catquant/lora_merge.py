@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .correction import ClusterAffine
 from .layers.linear import QuantizedLinear
 
+FIRST = "Add adapters to the model while it is in memory, and offload it with them then"
 APART = "keep the adapters apart (save and load them beside the model)"
 
 
@@ -61,6 +62,8 @@ def merge_refusal(layer: BaseTunerLayer, adapter_names: list[str] | None = None)
             "take it off with hf_catquant.correction.detach(model, name) before the adapter is trained, or " + APART
         )
     for name in names:
+        if any(tensor.is_meta for tensor in _tensors(layer, name)):
+            return f"adapter {name!r} has no values: it was made on a layer that was offloaded already. {FIRST}"
         if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(layer, name)):
             return (
                 f"adapter {name!r} has values that are not finite: its training diverged, or its file is damaged. Take it "

@@ -204,6 +204,8 @@ def _refusal(name: str, module: nn.Module, config: CatQuantConfig) -> str | None
         {"weight", "parametrizations"} & {*module._parameters, *module._modules}
     ):
         return f"its weight is not a plain parameter of {type(module).__name__}"
+    if weight.numel() == 0:
+        return f"its weight has no elements: {tuple(weight.shape)}"
     if weight.dtype not in COMPUTE:
         return f"its weight is {weight.dtype}, not a dtype that layers compute in ({', '.join(map(str, COMPUTE))})"
     return layer.refusal(module)

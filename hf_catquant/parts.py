@@ -20,6 +20,7 @@ from .packed_model import quantized_modules
 from .report import stored_bytes
 from .saving import GONE, MERGED, REPLACED, check_entries, entries_now, merged_adapters, write_down
 from .ties import adopt_orphans
+from .written import say_absent
 
 NOTE = "saved as a part of the model that was quantized, or in another one: data, notes and gains are of that model"
 _SEVERAL = "its parts were quantized by {} requests: this one and the calibration data are of that of most layers"
@@ -51,7 +52,7 @@ def part_config(
     config.modules = None  # in the order of the model
     modules = entries_now(config, model)
     check_entries(modules, model)
-    provenance = dict(first.provenance)
+    provenance = say_absent(first.provenance, model)
     tables = [_tables(each, model) for each in (first, *others)]
     for key in dict.fromkeys(key for table in tables for key in table):
         found = [table[key] for table in tables if key in table]

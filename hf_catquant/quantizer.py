@@ -35,11 +35,19 @@ from .op_checks import COMPUTE
 from .packed_model import dequantize_modules, prepare, quantized_modules, remember_sites, share_weight
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
-from .resolve import check_complete, renamed, resolve_corrections, resolve_names
+from .resolve import check_complete, is_stored_class, renamed, resolve_corrections, resolve_names, tied_elsewhere
 from .saving import update_config
 from .sentinels import check_files
 from .ties import adopt_orphans, say_tied, tie_again, untie
-from .written import as_written, asked_of_save, fields_as_written, parameters_as_written, tensors_to_save
+from .written import (
+    as_written,
+    asked_of_save,
+    fields_as_written,
+    leave_out,
+    parameters_as_written,
+    say_absent,
+    tensors_to_save,
+)
 
 
 class CatQuantizer(HfQuantizer):
@@ -48,6 +56,7 @@ class CatQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: CatQuantConfig
     is_given: bool = False  # whether the tensors are not read from files
+    fields_read: dict[str, Any] | None = None  # of the model's config before a class has changed some
 
     def __init__(self, quantization_config: CatQuantConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
@@ -76,7 +85,8 @@ class CatQuantizer(HfQuantizer):
         if self.pre_quantized:
             entries = self.quantization_config.modules or {}
             check_tables(config, max(entry["shape"][0] for entry in entries.values()))
-            check_depth(config.to_dict(), len(self.quantization_config.checksums))
+            self.fields_read = config.to_dict()
+            check_depth(self.fields_read, len(self.quantization_config.checksums))
         return config
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -116,17 +126,20 @@ class CatQuantizer(HfQuantizer):
         if checkpoint_files is not None:
             verify_files(checkpoint_files, config.checksums)
             check_files(checkpoint_files)
+        if is_stored_class(model):
+            leave_out(model, config.provenance, config.checksums)
         open_experts(model, lambda name: holds(name, stored))
         names = resolve_names(model, stored)
         config.modules = renamed(stored, names)
         sites = resolve_corrections(model, config.corrections, names.keys(), stored.keys() - names.keys())
         config.corrections = renamed(config.corrections, sites)
+        config.modules |= tied_elsewhere(model, config.modules, config.checksums)
         prepare(model, config.modules)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
             check_room(model, sum(Path(file).stat().st_size for file in checkpoint_files))
-        warn_of_changes(model, config.provenance)
+        warn_of_changes(model, config.provenance, self.fields_read, is_stored_class(model))
         untie(model)
         held = {sentinel for module in quantized_modules(model).values() for sentinel in ("weight", module.sentinel)}
         sentinels = {rf"^{re.escape(f'{name}.{key}')}$" for pair in names.items() for name in pair for key in held}
@@ -211,6 +224,7 @@ class CatQuantizer(HfQuantizer):
         adopt_orphans(model)
         state = tensors_to_save(model, given)
         say_tied(model)
+        self.quantization_config.provenance = say_absent(self.quantization_config.provenance, model)
         update_config(self.quantization_config, model, as_written(model, state), fields_as_written(model))
         remember_sites(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config

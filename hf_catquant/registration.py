@@ -5,6 +5,7 @@ looked at before a config of ours is read.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
@@ -47,8 +48,33 @@ class PartQuantizer(CatQuantizer):
             state = tensors_to_save(model, given)
             say_tied(model)
             fields = fields_as_written(model, _without_parts(model.config))
-            _lend(model, part_config(model, as_written(model, state), fields))
+            self._lend(model, part_config(model, as_written(model, state), fields))
         return state
+
+    def _lend(self, model: PreTrainedModel, entries: CatQuantConfig) -> None:
+        """Give ``model`` a config with ``entries`` until it is written, or as long as this quantizer lasts, which is no
+        longer than one ``save_pretrained``: not every rank writes it.
+
+        A part shares its config with the whole, and configs of parts are those of the parts: none of them may change by a
+        save.
+        """
+        own, lent = model.config, _without_parts(model.config)
+        kind = type(lent)
+
+        def give_back() -> None:
+            if model.config is lent:
+                model.config = own
+
+        def save_pretrained(config: PretrainedConfig, *args: Any, **kwargs: Any) -> Any:
+            config.__class__ = kind
+            give_back()
+            return kind.save_pretrained(config, *args, **kwargs)
+
+        lent.quantization_config = entries
+        members = {"save_pretrained": save_pretrained, "__module__": kind.__module__}
+        lent.__class__ = type(kind.__name__, (kind,), members)
+        model.config = lent
+        weakref.finalize(self, give_back).atexit = False
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         super()._dequantize(model, dtype)
@@ -137,20 +163,3 @@ def _without_parts(config: PretrainedConfig) -> PretrainedConfig:
             vars(config)[name] = _without_parts(value)
             vars(vars(config)[name]).pop("quantization_config", None)
     return config
-
-
-def _lend(model: PreTrainedModel, entries: CatQuantConfig) -> None:
-    """Give ``model`` a config with ``entries`` until it is written.
-
-    A part shares its config with the whole, and configs of parts are those of the parts: none of them may change by a save.
-    """
-    own, lent = model.config, _without_parts(model.config)
-    kind = type(lent)
-
-    def save_pretrained(self: PretrainedConfig, *args: Any, **kwargs: Any) -> Any:
-        self.__class__, model.config = kind, own
-        return kind.save_pretrained(self, *args, **kwargs)
-
-    lent.quantization_config = entries
-    lent.__class__ = type(kind.__name__, (kind,), {"save_pretrained": save_pretrained, "__module__": kind.__module__})
-    model.config = lent

@@ -91,7 +91,7 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Any:
         RuntimeError: the model cannot run on the batch; says what was in it.
     """
     try:
-        with _without_cache(model), own_random_numbers():
+        with without_cache(model), own_random_numbers():
             return model(**own(batch))
     except Stop:
         return None
@@ -114,7 +114,7 @@ def own_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """No config of ``model`` or of a model inside asks for past keys: units run many times, and a cache would grow."""
     held = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     asking: list[Any] = [config for config in held.values() if getattr(config, "use_cache", False)]

@@ -121,6 +121,34 @@ def renamed(entries: Entries, names: Mapping[str, str]) -> Entries:
     return found
 
 
+def tied_elsewhere(model: PreTrainedModel, modules: Entries, stored: Collection[str]) -> Entries:
+    """Entries of layers that share a packed weight by the ties of their class, which the class that was saved has not.
+
+    A base model is saved without the head that holds the weight of its embedding in the model that generates.
+
+    Args:
+        model: being loaded, of float layers still.
+        modules: entries of the checkpoint, under their names in ``model``.
+        stored: names of the tensors in the checkpoint: a layer with a weight of its own there is not tied.
+
+    Raises:
+        ValueError: such a layer is none that can be packed.
+    """
+    found: Entries = {}
+    for target, source in {} if is_stored_class(model) else model.all_tied_weights_keys.items():
+        name, owner = target.removesuffix(".weight"), source.removesuffix(".weight")
+        own = {target, target.removeprefix(f"{model.base_model_prefix}.")} & {*stored}
+        if name == target or owner not in modules or name in modules or own:
+            continue
+        if layer_for(model.get_submodule(name)) is None:
+            raise ValueError(
+                f"{name} of {type(model).__name__} shares the weight of {owner}, which is packed, and cannot itself be: "
+                f"load {', '.join(model.config.architectures or ['the class'])}, which was saved"
+            )
+        found[name] = {**modules[owner], "tied_to": modules[owner]["tied_to"] or owner}
+    return found
+
+
 def _found(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     present = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix

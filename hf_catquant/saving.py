@@ -14,12 +14,17 @@ from .correction import corrections
 from .correction_file import entry_of
 from .entries import Entries, entries_checksum, module_entry, seal
 from .integrity import checksums
+from .layers import QuantizedModule
 from .log import logger
 from .modules import adapted
 from .packed_model import quantized_modules
 
 MERGED = "merged_adapters"  # of a provenance: rank by module
 REPLACED, GONE = "replaced_layers", "removed_layers"  # of a provenance: names of layers that were quantized
+
+_STRANGE = (
+    "{} of its layers ({} ...) were quantized in another model: calibration data, notes and gains are not of them"
+)
 
 
 def update_config(
@@ -109,7 +114,8 @@ def lost_layers(config: CatQuantConfig, model: nn.Module) -> tuple[list[str], li
     Of a part of a model nothing can be told of the rest: it is no loss.
     """
     layers = quantized_modules(model)
-    held = {layer.site or name for name, layer in layers.items()}
+    strange = strangers(config, layers)
+    held = {name if name in strange else layer.site or name for name, layer in layers.items()}
     lost = [name for name in config.modules or {} if name not in held]
     if not lost or any(layer.site and layer.site.endswith(f".{name}") for name, layer in layers.items()):
         return [], []
@@ -119,6 +125,13 @@ def lost_layers(config: CatQuantConfig, model: nn.Module) -> tuple[list[str], li
     return replaced, [name for name in lost if name not in replaced]
 
 
+def strangers(config: CatQuantConfig, layers: Mapping[str, QuantizedModule]) -> list[str]:
+    """Names of those of ``layers`` that were quantized with another config, in another model."""
+    origins = {id(layer.origin): layer.origin for layer in layers.values() if layer.origin is not None}
+    others = {key for key, origin in origins.items() if origin is not config and origin != config}  # or a copy of it
+    return [name for name, layer in layers.items() if id(layer.origin) in others]
+
+
 def _ends(name: str) -> list[int]:
     """Where the names of the modules around ``name`` end in it, and it itself."""
     return [*(at for at, letter in enumerate(name) if letter == "."), len(name)]
@@ -126,30 +139,33 @@ def _ends(name: str) -> list[int]:
 
 def provenance_now(config: CatQuantConfig, model: nn.Module) -> dict[str, Any]:
     """The provenance of ``config`` with what was done to ``model`` since: adapters that were merged, without errors of those
-    layers, and layers that are float now or not there, without what was known of them.
+    layers, and layers that are float now or not there, without what was known of them. Of layers that came from another
+    quantized model it says what was known there.
 
     Raises:
         ValueError: the provenance has a table of merged adapters that no save wrote.
     """
-    known, entries, layers = config.provenance, config.modules or {}, quantized_modules(model)
-    merged, now = merged_adapters(known), {layer.site or name: name for name, layer in layers.items()}
-    ranks = {
-        site: merged.pop(site, 0) + layers[name].scheme.low_rank - entries[site]["low_rank"]
-        for site, name in now.items()
-        if site in entries
-    }
+    known, layers = config.provenance, quantized_modules(model)
+    merged, errors = {}, {}
+    for name, layer in layers.items():
+        of, site = layer.origin or config, layer.site or name
+        entry = (of.modules or {}).get(site)
+        rank = merged_adapters(of.provenance).get(site, 0)
+        rank += 0 if entry is None else layer.scheme.low_rank - entry["low_rank"]
+        if rank > 0:
+            merged[name] = rank
+        elif site in of.provenance.get("errors", {}):
+            errors[name] = of.provenance["errors"][site]
     replaced, gone = lost_layers(config, model)
-    lost = {*replaced, *gone}
-    merged = {name: rank for name, rank in merged.items() if name not in lost}
-    merged |= {now[site]: rank for site, rank in ranks.items() if rank > 0}
     new = dict(known)
     if merged or MERGED in known:
         new[MERGED] = merged
-    moved = {site for site, name in now.items() if site != name}
-    if lost or moved or merged:
-        errors = {now.get(n, n): error for n, error in known.get("errors", {}).items() if n not in lost}
-        new["errors"] = {name: error for name, error in errors.items() if name not in merged}
-    return new if not lost else _without(new, model, replaced, gone)
+    if errors != known.get("errors", {}):
+        new["errors"] = errors
+    strange = strangers(config, layers)
+    if strange:
+        new["notes"] = [*(known.get("notes") or []), _STRANGE.format(len(strange), strange[0])]
+    return _without(new, model, replaced, gone) if replaced or gone else new
 
 
 def _without(known: dict[str, Any], model: nn.Module, replaced: list[str], gone: list[str]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .fields import field_checksums
 from .offloaded import read
 from .packed_model import quantized_modules
 from .sentinels import sentinels_of
+
+ABSENT = "absent"  # of a provenance: modules that the class builds, and that are None in the model that was saved
 
 
 def tensors_to_save(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -82,6 +85,48 @@ def fields_as_written(model: PreTrainedModel, config: PretrainedConfig | None = 
     name = type(model).__name__.removeprefix("FSDP")
     written = {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [name]}
     return field_checksums((config or model.config).to_dict() | written)
+
+
+def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``provenance`` with the modules that the class of ``model`` builds from its config and that are None in ``model``.
+
+    A model can be built with less than its config says: the ``RobertaModel`` of a ``RobertaForSequenceClassification`` has
+    no pooler, and a load, which knows the class and the config alone, builds one.
+    """
+    known = {name: value for name, value in provenance.items() if name != ABSENT}
+    if not isinstance(model, PreTrainedModel):
+        return known
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            usual = type(model)(config)
+    except Exception:  # of the model's own class, which may want more than a config: loading it will tell
+        return known
+    present = dict(model.named_modules())
+    pairs = [(name, *name.rpartition(".")[::2]) for name, _ in usual.named_modules() if name not in present]
+    names = [name for name, parent, leaf in pairs if getattr(present.get(parent), leaf, pairs) is None]
+    return known | ({ABSENT: names} if names else {})
+
+
+def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Collection[str]) -> None:
+    """Take out of ``model``, of the class that was saved, what :func:`say_absent` found that the saved one had not.
+
+    Raises:
+        ValueError: what the provenance has is no list of names, or the checkpoint has tensors of such a module.
+    """
+    names = provenance.get(ABSENT, [])
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    held = [tensor for tensor in stored if tensor.startswith(tuple(f"{name}." for name in names))] if is_list else []
+    if not is_list or held:
+        raise ValueError(
+            f"quantization_config: provenance.{ABSENT} must be a list of modules without tensors in the checkpoint, got "
+            f"{names!r:.200}{f', and it has {held[0]}' if held else ''}: the config.json was changed or damaged after the "
+            "save, fetch it again"
+        )
+    present = dict(model.named_modules())
+    for parent, leaf in (name.rpartition(".")[::2] for name in names if name in present):
+        setattr(present[parent], leaf, None)
 
 
 def as_written(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from transformers import Cache
 
 from ..layers.experts import QuantizedExpertLinear
 from ..packed_model import quantized_modules
+from ..replay import without_cache
 from . import onnx_functions as functions
 from .common import Exported, Source, free_place, written_beside
 from .onnx_check import check_answers, check_bytes
@@ -90,7 +91,8 @@ def write(source: Source, out: Path, *, lossy: bool = False, opset: int | None =
     """
     kwargs, shapes = example_inputs(source.model, source.name)
     options = {} if opset is None else {"opset_version": opset}
-    return export_onnx(source.model, out, (), kwargs, dynamic_shapes=shapes, **options)
+    with without_cache(source.model):
+        return export_onnx(source.model, out, (), kwargs, dynamic_shapes=shapes, **options)
 
 
 def _check_model(model: nn.Module, options: dict[str, Any]) -> None:

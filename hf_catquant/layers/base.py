@@ -128,6 +128,9 @@ class QuantizedModule(PackedState):
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.shape[0], weight[0].numel()
 
+    def reset_parameters(self) -> None:
+        """Nothing: wav2vec2 asks it of layers that a checkpoint has just filled, where a float one keeps its values, too."""
+
     @classmethod
     def to_matrix(cls, weight: Tensor) -> Tensor:
         """A weight in the module's own shape as (N, K)."""
