@@ -202,3 +202,22 @@ def test_adapters_that_there_are_not_are_refused(names: list[str]):
         with pytest.raises(ValueError, match=r"adapter_names must be some of default, got "):
             merge(adapter_names=names)
     assert torch.equal(model(torch.ones(2, 16)), before)
+
+
+def test_adapters_of_offloaded_layers_have_no_values_and_are_refused():
+    """PEFT would draw them anew at each call, and without a word."""
+    accelerate = pytest.importorskip("accelerate")
+    model = toy()
+    wanted = model(X)
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    with pytest.raises(
+        ValueError, match=r"0\.lora_A\.default\.weight has no values: the layer is offloaded\. Add adapters"
+    ):
+        get_peft_model(model, lora())
+    assert not any(isinstance(module, LoraOnQuantized) for module in model.modules())
+    assert torch.equal(model(X), wanted)
+
+    late = adapted(toy())
+    late.base_model.model[0].lora_A["default"].to("meta")
+    with pytest.raises(ValueError, match="nothing was merged, because of 0: adapter 'default' has no values"):
+        late.merge_and_unload()

@@ -254,6 +254,17 @@ def test_onnxruntime_is_asked_and_a_wrong_file_is_refused(evaluator, pair, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_language_model_by_the_command_line_has_no_cache(evaluator, tmp_path):
+    model = quantized("llama").eval()
+    model.save_pretrained(tmp_path / "in")
+    main(["export", str(tmp_path / "in"), str(tmp_path / "llama.onnx"), "--to", "onnx"])
+    ids = torch.arange(35).view(5, 7) + 3
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (found,) = run(evaluator, tmp_path / "llama.onnx", batch)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_refusals(evaluator, pair, tmp_path, monkeypatch):
     model, plain, x = pair
     file = tmp_path / "model.onnx"

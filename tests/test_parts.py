@@ -287,6 +287,16 @@ def test_configs_are_as_they_were_after_a_part_or_a_model_around_one_was_saved(t
     assert type(llama.model.config) is tf.LlamaConfig
 
 
+def test_a_rank_that_writes_no_config_changes_none(tmp_path):
+    whole = quantized("llama")
+    own = whole.config
+    whole.model.save_pretrained(tmp_path, is_main_process=False)
+    assert whole.model.config is whole.config is own
+    whole.config.output_hidden_states = True
+    pickle.loads(pickle.dumps(whole))
+    assert whole(IDS).hidden_states is not None
+
+
 def test_parts_of_another_method_are_refused(tmp_path):
     """One checkpoint has one method: the weights of the other would be lost."""
     model = quantized("clip")
