@@ -75,3 +75,9 @@ def test_float8_weights_stay_as_they_are():
     model[0].to(torch.float8_e4m3fn)
     quantize(model, CatQuantConfig(**FIELDS))
     assert "its weight is torch.float8_e4m3fn, not a dtype that layers compute in" in report(model).skipped["0"]
+
+
+def test_weights_without_elements_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 0))
+    quantize(model, CatQuantConfig(**FIELDS))
+    assert report(model).skipped["1"] == "its weight has no elements: (0, 16)"
