@@ -22,8 +22,8 @@ _CAUSES = {
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Say what could not be written, why, and what to do, whichever library met the error.
+def writing(path: str | Path, way_out: str = "") -> Iterator[None]:
+    """Say what could not be written, why, and what to do, whichever library met the error; ``way_out`` ends the sentence.
 
     Raises:
         OSError: instead of what a library raised.
@@ -35,8 +35,7 @@ def writing(path: str | Path) -> Iterator[None]:
         if code is None:
             raise
         where = getattr(error, "filename", None) or path
-        cause = _CAUSES.get(code, os.strerror(code))
-        raise OSError(code, f"cannot write {where}: {cause}; what is finished is kept, --resume goes on") from error
+        raise OSError(code, f"cannot write {where}: {_CAUSES.get(code, os.strerror(code))}{way_out}") from error
 
 
 @contextmanager

@@ -20,6 +20,9 @@ _SCHEME = tuple(field.name for field in fields(Scheme))
 # What quantizing found, which has checksums of its own; everything else of a quantization_config is the request.
 _FOUND = ("modules", "corrections", "checksums", "entries_checksum", "provenance")
 
+_CHANGED = "the config.json was changed or damaged after the save, fetch it again"
+ABSENT = "absent"  # of a provenance: modules that the class builds, and that are None in the model that was saved
+
 
 def module_entry(scheme: Scheme, shape: tuple[int, int], tied_to: str | None) -> dict[str, Any]:
     """What the checkpoint stores of one quantized module: its scheme, its logical (N, K), and whose weight it shares."""
@@ -160,6 +163,53 @@ def check_modules(modules: Any) -> None:
         for field, rule, holds in rules:
             if not holds:
                 raise ValueError(f"{where}: {field} must be one of {rule}; got {entry[field]!r}")
+
+
+# What the provenance holds where it is printed, or read again: by name, the type of the whole, and of what is inside.
+_PROVENANCE: dict[str, tuple[type, type | tuple[type, ...]]] = {
+    "notes": (list, str),
+    "skipped": (dict, str),
+    "errors": (dict, (int, float, type(None))),
+    "fits": (dict, dict),
+    ABSENT: (list, str),
+}
+
+
+def check_provenance(provenance: Any) -> None:
+    """Refuse a provenance whose tables are of other types than a save writes.
+
+    Raises:
+        ValueError: naming the table.
+    """
+    if not isinstance(provenance, dict):
+        raise ValueError(f"quantization_config: provenance must be an object, got {provenance!r:.100}")
+    for name, (whole, inside) in _PROVENANCE.items():
+        found = provenance.get(name) or whole()
+        values = found.values() if isinstance(found, dict) else found
+        if not isinstance(found, whole) or not all(isinstance(value, inside) for value in values):
+            raise ValueError(
+                f"quantization_config: provenance.{name} must be a {whole.__name__} of "
+                f"{getattr(inside, '__name__', 'numbers')}, got {found!r:.100}: {_CHANGED}"
+            )
+
+
+def check_absent(provenance: Mapping[str, Any], stored: Iterable[str]) -> None:
+    """Refuse a provenance that calls a module absent of which the checkpoint has tensors.
+
+    Args:
+        provenance: of a checkpoint.
+        stored: names of its tensors.
+
+    Raises:
+        ValueError: naming one.
+    """
+    ends = tuple(f"{name}." for name in provenance.get(ABSENT) or ())
+    held = next((name for name in stored if ends and name.startswith(ends)), None)
+    if held is not None:
+        raise ValueError(
+            f"quantization_config: provenance.{ABSENT} must be a list of modules without tensors in the checkpoint, which "
+            f"has {held}: {_CHANGED}"
+        )
 
 
 def check_corrections(entries: Any) -> None:

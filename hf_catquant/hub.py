@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import matplotlib as mpl
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .card import RELATIONS, model_card
-from .checkpoint import index_file, read_object, stored_variant, weight_files
+from .checkpoint import ADAPTER, index_file, read_object, stored_variant, weight_files
+from .config import CatQuantConfig
+from .disk import beside, writing
 from .evaluation_table import Evaluation
 from .hub_id import check_id
-from .identity import CARD, EVALUATION, PLOTS, REPORT, check_kept, checked_evaluation, checked_report, identity
-from .inventory import digests, is_companion, is_paper, is_pickle, names_in, shortly
+from .identity import (
+    CARD,
+    EVALUATION,
+    PLOTS,
+    REPORT,
+    check_kept,
+    checked_evaluation,
+    checked_report,
+    files_of,
+    identity,
+    is_made_here,
+)
+from .inventory import digests, is_companion, is_pickle, names_in, shortly
 from .log import logger
 from .report import Report, report
 from .report_page import draw_errors, draw_sizes
@@ -61,13 +74,20 @@ def describe(
         trust_remote_code: run the code that comes with the model where a report is made from it.
 
     Raises:
-        ValueError: a file is missing, or is not one of this very checkpoint; nothing is written then.
+        ValueError: a file is missing, or is not one of this very checkpoint, or somebody wrote a README.md of their own;
+            nothing is written then.
+        OSError: there is no room, or no permission; files that were there are as they were.
     """
     folder = Path(folder)
     for name, value in (("repo", repo), ("base_model", base_model)):
         if value is not None:
             check_id(name, value)
     config = stored_config(read_object(folder / "config.json"), folder)
+    if (folder / CARD).is_file() and not is_made_here(folder):
+        raise ValueError(
+            f"{folder / CARD} was not made here, and the card would take its place: pass --keep-card (keep_card=True) to "
+            "upload it as it is, or move it out of the folder"
+        )
     source = folder / EVALUATION if evaluation is None else Path(evaluation)
     measured = evaluation is not None or source.is_file()
     table = checked_evaluation(source, read_object(source), config) if measured else None
@@ -75,7 +95,7 @@ def describe(
         _write_report(folder, trust_remote_code)
     summary = checked_report(folder / REPORT, read_object(folder / REPORT), config)
     if measured and source.resolve() != (folder / EVALUATION).resolve():
-        shutil.copyfile(source, folder / EVALUATION)
+        _write(folder / EVALUATION, source.read_text(encoding="utf-8"))
     _draw(folder, summary, table)
     _record_files(folder)
     card = model_card(folder, repo, base_model, license, relation=relation, origin=origin)
@@ -91,8 +111,14 @@ def describe(
             variant,
             variant,
         )
-    card.save(folder / CARD)
+    _write(folder / CARD, str(card))
     return folder / CARD
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` in the place of what a file holds, which stays whole if there is no room for it."""
+    with writing(path), beside(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _draw(folder: Path, summary: Report, table: Evaluation | None) -> None:
@@ -113,17 +139,17 @@ def _record_files(folder: Path) -> None:
     """Have the report name the files of tokenizers and processors that are there: what it has of one stays as it is."""
     raw = read_object(folder / REPORT)
     held: Any = raw.get("files")
-    files = digests(folder)
-    files |= {name: value for name, value in (held if isinstance(held, dict) else {}).items() if name in files}
+    held = held if isinstance(held, dict) else {}
+    files = digests(folder, held)
+    files |= {name: value for name, value in held.items() if name in files}
     if files != raw.get("files"):
-        (folder / REPORT).write_text(json.dumps({**raw, "files": files}, indent=2), encoding="utf-8")
+        _write(folder / REPORT, json.dumps({**raw, "files": files}, indent=2))
 
 
 def _write_report(folder: Path, trust_remote_code: bool) -> None:
     """What ``catquant quantize`` would have left: the report of the model, which is loaded for it."""
     model = load_quantized(str(folder), trust_remote_code)
-    text = json.dumps({**report(model).to_dict(), **identity(model)}, indent=2)
-    (folder / REPORT).write_text(text, encoding="utf-8")
+    _write(folder / REPORT, json.dumps({**report(model).to_dict(), **identity(model)}, indent=2))
 
 
 def push(
@@ -158,7 +184,8 @@ def push(
 
     Raises:
         ValueError: the folder is not whole, cannot be described, ``repo`` is no Hub id, or the card that is kept is of
-            another checkpoint or has metadata that the Hub does not take; a file to upload is a link out of the folder.
+            another checkpoint or has metadata that the Hub does not take; a file to upload is a link out of the folder; the
+            repository has an adapter, which would be loaded instead.
         RuntimeError: the Hub refused, or cannot be asked (offline).
     """
     check_id("repo", repo)
@@ -171,19 +198,27 @@ def push(
     else:
         more: dict[str, Any] = {"origin": origin, "trust_remote_code": trust_remote_code}
         describe(folder, repo, base_model, license, evaluation, relation=relation, **more)
-    names = _uploaded(folder)
+    names = _uploaded(folder, stored_config(read_object(folder / "config.json"), folder))
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        there = api.list_repo_files(name)
+        if ADAPTER in there:
+            raise ValueError(
+                f"{name} has {ADAPTER}: transformers would load the model that it names, with an adapter, instead of this "
+                "one; delete it there, or push to another repository"
+            )
         # Not upload_folder, which may split a large one into several commits: between two of them nothing would load.
-        operations = _operations(folder, names, api.list_repo_files(name))
+        operations = _operations(folder, names, there)
         commit = api.create_commit(name, operations, commit_message="Upload quantized model")
     except (HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise RuntimeError(f"the Hub did not take {repo}: {error}") from error
+    except (httpx.TransportError, ConnectionError) as error:
+        raise RuntimeError(f"the Hub at {api.endpoint} cannot be reached to take {repo}: {error}") from error
     return str(commit.commit_url)
 
 
-def _uploaded(folder: Path) -> list[str]:
+def _uploaded(folder: Path, config: CatQuantConfig) -> list[str]:
     """Paths of the files that go to the Hub; what is left out is named.
 
     Raises:
@@ -193,7 +228,8 @@ def _uploaded(folder: Path) -> list[str]:
     own = {"config.json", *_OF_A_CHECKPOINT, *(path.name for path in weight_files(folder))}
     own |= set() if index is None else {index.name}
     there = list(names_in(folder))
-    names = [name for name in there if name in own or is_companion(name) or is_paper(name)]
+    own |= files_of(folder, config)
+    names = [name for name in there if name in own]
     root = folder.resolve()
     for name in names:
         target = (folder / name).resolve()

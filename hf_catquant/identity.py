@@ -18,6 +18,7 @@ from .checkpoint import read_object
 from .config import CatQuantConfig
 from .evaluation_table import Evaluation
 from .integrity import sha256
+from .inventory import code_of, is_companion, is_paper, names_in
 from .report import Report, config_of
 
 CARD, REPORT, EVALUATION, PLOTS = "README.md", "report.json", "evaluation.json", ("accuracy.png", "errors.png")
@@ -114,10 +115,32 @@ def recorded_files(folder: Path, config: CatQuantConfig, kind: str = "files") ->
     return {str(name): str(digest) for name, digest in files.items()} if isinstance(files, dict) else None
 
 
+def files_of(folder: Path, config: CatQuantConfig) -> set[str]:
+    """The files of a model's folder that go along with its weights and its config, by their paths in it.
+
+    Those of tokenizers, processors and the like, by their names or by the SHA-256 in the report; texts, plots and licences;
+    and the code that the model is made of.
+    """
+    there = set(names_in(folder))
+    known = recorded_files(folder, config) or {}
+    recorded = {name for name, digest in known.items() if name in there and sha256(folder / name) == digest}
+    return recorded | {name for name in there if is_companion(name) or is_paper(name)} | code_of(folder)
+
+
+def is_made_here(folder: Path) -> bool:
+    """Whether the card in a folder is one that this package wrote: those have a table with the SHA-256 of config.json."""
+    return _digest_on_card(folder) is not None
+
+
 def _is_another_card(folder: Path) -> bool:
+    digest = _digest_on_card(folder)
+    return digest is not None and digest != sha256(folder / "config.json")
+
+
+def _digest_on_card(folder: Path) -> str | None:
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).is_file() else ""
     found = re.search(r"^\| `config\.json` \| [\d,]+ \| `([0-9a-f]{64})` \|$", text, re.M)
-    return found is not None and found[1] != sha256(folder / "config.json")
+    return None if found is None else found[1]
 
 
 def _said(raw: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,30 @@ from .config import CatQuantConfig
 from .disk import sync, sync_folder, writing
 from .identity import EVALUATION, PLOTS, REPORT, identity, is_of, recorded_files
 from .integrity import sha256
-from .inventory import digests
-from .journal import Journal
+from .inventory import digests, names_in
+from .journal import GOES_ON, Journal
 from .log import logger
 from .report import report
 from .source_files import left_behind, python_digests
 
 WRITTEN = "written"  # in the manifest: the files of a finished output
 CODE = "code before"  # in the manifest: SHA-256 of the Python files of the model that is replaced
-# What names a set of weights of the same model: shards of an older save must not stay beside new ones.
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "model.safetensors.index.*.json")
+# What transformers calls the weights of a model: shards of an older save must not stay beside new ones.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def write_output(model: PreTrainedModel, processor: Any, journal: Journal, made: dict[str, Any]) -> None:
     """Write the output beside its place."""
     staging = journal.output
-    with writing(staging):
+    with writing(staging, GOES_ON):
         if staging.exists():
             shutil.rmtree(staging)
         model.save_pretrained(staging)
+        before = set(names_in(staging))
         if hasattr(processor, "save_pretrained"):
             processor.save_pretrained(staging)
-        said = {**report(model).to_dict(), **made, **identity(model), "files": digests(staging)}
+        of_processor = {name for name in names_in(staging) if not name.endswith(".py")} - before
+        said = {**report(model).to_dict(), **made, **identity(model), "files": digests(staging, of_processor)}
         if code := python_digests(staging):
             said["code"] = code
         text = json.dumps(said, indent=2)
@@ -60,7 +63,7 @@ def install(journal: Journal, out: Path, source: Path) -> None:
         path = staging / name if (staging / name).exists() else out / name
         if not path.is_file() or sha256(path) != digest:
             raise ValueError(f"{path} is not what the interrupted run wrote: begin anew with --overwrite")
-    with writing(out):
+    with writing(out, GOES_ON):
         # The folder that somebody works in stays: a new one of its name would be another.
         if out.is_dir() and not any(out.iterdir()) and not out.samefile(Path.cwd()):
             out.rmdir()
@@ -73,8 +76,9 @@ def install(journal: Journal, out: Path, source: Path) -> None:
             if (staging / name).exists():
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(out / name)
-        for path in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
-            if path.name not in wanted:
+        for path in sorted(out.iterdir()):
+            if _WEIGHTS.fullmatch(path.name) and path.name not in wanted:
+                logger.warning("%s is removed: it is of the weights of the model that was in this folder before", path)
                 path.unlink()
         _drop_measured(out)
         _drop_left(out, wanted, source, code)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .checkpoint import read_object
 from .integrity import sha256
 
 # What may hold Python objects, or code that Keras stored, which run when they are loaded; in any case of letters.
@@ -31,35 +34,52 @@ PICKLES = (
     ".pth",
     ".tar",
 )
-# Tokenizers, processors, how to generate, and the modules of sentence-transformers.
-_COMPANIONS = (
-    "*config*.json",
-    "*label*.json",
-    "*map*.json",
-    "*processor*.json",
-    "*speaker*.json",
-    "*token*.json",
-    "*vocab*.json",
-    "emoji.json",
-    "modules.json",
-    "normalizer.json",
-    "*.jinja",
-    "*.bpe",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*.vocab",
-    "bpe.codes",
-    "dict.txt",
-    "merges*.txt",
-    "*vocab*.txt",
+# What saving a tokenizer, a processor or the defaults of generation writes, by name: every one that transformers knows.
+GENERATION = "generation_config.json"
+PROCESSOR = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *(
+        "vocab.json",
+        "vocab.txt",
+        "vocab-src.json",
+        "vocab-tgt.json",
+        "target_vocab.json",
+        "entity_vocab.json",
+        "vocab.bpe",
+    ),
+    *(
+        "merges.txt",
+        "bpe.codes",
+        "dict.txt",
+        "normalizer.json",
+        "emoji.json",
+        "byte_maps.json",
+        "prophetnet.tokenizer",
+    ),
+    *("word_shape.json", "word_pronunciation.json", "speaker_embeddings_path.json"),
+    *("spiece.model", "spm.model", "spm_char.model", "tokenizer.model", "tiktoken.model"),
+    *("sentencepiece.bpe.model", "sentencepiece.model", "*.spm", "*.tiktoken"),
+    *(
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "audio_tokenizer_config.json",
+    ),
+    *("chat_template.json", "chat_template.jinja"),
 )
-_PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*", "*.py")
+_TEMPLATES = "additional_chat_templates"
+# The modules of sentence-transformers, and their folders, which hold weights of their own.
+_SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
+_OF_SENTENCES = re.compile(r"\d+_[A-Z][A-Za-z]*")
+_INSIDE = ("config.json", "model.safetensors")
+# A tokenizer for each side of a model, and the like.
+_FOLDERS = re.compile(r"([a-z]+_)*(tokenizer|processor)(_\d)?")
+_PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*")
 # What a download may ask for to get all of these; in its patterns a star stands for folders too.
-PATTERNS = [*_COMPANIONS, *_PAPERS, "[0-9]_*/model.safetensors"]
-_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Za-z]\w*|\w*tokenizer\w*|\w*processor\w*")
-_OF_SENTENCES = re.compile(r"\d+_[A-Za-z]\w*")  # whose folders hold weights of their own
-_NEVER = ("config.json", "adapter_config.json", "report.json", "evaluation.json")
+PATTERNS = [
+    *(f"{place}{name}" for name in (GENERATION, *PROCESSOR, *_SENTENCES) for place in ("", "*/")),
+    *(f"{_TEMPLATES}/*.jinja", *_PAPERS, "*.py", *(f"[0-9]_*/{name}" for name in _INSIDE)),
+]
 
 
 def is_pickle(name: str) -> bool:
@@ -70,16 +90,44 @@ def is_pickle(name: str) -> bool:
 def is_companion(name: str) -> bool:
     """Whether a file, by its path in the folder, is one of a tokenizer, a processor or the like."""
     *folders, file = PurePosixPath(name).parts
-    if len(folders) > 1 or is_pickle(file) or (folders and not _FOLDERS.fullmatch(folders[0])):
+    known = any(fnmatchcase(file, pattern) for pattern in (GENERATION, *PROCESSOR, *_SENTENCES))
+    if not folders:
+        return known
+    if len(folders) > 1:
         return False
-    if folders and _OF_SENTENCES.fullmatch(folders[0]) and fnmatchcase(file, "*.safetensors"):
-        return True
-    return (bool(folders) or file not in _NEVER) and any(fnmatchcase(file, pattern) for pattern in _COMPANIONS)
+    if folders[0] == _TEMPLATES:
+        return fnmatchcase(file, "*.jinja")
+    if _OF_SENTENCES.fullmatch(folders[0]):
+        return known or file in _INSIDE
+    return known and _FOLDERS.fullmatch(folders[0]) is not None
 
 
 def is_paper(name: str) -> bool:
-    """Whether a file is read by people: a text, a plot, a licence, or the code of the model, which nothing runs unasked."""
+    """Whether a file is read by people: a text, a plot, a licence."""
     return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _PAPERS)
+
+
+def code_of(folder: Path) -> set[str]:
+    """The Python files that a model, its tokenizer or its processor is made of: those that a config names, and what these
+    import from beside them. Any other script that lies there is no part of it.
+    """
+    found: set[Path] = set()
+    for name in ("config.json", *PROCESSOR):
+        for reference in _references(folder / name) if name.endswith("config.json") else ():
+            file = folder / f"{reference.rpartition('.')[0]}.py"
+            if file.is_file() and file.parent == folder:  # else it is of another repository, or no name of a module
+                found |= {file, *map(Path, get_relative_import_files(file))}
+    return {path.relative_to(folder).as_posix() for path in found if path.is_file()}
+
+
+def _references(file: Path) -> list[str]:
+    """The classes that the ``auto_map`` of a config names; none of a file that has none or cannot be read."""
+    try:
+        named = read_object(file).get("auto_map") if file.is_file() else None
+    except (OSError, ValueError):
+        return []
+    values = named.values() if isinstance(named, dict) else [named]
+    return [ref for value in values for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str)]
 
 
 def names_in(folder: Path) -> Iterator[str]:
@@ -93,14 +141,10 @@ def names_in(folder: Path) -> Iterator[str]:
                 yield (here / name).as_posix()
 
 
-def companions(folder: Path) -> list[str]:
-    """Files of tokenizers, processors and the like that a folder holds, by their paths in it."""
-    return [name for name in names_in(folder) if is_companion(name) and (folder / name).is_file()]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of :func:`companions`, by path."""
-    return {name: sha256(folder / name) for name in companions(folder)}
+def digests(folder: Path, more: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of the files of tokenizers, processors and the like that a folder holds, and of ``more`` files, by path."""
+    names = [name for name in names_in(folder) if is_companion(name) or name in more]
+    return {name: sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
 def shortly(names: list[str]) -> str:

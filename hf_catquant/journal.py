@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+GOES_ON = "; what is finished is kept, --resume goes on"  # what a message of a disk that is full ends with
 _STEP = "catquant"  # the one key of a step's header
 # What is named with a fact that differs, beside the journal.
 _WAYS = {
@@ -106,7 +107,7 @@ class Journal:
         text = json.dumps(record)
         head = json.dumps({"record": text, "crc": zlib.crc32(text.encode()), "checksums": checksums(own)})
         target = self._file(step)
-        with writing(target), beside(target) as new:
+        with writing(target, GOES_ON), beside(target) as new:
             save_file(own, new, metadata={_STEP: head})
 
     def forget(self, step: str) -> None:
@@ -162,7 +163,7 @@ class Journal:
             return
         self._manifest.update(json.loads(json.dumps(facts)))
         target = self.folder / MANIFEST
-        with writing(target), beside(target) as new:
+        with writing(target, GOES_ON), beside(target) as new:
             new.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
 
 

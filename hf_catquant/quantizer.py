@@ -24,7 +24,7 @@ from transformers.quantizers import HfQuantizer
 from .config import QUANT_METHOD, CatQuantConfig
 from .correction import attach, corrections
 from .correction_file import check_values, empty_correction
-from .entries import check_tensors, verify_entries
+from .entries import check_provenance, check_tensors, verify_entries
 from .fields import check_depth, check_tables
 from .integrity import verify_files
 from .journal import Journal
@@ -65,10 +65,7 @@ class CatQuantizer(HfQuantizer):
                 "the checkpoint's quantization_config has no 'modules': it is a request, not a quantized model; "
                 "pass it as quantization_config to from_pretrained together with a float checkpoint"
             )
-        if not isinstance(self.quantization_config.provenance, dict):
-            raise ValueError(
-                f"quantization_config: provenance must be an object, got {self.quantization_config.provenance!r:.100}"
-            )
+        check_provenance(self.quantization_config.provenance)
         config = self.quantization_config
         if self.pre_quantized:
             verify_entries(config.modules or {}, config.corrections, config.checksums, config.entries_checksum)

@@ -15,22 +15,9 @@ from transformers.dynamic_module_utils import get_cached_module_file
 from transformers.utils import HF_MODULES_CACHE
 
 from .integrity import sha256
+from .inventory import GENERATION, PROCESSOR
 
-# What saving a tokenizer, an image processor, a feature extractor or the defaults of generation writes.
-GENERATION = "generation_config.json"
-PROCESSOR = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json", "entity_vocab.json"),
-    *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model", "sentencepiece.model"),
-    *(
-        "source.spm",
-        "target.spm",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-    ),
-    *("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-)
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def weight_digests(folder: Path, files: Collection[Path]) -> dict[str, str]:
@@ -41,7 +28,7 @@ def weight_digests(folder: Path, files: Collection[Path]) -> dict[str, str]:
 
 def other_digests(folder: Path, processor: Any) -> dict[str, str]:
     """Of what is saved beside the weights: defaults of generation and, if ``processor`` saves itself, its files."""
-    patterns = (GENERATION, *(PROCESSOR if hasattr(processor, "save_pretrained") else ()))
+    patterns = (GENERATION, *((*PROCESSOR, _TEMPLATES) if hasattr(processor, "save_pretrained") else ()))
     return {path.relative_to(folder).as_posix(): sha256(path) for path in _matching(folder, patterns)}
 
 
@@ -81,7 +68,7 @@ def left_behind(out: Path, written: Collection[str], source: Path, code: Mapping
         code: SHA-256 of the Python files that the other model was written with, by name. Others may be anybody's.
     """
     held = python_digests(out) if code else {}
-    found = {path.relative_to(out).as_posix() for path in _matching(out, (GENERATION, *PROCESSOR))}
+    found = {path.relative_to(out).as_posix() for path in _matching(out, (GENERATION, *PROCESSOR, _TEMPLATES))}
     found |= {name for name, digest in held.items() if code.get(name) == digest}
     return [out / name for name in sorted(found.difference(written)) if not _same(out / name, source / name)]
 

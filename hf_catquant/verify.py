@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 
 from .checkpoint import ADAPTER, INDEX, WEIGHTS, read_object, stored_variant, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
-from .entries import broken_seals, is_sealed
+from .entries import broken_seals, check_absent, check_provenance, is_sealed
 from .fields import changed_fields, unknown_fields
 from .identity import REPORT, recorded_files, strangers
 from .integrity import sha256
-from .inventory import digests, is_companion, is_pickle, names_in, shortly
+from .inventory import digests, is_pickle, names_in, shortly
 from .plain import CONFIG
 from .saving import merges_of
 from .sentinels import check_sentinels
@@ -133,10 +133,8 @@ def stored_config(raw: dict[str, Any], folder: Path) -> CatQuantConfig:
     config: Any = CatQuantConfig.from_dict(found)
     if config.modules is None:
         raise ValueError(f"{folder}: quantization_config has no 'modules': it is a request, not a quantized model")
-    if not isinstance(config.provenance, dict):
-        raise ValueError(
-            f"{folder}: quantization_config: provenance must be an object, got {config.provenance!r:.100}"
-        )
+    check_provenance(config.provenance)
+    check_absent(config.provenance, config.checksums)
     return config
 
 
@@ -162,7 +160,8 @@ def _look_around(folder: Path, files: list[Path], found: Verification) -> None:
 
 def _check_companions(folder: Path, config: CatQuantConfig, found: Verification) -> None:
     """Compare the files of tokenizers, processors and the like with the SHA-256 that the report of this checkpoint has."""
-    held, known = digests(folder), recorded_files(folder, config)
+    known = recorded_files(folder, config)
+    held = digests(folder, known or ())
     found.files |= held
     if known is None:
         if held:
@@ -171,7 +170,7 @@ def _check_companions(folder: Path, config: CatQuantConfig, found: Verification)
             )
         return
     changed = [name for name in known if name in held and held[name] != known[name]]
-    gone = [name for name in known if name not in held and is_companion(name)]
+    gone = [name for name in known if name not in held]
     if changed:
         found.problems.append(
             f"{', '.join(changed)}: not what was written, by the SHA-256 in {REPORT}: fetch the folder again; to change it "
@@ -198,9 +197,19 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
     try:
         loaded = _as_loaded(folder)
         changed, unknown = changed_fields(loaded, fields), unknown_fields(loaded, raw, fields)
-    except Exception as error:  # of the model's own config class: whatever it raises, the fields stay unchecked
-        found.remarks.append(f"the fields of config.json were not checked: {' '.join(str(error).split())[:200]}")
-        return
+    except Exception as error:  # of any config class, which may raise anything
+        why = " ".join(str(error).split())[:200]
+        # A class of the model's own is not there without its code: then what the file holds is compared as it stands.
+        changed, unknown = changed_fields(_flat(raw), fields), unknown_fields(raw, _flat(raw), fields)
+        if "model_type" not in raw or str(raw["model_type"]) in transformers.CONFIG_MAPPING:
+            found.problems.append(
+                f"config.json cannot be read: {why}: it was changed or damaged after the save, fetch it again"
+            )
+        else:
+            found.remarks.append(
+                f"the config class of this model is not there, so fields that are not in config.json, or hold a config "
+                f"themselves, were not compared: {why}"
+            )
     if changed:
         found.problems.append(
             f"{', '.join(changed)} of config.json are not what was saved: fetch it again; to change them on purpose, set "
@@ -211,6 +220,11 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
             f"{', '.join(unknown)} of config.json have no checksum, which every save writes: the file was changed after the "
             "save, fetch it again; to add them on purpose, set them on the config of the loaded model and save it again"
         )
+
+
+def _flat(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json but for configs inside it, of which the file has what is not as their class has it."""
+    return {name: value for name, value in raw.items() if not (isinstance(value, dict) and "model_type" in value)}
 
 
 def _as_loaded(folder: Path) -> dict[str, Any]:

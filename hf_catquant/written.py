@@ -15,12 +15,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .correction import corrections
+from .entries import ABSENT, check_absent
 from .fields import field_checksums
 from .offloaded import read
 from .packed_model import quantized_modules
 from .sentinels import sentinels_of
-
-ABSENT = "absent"  # of a provenance: modules that the class builds, and that are None in the model that was saved
 
 
 def tensors_to_save(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -106,6 +105,7 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
     present = dict(model.named_modules())
     pairs = [(name, *name.rpartition(".")[::2]) for name, _ in usual.named_modules() if name not in present]
     names = [name for name, parent, leaf in pairs if getattr(present.get(parent), leaf, pairs) is None]
+    names = [name for name in names if any(True for _ in usual.get_submodule(name).parameters())]
     return known | ({ABSENT: names} if names else {})
 
 
@@ -113,19 +113,17 @@ def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Col
     """Take out of ``model``, of the class that was saved, what :func:`say_absent` found that the saved one had not.
 
     Raises:
-        ValueError: what the provenance has is no list of names, or the checkpoint has tensors of such a module.
+        ValueError: as :func:`hf_catquant.entries.check_absent`, or such a module has no parameters, which no save says.
     """
-    names = provenance.get(ABSENT, [])
-    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-    held = [tensor for tensor in stored if tensor.startswith(tuple(f"{name}." for name in names))] if is_list else []
-    if not is_list or held:
-        raise ValueError(
-            f"quantization_config: provenance.{ABSENT} must be a list of modules without tensors in the checkpoint, got "
-            f"{names!r:.200}{f', and it has {held[0]}' if held else ''}: the config.json was changed or damaged after the "
-            "save, fetch it again"
-        )
+    check_absent(provenance, stored)
     present = dict(model.named_modules())
-    for parent, leaf in (name.rpartition(".")[::2] for name in names if name in present):
+    for name in (name for name in provenance.get(ABSENT, []) if name in present):
+        if not any(True for _ in present[name].parameters()):
+            raise ValueError(
+                f"quantization_config: provenance.{ABSENT} must be modules with parameters, got {name!r}: the config.json "
+                "was changed or damaged after the save, fetch it again"
+            )
+        parent, _, leaf = name.rpartition(".")
         setattr(present[parent], leaf, None)
 
 

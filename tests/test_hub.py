@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -12,10 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pandas as pd
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForAudioClassification, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import fake_hub
@@ -26,7 +28,7 @@ from hf_catquant.card import model_card
 from hf_catquant.card_usage import task_of
 from hf_catquant.card_usage import usage as usage_of
 from hf_catquant.cli import main
-from hf_catquant.hub import push
+from hf_catquant.hub import describe, push
 from hf_catquant.identity import identity
 from hf_catquant.tasks import auto_class
 from hf_catquant.verify import verify
@@ -378,11 +380,14 @@ SECRETS = [
         "notes.txt",
         "data.json",
     ],
+    *["token.json", "api_tokens.json", "wandb_config.json", "train.py", "keys.model"],
     *[
         "other.safetensors",
         "checkpoint-1/model.safetensors",
         "checkpoint-1/optimizer.pt",
         "checkpoint-1/tokenizer.json",
+        "1_Pooling/credentials_map.json",
+        "my_tokenizer_backup/tokenizer.json",
     ],
 ]
 
@@ -402,6 +407,9 @@ def test_what_is_no_part_of_the_model_stays_here_and_is_named(copy, tmp_path, hu
     ):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(b"{}")
+    edit(copy / "config.json", lambda config: config.update(auto_map={"AutoModel": "modeling_x.X"}))
+    (copy / "modeling_x.py").write_text("from .helper_x import Y")
+    (copy / "helper_x.py").write_text("Y = 1")
     push(copy, "me/tiny")
     files = hub.repos["me/tiny"].files
     own = {
@@ -413,11 +421,18 @@ def test_what_is_no_part_of_the_model_stays_here_and_is_named(copy, tmp_path, hu
         "evaluation.json",
         "report.json",
     }
-    beside = {"tokenizer.json", "tokenizer_config.json", "source.spm", "modeling_x.py", "1_Pooling/config.json"}
+    beside = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "source.spm",
+        "modeling_x.py",
+        "helper_x.py",
+        "1_Pooling/config.json",
+    }
     assert files.keys() == own | beside | {"additional_chat_templates/rag.jinja"}
     said = next(record.getMessage() for record in caplog.records if "not uploaded" in record.getMessage())
     assert all(name in said for name in ("1_Linked/", "a.pth.tar", "b.PKL", "data.json", "id_rsa"))
-    assert said.endswith("and 4 more")  # of fourteen; the folder counts once
+    assert said.endswith("and 11 more")  # of twenty-one; the folder counts once
     (copy / "vocab.txt").symlink_to(tmp_path / "id_rsa")
     with pytest.raises(ValueError, match=r"vocab\.txt is a link out of the folder"):
         push(copy, "me/tiny")
@@ -638,3 +653,46 @@ def test_push_then_load_and_pipeline_by_id(copy, tmp_path):
         hub.repos["me/tiny"].files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
         code = "import sys; from hf_catquant.cli import main; sys.exit(1 - main(['verify', 'me/tiny']))"
         assert "are not those that were saved" in process(code, **hub.environment(str(tmp_path / "third")))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_adapter_in_the_repository_would_be_loaded_instead(copy, hub):
+    push(copy, "me/tiny")
+    hub.repos["me/tiny"].files["adapter_config.json"] = b"{}"
+    with pytest.raises(ValueError, match=r"me/tiny has adapter_config\.json: .* delete it there, or push to another"):
+        push(copy, "me/tiny")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_card_of_ones_own_is_not_replaced(copy, hub):
+    (copy / "README.md").write_text("# mine")
+    with pytest.raises(ValueError, match=r"README\.md was not made here, .*--keep-card"):
+        push(copy, "me/tiny")
+    assert (copy / "README.md").read_text() == "# mine"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_disk_that_is_full_leaves_the_report_as_it_was(copy, monkeypatch):
+    """The one file that knows the command, the errors and the digests: cut, it would be no JSON any more."""
+    before = (copy / "report.json").read_bytes()
+    (copy / "merges.txt").write_text("a b")  # one more file that the report is to name
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: object) -> int:
+        write(path, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"cannot write .*report\.json: the disk is full: free some space$"):
+        describe(copy, "me/tiny")
+    assert (copy / "report.json").read_bytes() == before
+    assert not [path for path in copy.iterdir() if path.name.startswith(".report")]
+
+
+def test_a_hub_that_is_not_there_is_a_runtime_error(copy, monkeypatch):
+    def gone(*args: object, **kwargs: object) -> None:
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "create_repo", gone)
+    with pytest.raises(RuntimeError, match=r"the Hub at http.* cannot be reached to take me/tiny: \[Errno -2\]"):
+        push(copy, "me/tiny")

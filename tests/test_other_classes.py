@@ -101,8 +101,20 @@ def test_a_part_without_a_pooler_loads_without_one(name: str, tmp_path: Path):
         type(part).from_pretrained(tmp_path / "part")
     for wrong in (["encoder"], "pooler", [3]):
         edited(tmp_path / "part", lambda stored, wrong=wrong: stored["provenance"].update(absent=wrong))
-        with pytest.raises(ValueError, match=r"provenance\.absent must be a list of modules without tensors"):
+        with pytest.raises(ValueError, match=r"provenance\.absent must be a list of (modules without tensors|str)"):
             type(part).from_pretrained(tmp_path / "part")
+        assert "provenance.absent must be a list" in verify(tmp_path / "part").problems[0]
+
+
+def test_what_holds_no_parameters_is_never_absent(tmp_path: Path):
+    model = tiny_models.build("llama")
+    quantize(model, INT8)
+    model.save_pretrained(tmp_path)
+    edited(tmp_path, lambda stored: stored["provenance"].update(absent=["model.rotary_emb"]))
+    with pytest.raises(
+        ValueError, match=r"provenance\.absent must be modules with parameters, got 'model\.rotary_emb'"
+    ):
+        tf.LlamaForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_model_around_a_part_without_a_pooler(tmp_path: Path):

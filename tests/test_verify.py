@@ -21,7 +21,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.cli import main
-from hf_catquant.entries import entries_checksum
+from hf_catquant.entries import entries_checksum, seal
 from hf_catquant.integrity import file_checksums
 from hf_catquant.plain import save_quantized
 from hf_catquant.tasks import load_quantized
@@ -404,7 +404,53 @@ def test_nobody_is_asked_whether_code_may_run(folder, monkeypatch):
     edit(folder, model_type="unheard-of", auto_map={"AutoConfig": "evil.Config"})
     found = verify(folder)
     assert asked == []
-    assert any("the fields of config.json were not checked" in remark for remark in found.remarks)
+    assert any("the config class of this model is not there" in remark for remark in found.remarks)
+    assert found.problems[0].startswith("model_type of config.json are not what was saved")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"model_type": "xyz", "layer_norm_eps": 0.5},
+            "layer_norm_eps, model_type of config.json are not what was saved",
+        ),
+        ({"model_type": True}, "model_type of config.json are not what was saved"),
+        ({"hidden_size": "64"}, "config.json cannot be read"),
+        ({"model_type": None}, "config.json"),
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_not_whole(folder, change, words):
+    edit(folder, **change)
+    assert any(words in problem for problem in verify(folder).problems)
+
+
+def test_a_config_without_a_model_type_is_not_whole(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert any("config.json cannot be read" in problem for problem in verify(folder).problems)
+
+
+@pytest.mark.parametrize(
+    ("table", "value"),
+    [
+        ("notes", 5),
+        ("skipped", 7),
+        ("errors", [1]),
+        ("errors", {"x": "NaN"}),
+        ("fits", {"x": 1}),
+        ("absent", "pooler"),
+    ],
+)
+def test_tables_of_other_types_are_refused(folder, table, value):
+    config = json.loads((folder / "config.json").read_text())
+    stored = config["quantization_config"]
+    stored["provenance"] = seal({**stored, "provenance": {**stored["provenance"], table: value}})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert [f"provenance.{table} must be a" in problem for problem in verify(folder).problems] == [True]
+    with pytest.raises(ValueError, match=rf"provenance\.{table} must be a"):
+        load_quantized(str(folder))
 
 
 def test_the_verb_fails_when_something_is_wrong(folder, capsys):

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 
 from ..by_layer import LayerDiscrimination, discrimination_by_layer
+from ..disk import beside, writing
 from ..evaluation import evaluate_classifier, evaluate_language_model
 from ..evaluation_table import Evaluation
 from ..identity import identity
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
         values["by_layer"] = layers.to_dict()
     for path, text in ((args.json, json.dumps(values, indent=2)), (args.markdown, table.to_markdown())):
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            with writing(path), beside(Path(path)) as new:
+                new.write_text(text + "\n", encoding="utf-8")
 
 
 def evaluate(args: argparse.Namespace) -> tuple[Evaluation, LayerDiscrimination | None, dict[str, int]]:

@@ -15,15 +15,16 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import INDEX, index_file, weight_files
+from ..checkpoint import INDEX, index_file, read_object, weight_files
 from ..correction import ClusterAffine, corrections, detach
-from ..identity import CARD, EVALUATION, PLOTS, REPORT
-from ..inventory import PATTERNS, is_companion, is_paper, names_in, shortly
+from ..identity import CARD, EVALUATION, PLOTS, REPORT, files_of
+from ..inventory import PATTERNS, names_in, shortly
 from ..layers import QuantizedModule
 from ..modules import check_no_adapters, replace_module
 from ..offloaded import bring_back, forget_hooks
 from ..packed_model import quantized_modules
 from ..tasks import load_quantized
+from ..verify import stored_config
 
 
 @dataclass
@@ -206,11 +207,11 @@ def copy_processor(source: Source, folder: Path) -> list[str]:
     own = {"config.json", INDEX, CARD, REPORT, EVALUATION, *PLOTS, *(path.name for path in weight_files(there))}
     index = index_file(there)
     own |= set() if index is None else {index.name}
-    left = []
+    left, along = [], files_of(there, stored_config(read_object(there / "config.json"), there))
     for name in names_in(there):
         if name in own or (folder / name).exists():
             continue
-        if (is_companion(name) or is_paper(name)) and (there / name).is_file():
+        if name in along and (there / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(there / name, folder / name)
         else:

@@ -224,10 +224,15 @@ def test_what_came_with_the_model_goes_along_and_the_rest_is_named(tmp_path):
     for name in (*beside, "report.json", "README.md", "optimizer.pt", "rows.parquet", "checkpoint-1/config.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_x.X"}}))
+    (folder / "train.py").write_text("key = 1")  # no part of the model, whatever lies beside it
     done = export(folder, tmp_path / "out")
     there = {path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()}
     assert there == {*beside, "config.json", "model.safetensors"}
-    assert done.notes == ["not copied, as they are no part of the model: optimizer.pt, rows.parquet, checkpoint-1/"]
+    assert done.notes == [
+        "not copied, as they are no part of the model: optimizer.pt, rows.parquet, train.py, checkpoint-1/"
+    ]
 
 
 @pytest.mark.parametrize("verb", [["export", "{folder}", "{folder}-out"], ["push", "{folder}", "me/x", "--dry-run"]])

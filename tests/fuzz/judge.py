@@ -14,6 +14,7 @@ import transformers
 
 import hf_catquant
 from hf_catquant import CatQuantConfig
+from hf_catquant.fields import field_checksums
 from hf_catquant.integrity import file_checksums
 from hf_catquant.verify import verify
 
@@ -141,6 +142,9 @@ def judge_verify(base: Base, case: Case, folder: Path) -> tuple[str, str | None]
     entries = [stored["modules"], stored.get("corrections") or {}]  # one without corrections need not say so
     if tensors_in(folder) != base.tensors or base.entries != entries:
         return "wrong", "verify calls whole what is not what was saved"
+    held, saved = (field_checksums(json.loads(text)) for text in (case.checkpoint.config, base.checkpoint.config))
+    if not held.items() <= saved.items():  # a field that is gone is as its class has it, which verify compares
+        return "wrong", "verify calls whole a config.json with other fields"
     return "whole, unchanged", None
 
 
