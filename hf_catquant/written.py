@@ -91,22 +91,39 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
 
     A model can be built with less than its config says: the ``RobertaModel`` of a ``RobertaForSequenceClassification`` has
     no pooler, and a load, which knows the class and the config alone, builds one.
+
+    Raises:
+        ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off.
     """
     known = {name: value for name, value in provenance.items() if name != ABSENT}
+    present, absent = dict(model.named_modules()), []
+    for name in _missing(model, present):
+        parent, _, leaf = name.rpartition(".")
+        if getattr(present[parent], leaf, model) is not None:
+            raise ValueError(
+                f"{type(model).__name__} has no {name}, which its class builds from model.config, and a checkpoint of it "
+                "would not load: set what says so there (num_hidden_layers, lists with an entry for each) to what the model has"
+            )
+        absent.append(name)
+    return known | ({ABSENT: absent} if absent else {})
+
+
+def _missing(model: nn.Module, present: Mapping[str, nn.Module]) -> list[str]:
+    """Modules with parameters that the class of ``model`` builds from its config beside those that are ``present``."""
     if not isinstance(model, PreTrainedModel):
-        return known
+        return []
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     try:
         with torch.device("meta"):
             usual = type(model)(config)
     except Exception:  # of the model's own class, which may want more than a config: loading it will tell
-        return known
-    present = dict(model.named_modules())
-    pairs = [(name, *name.rpartition(".")[::2]) for name, _ in usual.named_modules() if name not in present]
-    names = [name for name, parent, leaf in pairs if getattr(present.get(parent), leaf, pairs) is None]
-    names = [name for name in names if any(True for _ in usual.get_submodule(name).parameters())]
-    return known | ({ABSENT: names} if names else {})
+        return []
+    packed = tuple(f"{name}." for name in quantized_modules(model))
+    names = [
+        name for name, part in usual.named_modules() if name not in present and any(True for _ in part.parameters())
+    ]
+    return [name for name in names if name.rpartition(".")[0] in present and not f"{name}.".startswith(packed)]
 
 
 def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Collection[str]) -> None:

@@ -260,6 +260,8 @@ def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, mo
     (source / "vocab.json").write_text("its own")
     (source / "generation_config.json").unlink()
     kept = ("notes.txt", "template.jinja", "my_vocab.json", "README.md")
+    kept += ("model_backup.safetensors", "model-lora-rank8.safetensors", "model.fp16.safetensors")
+    (out / "model-00001-of-00002.safetensors").write_text("of another model")
     for name in kept:
         (out / name).write_text("mine")
     quantize_folder(source, out, request(**ROUND), overwrite=True)
@@ -267,7 +269,9 @@ def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, mo
     assert all((out / name).read_text() == "mine" for name in kept)
     assert not (out / "tokenizer.json").exists()
     assert not (out / "additional_chat_templates" / "a.jinja").exists()
-    assert f"{out / 'tokenizer.json'} is removed" in caplog.text
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors"):
+        assert not (out / name).exists()
+        assert f"{out / name} is removed" in caplog.text
     assert (
         not (out / "generation_config.json").exists()
         or "of another" not in (out / "generation_config.json").read_text()
