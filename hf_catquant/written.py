@@ -102,7 +102,7 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
         if getattr(present[parent], leaf, model) is not None:
             raise ValueError(
                 f"{type(model).__name__} has no {name}, which its class builds from model.config, and a checkpoint of it "
-                "would not load: set what says so there (num_hidden_layers, lists with an entry for each) to what the model has"
+                "would not load: set what says so there (num_hidden_layers, lists by layer) to what the model has"
             )
         absent.append(name)
     return known | ({ABSENT: absent} if absent else {})
