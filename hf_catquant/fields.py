@@ -57,9 +57,18 @@ def changed_fields(config: Mapping[str, Any], stored: Any) -> list[str]:
     Raises:
         ValueError: ``stored`` is no such table.
     """
+    check_fields(stored)
+    return sorted(name for name, value in field_checksums(config).items() if stored.get(name, value) != value)
+
+
+def check_fields(stored: Any) -> None:
+    """Refuse what is no table of :func:`field_checksums`.
+
+    Raises:
+        ValueError: saying what was found.
+    """
     if not isinstance(stored, dict) or not all(isinstance(value, int) for value in stored.values()):
         raise ValueError(f"quantization_config: provenance.fields must be {{field: CRC-32}}, got {stored!r:.200}")
-    return sorted(name for name, value in field_checksums(config).items() if stored.get(name, value) != value)
 
 
 def unknown_fields(config: Mapping[str, Any], written: Mapping[str, Any], stored: Mapping[str, int]) -> list[str]:

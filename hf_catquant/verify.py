@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from .checkpoint import ADAPTER, INDEX, WEIGHTS, read_object, stored_variant, weight_files
 from .config import QUANT_METHOD, CatQuantConfig
 from .entries import broken_seals, check_absent, check_provenance, is_sealed
-from .fields import changed_fields, unknown_fields
+from .fields import changed_fields, check_fields, unknown_fields
 from .identity import REPORT, recorded_files, strangers
 from .integrity import sha256
 from .inventory import digests, is_pickle, names_in, shortly
@@ -193,6 +193,11 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
             "provenance has no fields: whether config.json was changed after the save cannot be told; fetch it again, or "
             "load the model and save it again if you trust it"
         )
+        return
+    try:
+        check_fields(fields)
+    except ValueError as error:
+        found.problems.append(str(error))
         return
     try:
         loaded = _as_loaded(folder)
