@@ -152,7 +152,7 @@ def ours(
 ) -> nn.Module:
     """The quantized model, without the steps that are ``off``."""
     how = {"num_samples": len(samples), "batch_size": case.batch_size if "solver" in more else 16, **more}
-    how["rotation"] = None if ROTATION in off else "auto"
+    how.setdefault("rotation", None if ROTATION in off else "auto")
     config = CatQuantConfig(weights, group_size, correction=None, dataset=samples, processor=bench.processor, **how)
     with ExitStack() as stack:
         for part, instead in [pair for step in off for pair in STEPS[step].items()]:

@@ -39,6 +39,10 @@ HEAD = ("what", "weights", "group", "bits a weight", "mean cosine", "lowest of 2
 MORE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "all steps, int2": ("int2", 128, {}),
     "all steps, low rank 1, int2": ("int2", 192, {"low_rank": 1}),
+    "all steps, int2, every input rotated": ("int2", 128, {"rotation": "hadamard"}),
+    "all steps, int2 and average_bits=2.3": ("int2", -1, {"average_bits": 2.3}),
+    "all steps, int2, then reconstruct": ("int2", 128, {"solver": "reconstruct"}),
+    "all steps, low rank 1, int2, then reconstruct": ("int2", 192, {"low_rank": 1, "solver": "reconstruct"}),
     "all steps, rows of one scale": ("ternary", -1, {}),
     "all steps, symmetric": ("ternary_symmetric", 128, {}),
 }
