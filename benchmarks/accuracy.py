@@ -286,6 +286,7 @@ def plot() -> None:
 def plot_curve() -> None:
     """Top-1 of ResNet-18 with 2-bit weights and inputs against the seconds it took, on both sets of test images."""
     found = [r for r in read(realdata.RESULTS) if r["model"].startswith("resnet") and r["activations"] == "int2"]
+    found = [r for r in found if r["weights"] == "int2"]
     found.sort(key=lambda r: r["seconds"])
     if not found:
         return

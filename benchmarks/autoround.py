@@ -256,9 +256,9 @@ def line(found: list[dict[str, Any]]) -> list[Any]:
 
 
 def average(values: list[float | None], digits: int) -> str:
-    """The mean, where it was measured with every seed: rows of before 2026-11-27 have neither agreement nor memory."""
+    """The mean of the seeds with which it was measured: rows of before 2026-11-27 have neither agreement nor memory."""
     known = [value for value in values if value is not None]
-    return f"{fmean(known):.{digits}f}" if len(known) == len(values) else "-"
+    return f"{fmean(known):.{digits}f}" if known else "-"
 
 
 if __name__ == "__main__":
