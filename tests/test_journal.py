@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from hf_catquant import disk
 from hf_catquant.disk import writing
-from hf_catquant.journal import open_journal
+from hf_catquant.journal import GOES_ON, open_journal
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_second_process_is_told_and_a_dead_one_is_not_waited_for(folder):
     ],
 )
 def test_errors_of_the_system_are_said_in_words(tmp_path, error, words):
-    with pytest.raises(OSError, match=words.replace("(", r"\(")), writing(tmp_path / "here"):
+    with pytest.raises(OSError, match=words.replace("(", r"\(")), writing(tmp_path / "here", GOES_ON):
         raise error
 
 

@@ -142,12 +142,24 @@ def judge_verify(base: Base, case: Case, folder: Path) -> tuple[str, str | None]
     entries = [stored["modules"], stored.get("corrections") or {}]  # one without corrections need not say so
     if tensors_in(folder) != base.tensors or base.entries != entries:
         return "wrong", "verify calls whole what is not what was saved"
-    saved = json.loads(base.checkpoint.config)["quantization_config"]["provenance"]["fields"]
-    held = field_checksums(json.loads(case.checkpoint.config))  # of a field that is not there the class decides
-    other = [name for name in held.keys() & saved.keys() if held[name] != saved[name]]
-    if other:
-        return "wrong", f"verify calls whole a config.json with another {other[0]}"
+    other = other_field(base, json.loads(case.checkpoint.config))
+    if other is not None:
+        return "wrong", f"verify calls whole a config.json with another {other}"
     return "whole, unchanged", None
+
+
+def other_field(base: Base, found: dict[str, Any]) -> str | None:
+    """A field that a config.json has otherwise than the one that was saved, and that the class does not read as the same.
+
+    A class fills in what is None, or in part there, of a dictionary (``rope_parameters``, ``head_dim``).
+    """
+    raw = json.loads(base.checkpoint.config)
+    saved, held = raw["quantization_config"]["provenance"]["fields"], field_checksums(found)
+    other = sorted(name for name in held.keys() & saved.keys() if held[name] != saved[name])
+    if not other:
+        return None
+    first, second = (base.auto.config_class.from_dict(dict(fields)).to_dict() for fields in (raw, found))
+    return next((name for name in other if first[name] != second[name]), None)
 
 
 @torch.no_grad()
