@@ -199,22 +199,7 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
     except ValueError as error:
         found.problems.append(str(error))
         return
-    try:
-        loaded = _as_loaded(folder)
-        changed, unknown = changed_fields(loaded, fields), unknown_fields(loaded, raw, fields)
-    except Exception as error:  # of any config class, which may raise anything
-        why = " ".join(str(error).split())[:200]
-        # A class of the model's own is not there without its code: then what the file holds is compared as it stands.
-        changed, unknown = changed_fields(_flat(raw), fields), unknown_fields(raw, _flat(raw), fields)
-        if "model_type" not in raw or str(raw["model_type"]) in transformers.CONFIG_MAPPING:
-            found.problems.append(
-                f"config.json cannot be read: {why}: it was changed or damaged after the save, fetch it again"
-            )
-        else:
-            found.remarks.append(
-                "the config class of this model is not there (its own code does not run here): fields that are not in "
-                "config.json, or hold a config themselves, were not compared"
-            )
+    changed, unknown = _compared(folder, raw, fields, found)
     if changed:
         found.problems.append(
             f"{', '.join(changed)} of config.json are not what was saved: fetch it again; to change them on purpose, set "
@@ -225,6 +210,30 @@ def _check_fields(folder: Path, raw: dict[str, Any], config: CatQuantConfig, fou
             f"{', '.join(unknown)} of config.json have no checksum, which every save writes: the file was changed after the "
             "save, fetch it again; to add them on purpose, set them on the config of the loaded model and save it again"
         )
+
+
+def _compared(
+    folder: Path, raw: dict[str, Any], fields: dict[str, int], found: Verification
+) -> tuple[list[str], list[str]]:
+    """Names of the fields that are not as they were saved, and of those that no save wrote.
+
+    A class of the model's own is not there without its code: then what the file holds is compared as it stands.
+    """
+    try:
+        loaded = _as_loaded(folder)
+        return changed_fields(loaded, fields), unknown_fields(loaded, raw, fields)
+    except Exception as error:  # of any config class, which may raise anything
+        why = " ".join(str(error).split())[:200]
+    if "model_type" not in raw or str(raw["model_type"]) in transformers.CONFIG_MAPPING:
+        found.problems.append(
+            f"config.json cannot be read: {why}: it was changed or damaged after the save, fetch it again"
+        )
+    else:
+        found.remarks.append(
+            "the config class of this model is not there (its own code does not run here): fields that are not in "
+            "config.json, or hold a config themselves, were not compared"
+        )
+    return changed_fields(_flat(raw), fields), unknown_fields(raw, _flat(raw), fields)
 
 
 def _flat(raw: dict[str, Any]) -> dict[str, Any]:
