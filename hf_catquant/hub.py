@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import matplotlib as mpl
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from .card import RELATIONS, model_card
@@ -31,6 +31,7 @@ from .identity import (
     check_kept,
     checked_evaluation,
     checked_report,
+    fetched,
     files_of,
     identity,
     is_made_here,
@@ -277,7 +278,7 @@ def verify_repo(repo: str, revision: str | None = None, token: str | None = None
         info = api.model_info(repo, revision=revision, files_metadata=True)
         files = [file.rfilename for file in info.siblings or []]
         wanted = [name for name in files if _is_checked(name)]
-        folder = snapshot_download(repo, revision=info.sha, allow_patterns=wanted, token=token)
+        folder = fetched(repo, wanted, revision=info.sha, token=token)
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"there is no folder {repo}, and the Hub did not give a model of this name: {error}"

@@ -12,13 +12,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from .checkpoint import read_object
 from .config import CatQuantConfig
 from .evaluation_table import Evaluation
 from .integrity import sha256
-from .inventory import code_of, is_companion, is_paper, names_in
+from .inventory import code_of, is_companion, is_paper, is_pickle, names_in
 from .report import Report, config_of
 
 CARD, REPORT, EVALUATION, PLOTS = "README.md", "report.json", "evaluation.json", ("accuracy.png", "errors.png")
@@ -125,6 +126,27 @@ def files_of(folder: Path, config: CatQuantConfig) -> set[str]:
     known = recorded_files(folder, config) or {}
     recorded = {name for name, digest in known.items() if name in there and sha256(folder / name) == digest}
     return recorded | {name for name in there if is_companion(name) or is_paper(name)} | code_of(folder)
+
+
+def fetched(repo: str, patterns: list[str], **options: Any) -> Path:
+    """A snapshot of a repository with the files of ``patterns`` and those that its report names besides.
+
+    Args:
+        repo: Hub id.
+        patterns: of names.
+        options: of ``snapshot_download``.
+    """
+    folder = Path(snapshot_download(repo, allow_patterns=[*patterns, REPORT], **options))
+    try:
+        named = read_object(folder / REPORT).get("files")
+    except (OSError, ValueError):
+        named = None
+    # Names without wildcards only: a report may say anything.
+    names = [name for name in named if re.fullmatch(r"[\w./-]+", name)] if isinstance(named, dict) else []
+    names = [
+        name for name in names if not (folder / name).is_file() and not is_pickle(name) and not name.endswith(".py")
+    ]
+    return Path(snapshot_download(repo, allow_patterns=names, **options)) if names else folder
 
 
 def is_made_here(folder: Path) -> bool:

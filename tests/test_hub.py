@@ -30,6 +30,7 @@ from hf_catquant.card_usage import usage as usage_of
 from hf_catquant.cli import main
 from hf_catquant.hub import describe, push
 from hf_catquant.identity import identity
+from hf_catquant.integrity import sha256
 from hf_catquant.tasks import auto_class
 from hf_catquant.verify import verify
 
@@ -626,6 +627,9 @@ def process(code: str, *words: str, **environment: str) -> str:
 @pytest.mark.slow
 def test_push_then_load_and_pipeline_by_id(copy, tmp_path):
     (copy / "pytorch_model.bin").write_bytes(b"never uploaded")
+    # A tokenizer with code of its own writes files under names that nobody knows: the report has them.
+    (copy / "ice_text.model").write_bytes(b"words")
+    edit(copy / "report.json", lambda said: said["files"].update({"ice_text.model": sha256(copy / "ice_text.model")}))
     with fake_hub.running() as hub:
         there = hub.environment(str(tmp_path / "cache"))
         process(PUSH, str(copy), str(tmp_path / "shards"), **there)
@@ -649,6 +653,11 @@ def test_push_then_load_and_pipeline_by_id(copy, tmp_path):
             "REFUSED RuntimeError",
         ]  # pipeline wraps its own
         assert "catquant" in ModelCard(hub.repos["me/bare"].files["README.md"].decode()).data.tags
+        assert files["ice_text.model"] == b"words"
+        code = "import sys; from hf_catquant.cli import main; sys.exit(main(['verify', 'me/tiny']))"
+        said = process(code, **hub.environment(str(tmp_path / "second")))
+        assert "  ice_text.model" in said
+        assert "gone" not in said
         name = "model.safetensors"
         hub.repos["me/tiny"].files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
         code = "import sys; from hf_catquant.cli import main; sys.exit(1 - main(['verify', 'me/tiny']))"

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import INDEX, index_file, read_object, weight_files
 from ..correction import ClusterAffine, corrections, detach
-from ..identity import CARD, EVALUATION, PLOTS, REPORT, files_of
+from ..identity import CARD, EVALUATION, PLOTS, REPORT, fetched, files_of
 from ..inventory import PATTERNS, names_in, shortly
 from ..layers import QuantizedModule
 from ..modules import check_no_adapters, replace_module
@@ -193,7 +192,7 @@ def source_folder(source: Source) -> Path | None:
     if source.name is None:
         return None
     there = Path(source.name)
-    return there if there.is_dir() else Path(snapshot_download(source.name, allow_patterns=PATTERNS))
+    return there if there.is_dir() else fetched(source.name, PATTERNS)
 
 
 def copy_processor(source: Source, folder: Path) -> list[str]:
