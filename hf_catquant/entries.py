@@ -183,8 +183,13 @@ def check_provenance(provenance: Any) -> None:
     """
     if not isinstance(provenance, dict):
         raise ValueError(f"quantization_config: provenance must be an object, got {provenance!r:.100}")
+    before = provenance.get("bytes_before", 0)
+    if type(before) is not int or before < 0:
+        raise ValueError(
+            f"quantization_config: provenance.bytes_before must be a size, got {before!r:.100}: {_CHANGED}"
+        )
     for name, (whole, inside) in _PROVENANCE.items():
-        found = provenance.get(name) or whole()
+        found = provenance.get(name, whole())
         values = found.values() if isinstance(found, dict) else found
         if not isinstance(found, whole) or not all(isinstance(value, inside) for value in values):
             raise ValueError(

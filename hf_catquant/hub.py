@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def describe(
     *,
     relation: str = RELATIONS[0],
     origin: str | None = None,
+    also: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the plots and the card into a folder of a quantized model; returns the card's path.
@@ -71,6 +72,7 @@ def describe(
         base_model: Hub id of the float model; None: what ``report.json`` says.
         license: Hub word for the licence of the weights.
         relation, origin: as in :func:`~hf_catquant.card.model_card`.
+        also: as in :func:`push`.
         evaluation: what ``catquant eval --json`` wrote; it is copied into the folder. None: what is there already.
         trust_remote_code: run the code that comes with the model where a report is made from it.
 
@@ -98,7 +100,7 @@ def describe(
     if measured and source.resolve() != (folder / EVALUATION).resolve():
         _write(folder / EVALUATION, source.read_text(encoding="utf-8"))
     _draw(folder, summary, table)
-    _record_files(folder)
+    _record_files(folder, also)
     card = model_card(folder, repo, base_model, license, relation=relation, origin=origin)
     if "base_model" not in card.data.to_dict() and origin is None:
         logger.warning(
@@ -136,12 +138,15 @@ def _draw(folder: Path, summary: Report, table: Evaluation | None) -> None:
         sizes.unlink(missing_ok=True)
 
 
-def _record_files(folder: Path) -> None:
+def _record_files(folder: Path, also: Collection[str] = ()) -> None:
     """Have the report name the files of tokenizers and processors that are there: what it has of one stays as it is."""
+    gone = [name for name in also if not (folder / name).is_file() or is_pickle(name)]
+    if gone:
+        raise ValueError(f"also must name files in {folder} that hold no Python objects, got {gone[0]!r}")
     raw = read_object(folder / REPORT)
     held: Any = raw.get("files")
     held = held if isinstance(held, dict) else {}
-    files = digests(folder, held)
+    files = digests(folder, {*held, *also})
     files |= {name: value for name, value in held.items() if name in files}
     if files != raw.get("files"):
         _write(folder / REPORT, json.dumps({**raw, "files": files}, indent=2))
@@ -164,6 +169,7 @@ def push(
     origin: str | None = None,
     private: bool | None = None,
     keep_card: bool = False,
+    also: Collection[str] = (),
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
@@ -181,6 +187,8 @@ def push(
         repo: Hub id; it is created if it is not there.
         private: whether a new repository is; None: as the owner's default is.
         keep_card: upload the README.md of the folder as it is.
+        also: names of more files that belong to the model, which a tokenizer with code of its own reads: they go along, and
+            the report has their SHA-256.
         token: None: the one that ``hf auth login`` stored.
 
     Raises:
@@ -196,8 +204,10 @@ def push(
         raise ValueError(f"{folder} is not pushed: {'; '.join(found.problems)}")
     if keep_card:
         check_kept(folder)
+        if also:
+            _record_files(folder, also)
     else:
-        more: dict[str, Any] = {"origin": origin, "trust_remote_code": trust_remote_code}
+        more: dict[str, Any] = {"origin": origin, "also": also, "trust_remote_code": trust_remote_code}
         describe(folder, repo, base_model, license, evaluation, relation=relation, **more)
     names = _uploaded(folder, stored_config(read_object(folder / "config.json"), folder))
     api = HfApi(token=token)
@@ -241,7 +251,9 @@ def _uploaded(folder: Path, config: CatQuantConfig) -> list[str]:
             )
     left = [name for name in there if name not in names]
     if left:
-        logger.warning("not uploaded, as they are no part of the model: %s", shortly(left))
+        logger.warning(
+            "not uploaded, as nothing says that they are part of the model (--also NAME does): %s", shortly(left)
+        )
     return names
 
 

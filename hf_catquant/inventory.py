@@ -6,6 +6,7 @@ models under any name.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -14,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import read_object
 from .integrity import sha256
 
 # What may hold Python objects, or code that Keras stored, which run when they are loaded; in any case of letters.
@@ -56,8 +56,8 @@ PROCESSOR = (
         "byte_maps.json",
         "prophetnet.tokenizer",
     ),
-    *("word_shape.json", "word_pronunciation.json", "speaker_embeddings_path.json"),
-    *("spiece.model", "spm.model", "spm_char.model", "tokenizer.model", "tiktoken.model"),
+    *("word_shape.json", "word_pronunciation.json", "speaker_embeddings_path.json", "alphabet.json"),
+    *("spiece.model", "spm.model", "spm_char.model", "tokenizer.model", "tokenizer.model.v?", "tiktoken.model"),
     *("sentencepiece.bpe.model", "sentencepiece.model", "*.spm", "*.tiktoken"),
     *(
         "preprocessor_config.json",
@@ -69,11 +69,11 @@ PROCESSOR = (
 )
 _TEMPLATES = "additional_chat_templates"
 # The modules of sentence-transformers, and their folders, which hold weights of their own.
-_SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
-_OF_SENTENCES = re.compile(r"\d+_[A-Z][A-Za-z]*")
-_INSIDE = ("config.json", "model.safetensors")
+_SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json")
+_OF_SENTENCES = re.compile(r"([a-z]+_)?\d+_[A-Z][A-Za-z]*")
+_INSIDE = ("config.json", "model.safetensors", "*_config.json")
 # A tokenizer for each side of a model, and the like.
-_FOLDERS = re.compile(r"([a-z]+_)*(tokenizer|processor)(_\d)?")
+_FOLDERS = re.compile(r"([a-z]+_)*(tokenizer|processor|feature_extractor)(_\d)?")
 _PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*")
 # What a download may ask for to get all of these; in its patterns a star stands for folders too.
 PATTERNS = [
@@ -98,7 +98,7 @@ def is_companion(name: str) -> bool:
     if folders[0] == _TEMPLATES:
         return fnmatchcase(file, "*.jinja")
     if _OF_SENTENCES.fullmatch(folders[0]):
-        return known or file in _INSIDE
+        return known or any(fnmatchcase(file, pattern) for pattern in _INSIDE)
     return known and _FOLDERS.fullmatch(folders[0]) is not None
 
 
@@ -112,8 +112,8 @@ def code_of(folder: Path) -> set[str]:
     import from beside them. Any other script that lies there is no part of it.
     """
     found: set[Path] = set()
-    for name in ("config.json", *PROCESSOR):
-        for reference in _references(folder / name) if name.endswith("config.json") else ():
+    for name in ("config.json", "modules.json", *PROCESSOR):
+        for reference in _references(folder / name) if name.endswith(("config.json", "modules.json")) else ():
             file = folder / f"{reference.rpartition('.')[0]}.py"
             if file.is_file() and file.parent == folder:  # else it is of another repository, or no name of a module
                 found |= {file, *map(Path, get_relative_import_files(file))}
@@ -121,11 +121,14 @@ def code_of(folder: Path) -> set[str]:
 
 
 def _references(file: Path) -> list[str]:
-    """The classes that the ``auto_map`` of a config names; none of a file that has none or cannot be read."""
+    """The classes that a config names in its ``auto_map``, or modules.json as types; none of a file that cannot be read."""
     try:
-        named = read_object(file).get("auto_map") if file.is_file() else None
-    except (OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return []
+    if isinstance(found, list):
+        return [str(each.get("type")) for each in found if isinstance(each, dict)]
+    named = found.get("auto_map") if isinstance(found, dict) else None
     values = named.values() if isinstance(named, dict) else [named]
     return [ref for value in values for ref in (value if isinstance(value, list) else [value]) if isinstance(ref, str)]
 

@@ -19,6 +19,7 @@ from .modules import (
     check_no_adapters,
     close_experts,
     open_experts,
+    part_twins,
 )
 from .op_checks import COMPUTE
 from .rotation import block_size
@@ -81,6 +82,7 @@ def select(model: nn.Module, config: CatQuantConfig) -> Selection:
             nothing at all would be quantized, or ``strict`` is set and something would be skipped.
     """
     check_no_adapters(model, "quantized")
+    part_twins(model)
     open_experts(model, lambda name: not all(is_listed(f"{name}.{child}", config) for child in (UP, DOWN)))
     try:
         return _select(model, config)

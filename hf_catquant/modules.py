@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -89,3 +90,20 @@ def move_correction(old: nn.Module, new: nn.Module) -> None:
     if correction is not None:
         new.correction = correction
         new._forward_hooks.update(old._forward_hooks)
+
+
+def part_twins(model: nn.Module) -> None:
+    """Give a module that sits at two names, which its class ties, one of its own at each, with the same parameters.
+
+    ``resize_token_embeddings`` puts one embedding into encoder and decoder; the class builds several, and ties their
+    weights, which is what a checkpoint says.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    first: dict[nn.Module, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if first.setdefault(module, name) != name and f"{name}.weight" in tied:
+            twin = copy.copy(module)
+            for table in ("_parameters", "_buffers", "_modules"):
+                vars(twin)[table] = dict(vars(module)[table])
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, twin)  # replace_module puts it at every name

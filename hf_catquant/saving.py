@@ -164,7 +164,8 @@ def provenance_now(config: CatQuantConfig, model: nn.Module) -> dict[str, Any]:
         new["errors"] = errors
     strange = strangers(config, layers)
     if strange:
-        new["notes"] = [*(known.get("notes") or []), _STRANGE.format(len(strange), strange[0])]
+        notes = [*(known.get("notes") or []), _STRANGE.format(len(strange), strange[0])]
+        new["notes"] = list(dict.fromkeys(notes))
     return _without(new, model, replaced, gone) if replaced or gone else new
 
 

@@ -96,7 +96,7 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
         ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off.
     """
     known = {name: value for name, value in provenance.items() if name != ABSENT}
-    present, absent = dict(model.named_modules()), []
+    present, absent = dict(model.named_modules(remove_duplicate=False)), []
     for name in _missing(model, present):
         parent, _, leaf = name.rpartition(".")
         if getattr(present[parent], leaf, model) is not None:
@@ -115,7 +115,7 @@ def _missing(model: nn.Module, present: Mapping[str, nn.Module]) -> list[str]:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # some classes draw numbers all the same
             usual = type(model)(config)
     except Exception:  # of the model's own class, which may want more than a config: loading it will tell
         return []

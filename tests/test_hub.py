@@ -705,3 +705,20 @@ def test_a_hub_that_is_not_there_is_a_runtime_error(copy, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", gone)
     with pytest.raises(RuntimeError, match=r"the Hub at http.* cannot be reached to take me/tiny: \[Errno -2\]"):
         push(copy, "me/tiny")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_files_that_only_the_user_knows_of_go_along_when_they_are_named(copy, hub, capsys):
+    (copy / "own_words.lst").write_bytes(b"words")
+    (copy / "custom_st.py").write_text("class Transformer: pass")
+    (copy / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "custom_st.Transformer"}]')
+    (copy / "query_0_Transformer").mkdir()
+    (copy / "query_0_Transformer" / "config.json").write_text("{}")
+    assert main(["push", str(copy), "me/tiny", "--also", "own_words.lst"]) == 0
+    assert {"own_words.lst", "custom_st.py", "modules.json", "query_0_Transformer/config.json"} <= hub.repos[
+        "me/tiny"
+    ].files.keys()
+    push(copy, "me/tiny")  # the report knows it now
+    assert "own_words.lst" in hub.repos["me/tiny"].files
+    assert main(["push", str(copy), "me/tiny", "--also", "gone.txt"]) == 1
+    assert "also must name files in" in capsys.readouterr().err

@@ -145,11 +145,31 @@ def test_layers_that_were_cut_off_are_not_absent(tmp_path: Path):
     assert torch.equal(logits(tf.LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
-def test_saving_costs_no_random_numbers(tmp_path: Path):
-    model = tiny_models.build("roberta")
+@pytest.mark.parametrize("skipped", [None, ["^shared$", "lm_head"]])
+def test_an_embedding_that_sits_at_several_names(skipped, tmp_path: Path):
+    """resize_token_embeddings puts one module into encoder and decoder of T5, where the class builds three."""
+    model = tiny_models.build("t5").eval()
+    model.resize_token_embeddings(112)
+    assert model.shared is model.encoder.embed_tokens
+    quantize(model, CatQuantConfig("int8", 16, solver="rtn", correction=None, modules_to_not_convert=skipped))
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path).is_whole
+    loaded = tf.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, "t5"), logits(model, "t5"))
+    if skipped is None:
+        assert loaded.encoder.embed_tokens.owner is loaded.lm_head.owner is loaded.shared
+    else:
+        assert loaded.encoder.embed_tokens.weight is loaded.shared.weight
+
+
+@pytest.mark.parametrize("name", ["roberta", "wav2vec2"])
+def test_saving_costs_no_random_numbers(name: str, tmp_path: Path):
+    """Some classes draw numbers while they are built, also on the meta device."""
+    model = tiny_models.build(name)
     quantize(model, INT8)
     before = torch.get_rng_state()
-    model.roberta.save_pretrained(tmp_path)
+    model.base_model.save_pretrained(tmp_path / "part")
+    model.save_pretrained(tmp_path / "whole")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -198,4 +218,6 @@ def test_layers_of_another_quantized_model_bring_what_is_known_of_them(tmp_path:
         assert {layer.name: layer.error for layer in found.layers if layer.name in names} == wanted
         notes = [note for note in found.notes if "were quantized in another model" in note]
         assert len(notes) == 1
+        copy.deepcopy(each).save_pretrained(tmp_path / "again")  # the note is there once, too
+        assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
         assert notes[0].startswith(f"2 of its layers ({names[0]} ...)")

@@ -435,6 +435,10 @@ def test_a_config_without_a_model_type_is_not_whole(folder):
 @pytest.mark.parametrize(
     ("table", "value"),
     [
+        ("absent", None),
+        ("errors", None),
+        ("fits", []),
+        ("bytes_before", "1"),
         ("notes", 5),
         ("skipped", 7),
         ("errors", [1]),

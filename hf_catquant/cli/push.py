@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--evaluation", metavar="FILE", help="what catquant eval --json wrote for this folder")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME", help="more files that belong to the model")
     parser.add_argument("--keep-card", action="store_true", help="upload the folder's README.md as it is")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, where a report is made"
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> None:
     """Describe and upload."""
     if args.evaluation is not None and not Path(args.evaluation).is_file():
         raise ValueError(f"--evaluation: there is no file {args.evaluation}")
-    facts = {name: getattr(args, name) for name in ("base_model", "license", "evaluation", "relation", "origin")}
+    facts = {
+        name: getattr(args, name) for name in ("base_model", "license", "evaluation", "relation", "origin", "also")
+    }
     facts["trust_remote_code"] = args.trust_remote_code
     if args.dry_run:
         print(f"card: {describe(args.folder, args.repo, **facts)}")
