@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer,
 
 import tiny_models
 from hf_catquant import CatConfig, CatQuantConfig, export, quantize, report
+from hf_catquant.describing import describe
 from hf_catquant.exports import TARGETS
-from hf_catquant.hub import describe
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.layers.linear import QuantizedLinear
 from hf_catquant.packed_model import quantized_modules

@@ -28,7 +28,8 @@ from hf_catquant.card import model_card
 from hf_catquant.card_usage import task_of
 from hf_catquant.card_usage import usage as usage_of
 from hf_catquant.cli import main
-from hf_catquant.hub import describe, push
+from hf_catquant.describing import describe
+from hf_catquant.hub import push
 from hf_catquant.identity import identity
 from hf_catquant.integrity import sha256
 from hf_catquant.tasks import auto_class
@@ -64,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undrawn(monkeypatch):
     """Plots that are not looked at are not drawn, which takes a second."""
     for name in ("draw_errors", "draw_sizes"):
-        monkeypatch.setattr(f"hf_catquant.hub.{name}", lambda content, path: path.write_bytes(b"drawn"))
+        monkeypatch.setattr(f"hf_catquant.describing.{name}", lambda content, path: path.write_bytes(b"drawn"))
 
 
 @pytest.fixture

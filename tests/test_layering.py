@@ -56,6 +56,7 @@ ROWS = [
     "evaluation tasks verify installing report_checks",
     "card_usage card_making",
     "by_layer report_page card exports folder",
+    "describing",
     "hub",
     "demo",
     "cli",

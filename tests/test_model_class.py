@@ -16,7 +16,7 @@ import tiny_models
 from hf_catquant import CatQuantConfig, export, quantize_folder, report
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.cli import main
-from hf_catquant.hub import describe
+from hf_catquant.describing import describe
 from hf_catquant.shelf import shelf_of
 from hf_catquant.streaming import open_on_shelf
 from hf_catquant.tasks import auto_class, load_quantized, model_class
@@ -76,7 +76,7 @@ def test_no_part_of_a_model_is_lost_on_any_way(name, tmp_path, monkeypatch):
     assert type(quantized) is type(load_quantized(str(out))) is type(model)
     counted = report(quantized).parameters
     (out / "report.json").unlink()
-    monkeypatch.setattr("hf_catquant.hub._draw", lambda *args: None)
+    monkeypatch.setattr("hf_catquant.describing._draw", lambda *args: None)
     describe(out)
     assert json.loads((out / "report.json").read_text())["parameters"] == counted
     assert export(out, tmp_path / "plain").lost == []

@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from ..card import RELATIONS
-from ..hub import describe, push
+from ..describing import describe
+from ..hub import push
 
 NAME = "push"
 
