@@ -20,7 +20,7 @@ _SCHEME = tuple(field.name for field in fields(Scheme))
 # What quantizing found, which has checksums of its own; everything else of a quantization_config is the request.
 _FOUND = ("modules", "corrections", "checksums", "entries_checksum", "provenance")
 
-_CHANGED = "the config.json was changed or damaged after the save, fetch it again"
+CHANGED = "the config.json was changed or damaged after the save, fetch it again"
 ABSENT = "absent"  # of a provenance: modules that the class builds, and that are None in the model that was saved
 
 
@@ -186,7 +186,7 @@ def check_provenance(provenance: Any) -> None:
     before = provenance.get("bytes_before", 0)
     if type(before) is not int or before < 0:
         raise ValueError(
-            f"quantization_config: provenance.bytes_before must be a size, got {before!r:.100}: {_CHANGED}"
+            f"quantization_config: provenance.bytes_before must be a size, got {before!r:.100}: {CHANGED}"
         )
     for name, (whole, inside) in _PROVENANCE.items():
         found = provenance.get(name, whole())
@@ -194,7 +194,7 @@ def check_provenance(provenance: Any) -> None:
         if not isinstance(found, whole) or not all(isinstance(value, inside) for value in values):
             raise ValueError(
                 f"quantization_config: provenance.{name} must be a {whole.__name__} of "
-                f"{getattr(inside, '__name__', 'numbers')}, got {found!r:.100}: {_CHANGED}"
+                f"{getattr(inside, '__name__', 'numbers')}, got {found!r:.100}: {CHANGED}"
             )
 
 
@@ -213,7 +213,7 @@ def check_absent(provenance: Mapping[str, Any], stored: Iterable[str]) -> None:
     if held is not None:
         raise ValueError(
             f"quantization_config: provenance.{ABSENT} must be a list of modules without tensors in the checkpoint, which "
-            f"has {held}: {_CHANGED}"
+            f"has {held}: {CHANGED}"
         )
 
 

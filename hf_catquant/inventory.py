@@ -34,42 +34,33 @@ PICKLES = (
     ".pth",
     ".tar",
 )
-# What saving a tokenizer, a processor or the defaults of generation writes, by name: every one that transformers knows.
+# What saving a tokenizer, a processor or the defaults of generation writes, by name: also what another model left behind.
 GENERATION = "generation_config.json"
 PROCESSOR = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "normalizer.json", "entity_vocab.json"),
+    *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model", "sentencepiece.model"),
+    *("source.spm", "target.spm", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", "audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja"),
+)
+# Rarer ones, which go along but may be anybody's: none is ever taken away.
+_RARE = (
     *(
-        "vocab.json",
-        "vocab.txt",
         "vocab-src.json",
         "vocab-tgt.json",
         "target_vocab.json",
-        "entity_vocab.json",
         "vocab.bpe",
-    ),
-    *(
-        "merges.txt",
-        "bpe.codes",
         "dict.txt",
-        "normalizer.json",
         "emoji.json",
         "byte_maps.json",
-        "prophetnet.tokenizer",
     ),
-    *("word_shape.json", "word_pronunciation.json", "speaker_embeddings_path.json", "alphabet.json"),
-    *("spiece.model", "spm.model", "spm_char.model", "tokenizer.model", "tokenizer.model.v?", "tiktoken.model"),
-    *("sentencepiece.bpe.model", "sentencepiece.model", "*.spm", "*.tiktoken"),
-    *(
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "audio_tokenizer_config.json",
-    ),
-    *("chat_template.json", "chat_template.jinja"),
+    *("prophetnet.tokenizer", "word_shape.json", "word_pronunciation.json", "speaker_embeddings_path.json"),
+    *("alphabet.json", "spm_char.model", "tokenizer.model.v?", "tiktoken.model", "*.spm", "*.tiktoken"),
 )
 _TEMPLATES = "additional_chat_templates"
 # The modules of sentence-transformers, and their folders, which hold weights of their own.
 _SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json")
+_KNOWN = (GENERATION, *PROCESSOR, *_RARE, *_SENTENCES)
 _OF_SENTENCES = re.compile(r"([a-z]+_)?\d+_[A-Z][A-Za-z]*")
 _INSIDE = ("config.json", "model.safetensors", "*_config.json")
 # A tokenizer for each side of a model, and the like.
@@ -77,7 +68,7 @@ _FOLDERS = re.compile(r"([a-z]+_)*(tokenizer|processor|feature_extractor)(_\d)?"
 _PAPERS = ("*.md", "*.png", "*.svg", "LICENSE*", "LICENCE*", "NOTICE*", "CITATION*")
 # What a download may ask for to get all of these; in its patterns a star stands for folders too.
 PATTERNS = [
-    *(f"{place}{name}" for name in (GENERATION, *PROCESSOR, *_SENTENCES) for place in ("", "*/")),
+    *(f"{place}{name}" for name in _KNOWN for place in ("", "*/")),
     *(f"{_TEMPLATES}/*.jinja", *_PAPERS, "*.py", *(f"[0-9]_*/{name}" for name in _INSIDE)),
 ]
 
@@ -90,7 +81,7 @@ def is_pickle(name: str) -> bool:
 def is_companion(name: str) -> bool:
     """Whether a file, by its path in the folder, is one of a tokenizer, a processor or the like."""
     *folders, file = PurePosixPath(name).parts
-    known = any(fnmatchcase(file, pattern) for pattern in (GENERATION, *PROCESSOR, *_SENTENCES))
+    known = any(fnmatchcase(file, pattern) for pattern in _KNOWN)
     if not folders:
         return known
     if len(folders) > 1:

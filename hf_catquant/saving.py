@@ -114,7 +114,7 @@ def lost_layers(config: CatQuantConfig, model: nn.Module) -> tuple[list[str], li
     Of a part of a model nothing can be told of the rest: it is no loss.
     """
     layers = quantized_modules(model)
-    strange = strangers(config, layers)
+    strange = from_elsewhere(config, layers)
     held = {name if name in strange else layer.site or name for name, layer in layers.items()}
     lost = [name for name in config.modules or {} if name not in held]
     if not lost or any(layer.site and layer.site.endswith(f".{name}") for name, layer in layers.items()):
@@ -125,7 +125,7 @@ def lost_layers(config: CatQuantConfig, model: nn.Module) -> tuple[list[str], li
     return replaced, [name for name in lost if name not in replaced]
 
 
-def strangers(config: CatQuantConfig, layers: Mapping[str, QuantizedModule]) -> list[str]:
+def from_elsewhere(config: CatQuantConfig, layers: Mapping[str, QuantizedModule]) -> list[str]:
     """Names of those of ``layers`` that were quantized with another config, in another model."""
     origins = {id(layer.origin): layer.origin for layer in layers.values() if layer.origin is not None}
     others = {key for key, origin in origins.items() if origin is not config and origin != config}  # or a copy of it
@@ -162,7 +162,7 @@ def provenance_now(config: CatQuantConfig, model: nn.Module) -> dict[str, Any]:
         new[MERGED] = merged
     if errors != known.get("errors", {}):
         new["errors"] = errors
-    strange = strangers(config, layers)
+    strange = from_elsewhere(config, layers)
     if strange:
         notes = [*(known.get("notes") or []), _STRANGE.format(len(strange), strange[0])]
         new["notes"] = list(dict.fromkeys(notes))

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .correction import corrections
-from .entries import ABSENT, check_absent
+from .entries import ABSENT, CHANGED, check_absent
 from .fields import field_checksums
 from .offloaded import read
 from .packed_model import quantized_modules
@@ -137,8 +137,7 @@ def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Col
     for name in (name for name in provenance.get(ABSENT, []) if name in present):
         if not any(True for _ in present[name].parameters()):
             raise ValueError(
-                f"quantization_config: provenance.{ABSENT} must be modules with parameters, got {name!r}: the config.json "
-                "was changed or damaged after the save, fetch it again"
+                f"quantization_config: provenance.{ABSENT} must be modules with parameters, got {name!r}: {CHANGED}"
             )
         parent, _, leaf = name.rpartition(".")
         setattr(present[parent], leaf, None)

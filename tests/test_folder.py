@@ -260,7 +260,13 @@ def test_a_tokenizer_of_another_model_does_not_stay(tmp_path, source, caplog, mo
     (source / "vocab.json").write_text("its own")
     (source / "generation_config.json").unlink()
     kept = ("notes.txt", "template.jinja", "my_vocab.json", "README.md")
-    kept += ("model_backup.safetensors", "model-lora-rank8.safetensors", "model.fp16.safetensors")
+    kept += (
+        "mine.spm",
+        "dict.txt",
+        "model_backup.safetensors",
+        "model-lora-rank8.safetensors",
+        "model.fp16.safetensors",
+    )
     (out / "model-00001-of-00002.safetensors").write_text("of another model")
     for name in kept:
         (out / name).write_text("mine")
