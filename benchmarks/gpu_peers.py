@@ -45,4 +45,10 @@ def torchao_int4(rows: int, columns: int, device: torch.device) -> Layer:
     return layer
 
 
-PEERS = (bitsandbytes_nf4, gemlite_two, gemlite_four, torchao_int4)
+# The numbers of tokens that a peer is timed with, None for all: GemLite tries a dozen kernels for each, a second each.
+PEERS: dict[Callable[[int, int, torch.device], Layer], tuple[int, ...] | None] = {
+    bitsandbytes_nf4: None,
+    gemlite_two: (1,),
+    gemlite_four: (1,),
+    torchao_int4: None,
+}

@@ -21,6 +21,8 @@ from hf_catquant.kernels import cuda_calls, cuda_layout, cuda_table
 
 Row = dict[str, Any]
 Right = set[str]
+# Row tiles and warps of a block that are tried; the last ones hold too many sums for several column tiles.
+BLOCKS = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (6, 8), (7, 8), (8, 8))
 
 
 def measured(calls: list[Callable[[], Any]], device: torch.device, right: Right) -> Row:
@@ -136,8 +138,8 @@ def launches(device: torch.device, right: Right) -> Iterator[Row]:
             for tokens in (1, 8, 16, 64):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                 calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
-                shapes = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8)) if tokens <= 8 else (1, 2, 4, 8, 16)
-                for chosen in shapes:
+                few = BLOCKS if tokens <= 4 else BLOCKS[:6]
+                for chosen in few if tokens <= 8 else (1, 2, 4, 8, 16):
                     with mock.patch.object(cuda_table, "blocks" if tokens <= 8 else "cuts", lambda *_, c=chosen: c):
                         cuda_table._few.cache_clear()
                         cuda_table._shared.cache_clear()
@@ -216,14 +218,14 @@ def other_ops(device: torch.device, right: Right) -> Iterator[Row]:
 
 def peers(device: torch.device, right: Right) -> Iterator[Row]:
     """Other libraries, where they are installed, in the same rotation."""
-    for make in PEERS:
+    for make, counts in PEERS.items():
         for shape in SHAPES:
             try:
                 layers: list[Layer] = [make(*shape, device) for _ in range(copies(shape[0] * shape[1] // 2))]
             except Exception as error:
                 yield {"peer": make.__name__, "error": f"{type(error).__name__}: {error}"[:300]}
                 break
-            for tokens in TOKENS:
+            for tokens in counts or TOKENS:
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                 try:
                     taken = timed([lambda layer=layer, x=x: layer(x) for layer in layers], device)

@@ -131,6 +131,7 @@ def library() -> ctypes.CDLL:
     tried = list(_candidates())
     for path in tried:
         try:
+            _load_builtins(Path(path))
             nvrtc = ctypes.CDLL(path)
             _ = nvrtc.nvrtcGetCUBIN, nvrtc.nvrtcGetSupportedArchs
         except (OSError, AttributeError):
@@ -138,6 +139,14 @@ def library() -> ctypes.CDLL:
         return nvrtc
     looked = ", ".join(tried) or "nothing"
     raise Unserved(f"NVRTC 11.2 or newer is needed to compile CUDA kernels, found {looked}: install torch with CUDA")
+
+
+def _load_builtins(nvrtc: Path) -> None:
+    """Load the library that NVRTC opens by its bare name: NVRTC before 13.1 does not look for it in its own folder."""
+    for path in sorted(nvrtc.parent.glob("libnvrtc-builtins*.so*")) if nvrtc.is_absolute() else ():
+        if ".alt." not in path.name:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 @cache
