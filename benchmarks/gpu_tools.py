@@ -116,6 +116,7 @@ def no_device(processors: int) -> Iterator[None]:
     with (
         mock.patch.object(cuda_driver, "launch", return_value=None),
         mock.patch.object(cuda_driver, "processors", return_value=processors),
+        mock.patch.object(cuda_driver, "has_warp_groups", return_value=True),
         mock.patch.dict("os.environ", {cuda.SWITCH: "cuda"}),
     ):
         yield

@@ -27,6 +27,8 @@ ARGUMENTS = {
     "product16": "Product",
     "product8": "Product",
     "gemm": "Product",
+    "wgemm": "Product",
+    "arrange": "Arrangement",
     "sums": "XSums",
     "partials": "Partials",
     "rows": "Quantization",
@@ -37,7 +39,8 @@ ARGUMENTS = {
 }
 PROCESSORS = 3  # of the device that is emulated: few, so that small matrices use every launch there is
 OUTPUTS = {
-    **dict.fromkeys(("product16", "product8", "gemm", "untile"), (6,)),
+    **dict.fromkeys(("product16", "product8", "gemm", "wgemm", "untile"), (6,)),
+    "arrange": (1, 2, 3),
     "sums": (1,),
     "rotate": (1,),
     "partials": (3,),
@@ -60,8 +63,11 @@ def compiler() -> str | None:
 
 
 @contextmanager
-def emulated(folder: Path, sources: Path = cuda_compile.CSRC) -> Iterator[None]:
-    """Every launch inside runs on the host; ``folder`` keeps what is compiled, ``sources`` has the kernels."""
+def emulated(folder: Path, sources: Path = cuda_compile.CSRC, warp_groups: bool = False) -> Iterator[None]:
+    """Every launch inside runs on the host; ``folder`` keeps what is compiled, ``sources`` has the kernels.
+
+    ``warp_groups``: whether the device has products of warp groups.
+    """
 
     def launch(
         variant: Variant,
@@ -70,12 +76,14 @@ def emulated(folder: Path, sources: Path = cuda_compile.CSRC) -> Iterator[None]:
         block: tuple[int, int],
         form: struct.Struct,
         arguments: tuple[Any, ...],
+        shared: int = 0,
     ) -> None:
         run_on_host(variant, grid, block, form, arguments, folder, sources)
 
     with (
         mock.patch.object(cuda_driver, "launch", launch),
         mock.patch.object(cuda_driver, "processors", return_value=PROCESSORS),
+        mock.patch.object(cuda_driver, "has_warp_groups", return_value=warp_groups),
     ):
         yield
 
@@ -117,7 +125,7 @@ def load(path: str) -> ctypes.CDLL:
 
 def build(variant: Variant, folder: Path, sources: Path) -> Path:
     """The shared library of a kernel, compiled if ``folder`` does not have it."""
-    files = (sources / f"{variant.source}.cu", *sorted(sources.glob("*.cuh")), HEADER)
+    files = (sources / f"{variant.source}.cu", *sorted(sources.glob("*.cuh")), *sorted(HEADER.parent.glob("*.h")))
     texts = [path.read_text(encoding="utf-8") for path in files]
     digest = hashlib.sha256("\0".join((*texts, *variant.options)).encode()).hexdigest()[:24]
     path = folder / f"{variant.source}-{digest}.so"

@@ -23,6 +23,8 @@ FORMS = {
     "product16": struct.Struct("7P7i2f0P"),
     "product8": struct.Struct("7P7i2f0P"),
     "gemm": struct.Struct("7P7i2f0P"),
+    "wgemm": struct.Struct("7P7i2f0P"),
+    "arrange": struct.Struct("4P5i2f0P"),
     "sums": struct.Struct("2P3i0P"),
     "partials": struct.Struct("4P3i0P"),
     "rows": struct.Struct("3P2i2f0P"),
@@ -48,16 +50,20 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     dtype, device = x.dtype, x.device
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], layout.rows)  # as it is returned: a view could not be written to under autograd
-    x, scale = layout.align(x.reshape(-1, x.shape[-1])), None
-    tokens = x.shape[0]
-    columns = x.shape[1]
-    if activations is not None:
-        x, scale = quantize_rows(x, get_format(activations), layout.padded)
-    _check_sizes(layout, tokens, scale is not None)
-    plan = cuda_table.product(layout, tokens, TYPES[dtype], scale is not None, cuda_driver.processors(device))
-    row_tiles = layout.tiles.shape[0]
-    x_sums = _sum_runs(x, plan, scale is not None) if plan.runs else None
+    x = layout.align(x.reshape(-1, x.shape[-1]))
+    tokens, integer = x.shape[0], activations is not None
+    _check_sizes(layout, tokens, integer)
+    plan = cuda_table.product(
+        layout,
+        tokens,
+        TYPES[dtype],
+        integer,
+        cuda_driver.processors(device),
+        cuda_driver.has_warp_groups(device),
+    )
+    x, scale, x_sums = _prepared(x, layout, plan, activations)
     made = out if plan.splits == 1 else out.new_empty(plan.splits, tokens, layout.rows, dtype=torch.float32)
+    row_tiles, columns = layout.tiles.shape[0], x.shape[1]
     sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
     arguments = (
         layout.tiles,
@@ -71,13 +77,26 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
         layout.level_step,
         layout.level_zero,
     )
-    _launch(plan.variant, device, plan.grid, plan.threads, arguments)
+    _launch(plan.variant, device, plan.grid, plan.threads, arguments, plan.shared)
     if plan.splits > 1:
         adding = Variant("partials", (("TYPE", TYPES[dtype]),))
         grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
         parts = (made, scale, bias, out, tokens, layout.rows, plan.splits)
         _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), parts)
     return out
+
+
+def _prepared(
+    x: Tensor, layout: Layout, plan: cuda_table.Launch, activations: str | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x (M, K), or its codes, as the kernel of ``plan`` reads it, the scales of codes, and the sums of x."""
+    fmt = None if activations is None else get_format(activations)
+    if plan.variant.source == "wgemm":
+        return arrange(x, layout, fmt)
+    scale = None
+    if fmt is not None:
+        x, scale = quantize_rows(x, fmt, layout.padded)
+    return x, scale, _sum_runs(x, plan, fmt is not None) if plan.runs else None
 
 
 def _check_sizes(layout: Layout, tokens: int, integer: bool) -> None:
@@ -112,6 +131,32 @@ def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
     arguments = (x, codes, scale, columns, padded, fmt.levels[0], fmt.levels[-1])
     _launch(variant, x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)
     return codes, scale
+
+
+def arrange(x: Tensor, layout: Layout, fmt: Format | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x (M, K) in the order of a product of warp groups.
+
+    Args:
+        x: float16 or bfloat16, or any dtype together with ``fmt``.
+        layout: of the weight, whose padded columns (P) and groups the result has.
+        fmt: of the int8 codes that x becomes, None for x as it is.
+
+    Returns:
+        x or its codes (M, P); the scales of codes (M,) float32; sums of x over each group (groups, M rounded up to 128)
+        float32.
+    """
+    tokens, columns = x.shape
+    dtype = x.dtype if fmt is None else torch.int8
+    made = torch.empty(tokens, layout.padded, dtype=dtype, device=x.device)
+    scale = None if fmt is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
+    group = 32 * layout.group_steps or layout.padded
+    width = tokens + -tokens % 128
+    sums = torch.empty(-(-layout.padded // group), width, dtype=torch.float32, device=x.device)
+    constants = (("TYPE", TYPES[x.dtype]), ("INTEGER", int(fmt is not None)), ("AFFINE", int(fmt is not None and fmt.affine)))
+    levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
+    arguments = (x, made, sums, scale, columns, layout.padded, group, sums.shape[0], width, *levels)
+    _launch(Variant("arrange", constants), x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)
+    return made, scale, sums
 
 
 def dense(
@@ -266,7 +311,12 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
 
 
 def _launch(
-    variant: Variant, device: torch.device, grid: tuple[int, int], block: tuple[int, int], arguments: tuple[Any, ...]
+    variant: Variant,
+    device: torch.device,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    arguments: tuple[Any, ...],
+    shared: int = 0,
 ) -> None:
     for tensor in arguments:
         if isinstance(tensor, Tensor) and tensor.device != device:
@@ -275,4 +325,4 @@ def _launch(
             )
     if grid[0] > MOST_BLOCKS[0] or grid[1] > MOST_BLOCKS[1]:
         raise Unserved(f"{variant.source} would take {grid} blocks, the most are {MOST_BLOCKS}: use smaller batches")
-    cuda_driver.launch(variant, device, grid, block, FORMS[variant.source], arguments)
+    cuda_driver.launch(variant, device, grid, block, FORMS[variant.source], arguments, shared)

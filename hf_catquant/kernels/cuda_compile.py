@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 CSRC = Path(__file__).with_name("csrc")
+OF_ONE_ARCHITECTURE = ("wgemm",)
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -63,7 +64,7 @@ def machine_code(variant: Variant, arch: int) -> bytes:
     Raises:
         Unserved: NVRTC is missing or refuses the source.
     """
-    target = _target(arch)
+    target = _target(variant, arch)
     source, headers = _sources(variant)
     text = "\0".join((source, *headers.values(), *variant.options, target, *map(str, version())))
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -87,7 +88,7 @@ def compile_variant(variant: Variant, arch: int) -> MachineCode:
         Unserved: NVRTC is missing or refuses the source, with its log.
     """
     source, headers = _sources(variant)
-    target = _target(arch)
+    target = _target(variant, arch)
     options = [f"--gpu-architecture={target}", "--std=c++17", "--ptxas-options=-v", *variant.options]
     program = ctypes.c_void_p()
     nvrtc = library()
@@ -178,10 +179,13 @@ def cache_folder() -> Path | None:
         return None
 
 
-def _target(arch: int) -> str:
-    """``sm_90``; for a device newer than NVRTC, the newest ``compute_`` below it, which the driver finishes."""
+def _target(variant: Variant, arch: int) -> str:
+    """``sm_90``; for a device newer than NVRTC, the newest ``compute_`` below it, which the driver finishes.
+
+    Products of warp groups are instructions that one architecture alone has: ``sm_90a``.
+    """
     if arch in supported():
-        return f"sm_{arch}"
+        return f"sm_{arch}a" if variant.source in OF_ONE_ARCHITECTURE else f"sm_{arch}"
     below = [known for known in supported() if known < arch]
     if not below:
         raise Unserved(f"NVRTC {version()} does not compile for compute capability {arch / 10}")

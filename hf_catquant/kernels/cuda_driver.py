@@ -29,6 +29,7 @@ def launch(
     block: tuple[int, int],
     form: struct.Struct,
     arguments: tuple[Any, ...],
+    shared: int = 0,
 ) -> None:
     """Run ``variant`` on torch's current stream of ``device``.
 
@@ -128,6 +129,12 @@ def _function(variant: Variant, index: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def has_warp_groups(device: torch.device) -> bool:
+    """Whether the device has tensor-core products of warp groups (wgmma): compute capability 9.0, and no other."""
+    return _arch(_index(device)) == 90
 
 
 @cache

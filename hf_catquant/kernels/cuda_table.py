@@ -27,6 +27,8 @@ PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256  # of a correction tha
 CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 UNTILE_WARPS = 4
+GROUP_STAGES = 4  # of x in shared memory, in products of warp groups
+MOST_ARRANGED = 1 << 17  # columns whose sums arrange.cu holds
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -52,6 +54,7 @@ class Launch(NamedTuple):
         variant: the kernel; grid, threads: as the driver takes them.
         splits: parts along k whose sums ``partials.cu`` adds, 1 for none.
         runs: of columns, whose sums of x ``sums.cu`` makes for the kernel, 0 for none.
+        shared: bytes of shared memory of a block, besides what the kernel declares.
     """
 
     variant: Variant
@@ -59,9 +62,12 @@ class Launch(NamedTuple):
     threads: tuple[int, int]
     splits: int = 1
     runs: int = 0
+    shared: int = 0
 
 
-def product(layout: Layout, tokens: int, dtype: int, integer: bool, processors: int) -> Launch:
+def product(
+    layout: Layout, tokens: int, dtype: int, integer: bool, processors: int, warp_groups: bool = False
+) -> Launch:
     """The launch for ``tokens`` rows of x.
 
     Args:
@@ -70,9 +76,12 @@ def product(layout: Layout, tokens: int, dtype: int, integer: bool, processors: 
         dtype: 0 bfloat16, 1 float16, 2 float32, of out.
         integer: whether x comes as int8 codes.
         processors: multiprocessors of the device.
+        warp_groups: whether the device has products of warp groups.
     """
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
+    if tokens > FEW_TOKENS and warp_groups and layout.group_steps % 4 == 0 and layout.padded <= MOST_ARRANGED:
+        return _grouped(*fixed, tokens, integer, processors)
     if tokens > FEW_TOKENS:
         return _shared(*fixed, tokens, integer, processors)
     split = 0 if integer or tokens > SPLIT_TOKENS else 1 << (tokens - 1).bit_length()
@@ -104,6 +113,35 @@ def _few(
     if source == "product8":
         constants = (*constants, ("SPLIT", int(split > 0)), ("TOKENS", held))
     return Launch(Variant(source, constants), (-(-row_tiles // tiles), -(-tokens // held)), (32, warps))
+
+
+@cache
+def _grouped(
+    bits: int,
+    group_steps: int,
+    scale32: int,
+    dtype: int,
+    row_tiles: int,
+    chunks: int,
+    tokens: int,
+    integer: bool,
+    processors: int,
+) -> Launch:
+    """wgemm: two groups of four warps, 128 weight rows each, by 16, 32 or 64 rows of x a block."""
+    column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    warps, at_once = 8, 1 if column_tiles == 8 else 2
+    tiles, held = 2 * warps, 8 * column_tiles
+    made = -(-row_tiles // tiles) * -(-tokens // held)
+    splits = cuts(made, chunks, processors * at_once)
+    whole = max(1, 32 * group_steps // chunk_width(bits))  # chunks of a group, which no part may share with another
+    while -(-chunks // splits) % whole or -(-chunks // -(-chunks // splits)) != splits:
+        splits -= 1
+    values = (bits, group_steps, scale32, dtype, 2, column_tiles, warps)
+    more = (("INTEGER", int(integer)), ("STAGES", GROUP_STAGES), ("BLOCKS", at_once))
+    staged = GROUP_STAGES * ((1 if integer else 2) * 128 + 4) * held
+    results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
+    constants = (*zip(NAMES, values, strict=True), *more)
+    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps), splits, 0, max(staged, results))
 
 
 @cache

@@ -1,0 +1,234 @@
+// The product for many tokens on Hopper. A warp group makes 128 rows by 8 * NT tokens: two products of 64 rows, in turns,
+// so that while the tensor cores are at one the threads scale the sums of the other, make its codes numbers, and read on.
+//
+// x comes arranged (arrange.cu) through shared memory, a unit of 128 columns at a time, STAGES of them under way (cp.async),
+// for all warp groups of the block; codes and scales go from memory to registers, a chunk ahead. Along k the work may be cut
+// in `splits`, whose sums partials.cu adds in order. The arithmetic is that of gemm.cu:
+//     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
+//
+// Constants besides those of product.cuh (MT is 2): INTEGER: x is int8 codes with a scale a token, else 16-bit; STAGES;
+// BLOCKS of a multiprocessor. GROUP_STEPS is 0 or a multiple of 4.
+#include "wgmma.cuh"
+
+constexpr int THREADS = 32 * WARPS, TOKENS = 8 * NT;
+constexpr int SLABS = INTEGER ? 1 : 2;             // of 128 bytes a token, in a unit
+constexpr int SLAB = 8 * TOKENS, STAGE = SLABS * SLAB;  // in pieces of 16 bytes
+constexpr int SUM_PIECES = TOKENS / 4;             // of sums of x, in a unit
+constexpr int PIECES = (STAGE + THREADS - 1) / THREADS;  // of a stage, that a thread copies
+constexpr int UNITS = CHUNK / 128;                 // in a chunk
+constexpr int GROUP_UNITS = BY_ROW ? 1 : GROUP_STEPS / 4;
+constexpr int SLAB_STEPS = 4 / SLABS;              // of 32 columns
+constexpr bool ZEROS = BITS < 8;                   // the level of code 0 is not 0, or there are offsets
+constexpr int SIZE = TYPE == 2 ? 4 : 2;            // bytes of a result
+constexpr int ROWS = 16 * MT * WARPS, PITCH = ROWS + 8;  // of a token's results in shared memory
+constexpr int STAGED = STAGES * (STAGE + SUM_PIECES), RESULTS = TOKENS * PITCH * SIZE / 16;
+
+template <bool>
+struct Kind { typedef float Sum; };
+template <>
+struct Kind<true> { typedef int Sum; };
+typedef Kind<INTEGER>::Sum Sum;
+
+// What a thread copies of each unit. Tokens that are not there are the last one again.
+struct Copier {
+    const uint4* x;
+    const float* sums;
+    u32 row[PIECES];
+    int to, unit, end, slot;
+};
+
+DEVICE Copier copier(const Product& p, int token0, int unit, int end) {
+    const int thread = threadIdx.y * 32 + threadIdx.x, width = p.columns / (INTEGER ? 16 : 8);
+    Copier c;
+    c.x = (const uint4*)p.x;
+    c.sums = p.x_sums + token0 + 4 * thread;
+    c.unit = unit, c.end = end, c.slot = 0;
+    c.to = swizzled(thread / 8, thread % 8);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int at = thread + i * THREADS, m = token0 + at / 8 % TOKENS;
+        c.row[i] = (u32)(m < p.tokens ? m : p.tokens - 1) * (u32)width + at / SLAB * 8 + at % 8;
+    }
+    return c;
+}
+
+// The next unit, if there is one.
+DEVICE void fetch(Copier& c, const Product& p, uint4* staged) {
+    if (c.unit < c.end) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            if (STAGE % THREADS == 0 || (int)(threadIdx.y * 32 + threadIdx.x) + i * THREADS < STAGE)
+                copy_async(staged + c.slot * STAGE + c.to + i * THREADS, c.x + (c.row[i] + (u32)c.unit * (8 * SLABS)), true);
+        if (ZEROS && !BY_ROW && threadIdx.y * 32 + threadIdx.x < SUM_PIECES)
+            copy_async(staged + STAGES * STAGE + c.slot * SUM_PIECES + threadIdx.x,
+                       c.sums + (size_t)(u32)(c.unit / GROUP_UNITS) * (u32)sums_width(p.tokens), true);
+    }
+    commit_async();
+    c.unit++;
+    c.slot = c.slot + 1 == STAGES ? 0 : c.slot + 1;
+}
+
+// Codes of a slab as the tensor cores take them, four products' worth.
+DEVICE void numbers_of(uint4 (&a)[4], const uint4 (&word)[LOADS], int step, u32 magic) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int s = INTEGER ? step + i : step + i / 2, field = s % FIELDS + (INTEGER ? 0 : i % 2 * FIELDS);
+        const uint4& w = word[s / FIELDS];
+        if (INTEGER) a[i] = {four_codes(w.x, field), four_codes(w.y, field), four_codes(w.z, field), four_codes(w.w, field)};
+        else a[i] = {two_codes(w.x, field, magic), two_codes(w.y, field, magic), two_codes(w.z, field, magic), two_codes(w.w, field, magic)};
+    }
+}
+
+DEVICE void settle_all(Sum (&sums)[4 * NT]) {
+#pragma unroll
+    for (int i = 0; i < 4 * NT; i++) settle(sums[i]);
+}
+
+// y += what a group of columns adds to a lane's sums; x: the sums of x of the lane's tokens, 8 a column tile.
+DEVICE void add_group(float (&y)[4 * NT], const Sum (&sums)[4 * NT], const Product& p, const RawPairs& raw, const float* x) {
+    const Pairs pairs = pairs_of(raw);
+    float step[2], zero[2];
+#pragma unroll
+    for (int rh = 0; rh < 2; rh++) {
+        step[rh] = pairs.scale[rh] * p.level_step;
+        zero[rh] = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+        const float2 of_x = ZEROS ? *(const float2*)(x + 8 * nt) : float2{0, 0};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float& sum = y[4 * nt + c];
+            sum += step[c / 2] * (float)sums[4 * nt + c];
+            if (ZEROS) sum += zero[c / 2] * (c % 2 ? of_x.y : of_x.x);
+        }
+    }
+}
+
+// Float32 sums of a split (splits, M, N), eight rows side by side.
+DEVICE void write_sums(const float (&y)[MT][4 * NT], const Product& p, int tile, int m0, int split) {
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) {
+        const int c = i % 4, n = (tile + i / (4 * NT) * 4) * 16 + (int)(threadIdx.x >> 2) + c / 2 * 8;
+        const int m = m0 + i / 4 % NT * 8 + 2 * (threadIdx.x & 3) + c % 2;
+        if (n < p.rows && m < p.tokens) write((float*)p.out + ((size_t)split * p.tokens + m) * p.rows + n, y[i / (4 * NT)][i % (4 * NT)]);
+    }
+}
+
+// The results of the block, by way of shared memory: there they lie as in memory, so that writes are wide.
+DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* staged, int tile, int first, int m0) {
+    u8* held = (u8*)staged;
+    constexpr int WIDE = 16 / SIZE;
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) {
+        const int c = i % 4, row = (tile - first + i / (4 * NT) * 4) * 16 + (int)(threadIdx.x >> 2) + c / 2 * 8, n = first * 16 + row;
+        const int token = i / 4 % NT * 8 + 2 * (threadIdx.x & 3) + c % 2, m = m0 + token;
+        float sum = y[i / (4 * NT)][i % (4 * NT)];
+        if (p.x_scale) sum *= read(p.x_scale + (m < p.tokens ? m : p.tokens - 1));
+        if (p.bias) sum += read_number(p.bias, n < p.rows ? n : p.rows - 1);
+        const int at = token * PITCH + row;
+        if (TYPE == 2) ((float*)held)[at] = sum;
+        else ((u16*)held)[at] = (u16)(TYPE == 1 ? float_to_f16(sum) : float_to_bf16(sum));
+    }
+    sync_block();
+    for (int i = threadIdx.y * 32 + threadIdx.x; i < TOKENS * (ROWS / WIDE); i += THREADS) {
+        const int token = i / (ROWS / WIDE), row = i % (ROWS / WIDE) * WIDE, n = first * 16 + row, m = m0 + token;
+        if (m >= p.tokens || n >= p.rows) continue;
+        const u8* from = held + (token * PITCH + row) * SIZE;
+        u8* to = (u8*)p.out + ((size_t)m * p.rows + n) * SIZE;
+        if (p.rows % WIDE == 0) write((uint4*)to, *(const uint4*)from);
+        else
+            for (int j = 0; j < WIDE && n + j < p.rows; j++) {
+                if (TYPE == 2) write((float*)to + j, ((const float*)from)[j]);
+                else write((u16*)to + j, ((const u16*)from)[j]);
+            }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Product p) {
+    DYNAMIC_SHARED(staged, STAGED > RESULTS ? STAGED : RESULTS);
+    const int token_blocks = (p.tokens + TOKENS - 1) / TOKENS, row_blocks = (p.row_tiles + MT * WARPS - 1) / (MT * WARPS);
+    const int token0 = (int)blockIdx.x % token_blocks * TOKENS, rest = (int)blockIdx.x / token_blocks;
+    const int split = rest / row_blocks, first = rest % row_blocks * (MT * WARPS), q = threadIdx.x & 3;
+    const int tile = first + threadIdx.y / 4 * (4 * MT) + threadIdx.y % 4;  // of the warp, in its group's first 64 rows
+    constexpr int WHOLE = CHUNKS_IN_GROUP;  // chunks that no split may part
+    const int each = ((p.chunks + p.splits - 1) / p.splits + WHOLE - 1) / WHOLE * WHOLE, begin = split * each;
+    const int end = begin + each < p.chunks ? begin + each : p.chunks;
+    const u32 magic = kept(p, HALF ? 0x64006400u : 0x43004300u);
+    const float* staged_sums = (const float*)(staged + STAGES * STAGE);
+    float y[MT][4 * NT] = {};
+    Sum sums[MT][4 * NT] = {};
+    uint4 a[2][4];
+    RawPairs pairs[MT] = {}, pairs_next[MT] = {}, pairs_last = {};
+    Copier copy = copier(p, token0, begin * UNITS, end * UNITS);
+#pragma unroll
+    for (int s = 0; s < STAGES - 2; s++) fetch(copy, p, staged);
+    Cursor cursor;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
+        cursor.codes[mt] = p.tiles + ((size_t)mine * (u32)p.chunks + (u32)begin) * (LOADS * 32) + threadIdx.x;
+        cursor.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
+        if (begin < end) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of(begin, 0));
+    }
+    Codes codes, next;
+    read_codes<1>(next, cursor, begin < end);
+    int slot = 0, before = 0;  // of this unit and of the one before it
+    for (int chunk = begin; chunk < end; chunk++) {
+        codes = next;
+        read_codes<1>(next, cursor, chunk + 1 < end);
+#pragma unroll
+        for (int sub = 0; sub < UNITS; sub++) {
+            const int unit = chunk * UNITS + sub;
+            const bool begins = !BY_ROW ? unit % GROUP_UNITS == 0 : unit == begin * UNITS;
+            const bool ends = !BY_ROW && (unit + 1) % GROUP_UNITS == 0;
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                pairs_last = mt == 0 ? pairs[MT - 1] : pairs_last;
+                pairs[mt] = pairs_next[mt];
+                if (!BY_ROW && unit + 1 < end * UNITS)
+                    pairs_next[mt] = read_raw_pairs(p, cursor, mt, sub + 1 < UNITS ? group_of(chunk, sub + 1) : group_of(chunk + 1, 0));
+            }
+            wait_async<STAGES - 3>();
+            publish_shared();
+            sync_block();  // this unit is here for all, and nobody reads the one before the last: its place is free
+            fetch(copy, p, staged);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+#pragma unroll
+                for (int slab = 0; slab < SLABS; slab++) {
+                    uint4 (&numbers)[4] = a[SLABS == 1 ? mt % 2 : slab];
+                    wait_wgmma<1>();  // these registers are read
+                    numbers_of(numbers, codes.word[mt], 4 * sub % STEPS + slab * SLAB_STEPS, magic);
+                    begin_wgmma();
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        wgmma(sums[mt], numbers[i], staged + slot * STAGE + slab * SLAB + 2 * i, !(begins && slab == 0 && i == 0));
+                    commit_wgmma();
+                }
+                if (mt > 0) {
+                    wait_wgmma<SLABS>();  // the sums of the other 64 rows are there
+                    settle_all(sums[mt - 1]);
+                    if (ends) add_group(y[mt - 1], sums[mt - 1], p, pairs[mt - 1], staged_sums + slot * TOKENS + 2 * q);
+                }
+            }
+            wait_wgmma<0>();
+            settle_all(sums[MT - 1]);
+            if (ends) add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS + 2 * q);
+            before = slot;
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+        }
+    }
+    wait_async<0>();
+    sync_block();  // what is staged is read, its place free
+    if (BY_ROW) {
+        float2 of_x[4 * NT] = {};
+        if (ZEROS && split == 0)
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) of_x[4 * nt] = read((const float2*)(p.x_sums + token0 + 8 * nt + 2 * q));
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) add_group(y[mt], sums[mt], p, read_raw_pairs(p, cursor, mt, 0), (const float*)of_x);
+    }
+    if (p.splits > 1) write_sums(y, p, tile, token0, split);
+    else write_block(y, p, staged, tile, first, token0);
+}

@@ -1,0 +1,76 @@
+// Hopper's tensor-core products of a warp group: 64 rows of weights in registers by 8 * N tokens in shared memory, which
+// run behind the back of the threads that ask for them. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions";
+// compute capability 9.0 alone has them (sm_90a).
+//
+// d: a lane's sums, as mma has them for each 8 tokens; a: as mma has it, 16 rows a warp; b: 16 bytes-wise in SWIZZLED
+// order, 128 bytes a token, the first token on a multiple of 1024 bytes.
+#pragma once
+#include "codes.cuh"
+
+// Piece `piece` of 16 bytes of a token's 128 lies at this one: a row of 8 tokens by 16 bytes then uses every bank once.
+DEVICE int swizzled(int token, int piece) { return 8 * token + (piece ^ (token & 7)); }
+
+#ifdef CATQUANT_EMULATED
+#include "emulator_wgmma.h"
+#else
+
+#define DYNAMIC_SHARED(NAME, PIECES) extern __shared__ __align__(1024) uint4 NAME[]
+
+// What ordinary and cp.async writes put into shared memory becomes visible to the tensor cores; before a barrier.
+DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+// Registers that were written since are the tensor cores' from here on.
+DEVICE void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+DEVICE void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+// Waits for all groups but the N newest.
+template <int N>
+DEVICE void wait_wgmma() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory"); }
+
+// Values that the tensor cores have been waited for: nothing of what follows is done with them before.
+DEVICE void settle(float& value) { asm volatile("" : "+f"(value) : : "memory"); }
+DEVICE void settle(int& value) { asm volatile("" : "+r"(value) : : "memory"); }
+
+// Where the tensor cores find b: rows of 128 bytes, swizzled; eight of them, 1024 bytes, follow each other.
+DEVICE unsigned long long descriptor(const uint4* b) {
+    return (unsigned long long)(((u32)__cvta_generic_to_shared(b) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define D8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define D32                                                                                                 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define HELD4(K, I) "+" K(d[I]), "+" K(d[I + 1]), "+" K(d[I + 2]), "+" K(d[I + 3])
+#define HELD8(K) HELD4(K, 0), HELD4(K, 4)
+#define HELD16(K) HELD8(K), HELD4(K, 8), HELD4(K, 12)
+#define HELD32(K) HELD16(K), HELD4(K, 16), HELD4(K, 20), HELD4(K, 24), HELD4(K, 28)
+#define WGMMA(NAME, C, K, COUNT, SHAPE, REST, A0, A1, A2, A3, B, ADD)                                       \
+    DEVICE void NAME(C (&d)[COUNT], uint4 a, const uint4* b, bool add) {                                    \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ADD ", 0; wgmma.mma_async.sync.aligned." SHAPE " "  \
+                     D##COUNT ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p" REST ";}"            \
+                     : HELD##COUNT(K)                                                                       \
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(b)), "r"((int)add));          \
+    }
+#define WGMMA_SIZES(NAME, C, K, SHAPE, REST)                                  \
+    WGMMA(NAME, C, K, 8, "m64n16" SHAPE, REST, 8, 9, 10, 11, 12, 13)          \
+    WGMMA(NAME, C, K, 16, "m64n32" SHAPE, REST, 16, 17, 18, 19, 20, 21)       \
+    WGMMA(NAME, C, K, 32, "m64n64" SHAPE, REST, 32, 33, 34, 35, 36, 37)
+// Behind the predicate: neither operand is negated, b is not transposed.
+WGMMA_SIZES(wgmma_bf16, float, "f", "k16.f32.bf16.bf16", ", 1, 1, 0")
+WGMMA_SIZES(wgmma_f16, float, "f", "k16.f32.f16.f16", ", 1, 1, 0")
+WGMMA_SIZES(wgmma_u8s8, int, "r", "k32.s32.u8.s8", "")
+WGMMA_SIZES(wgmma_s8s8, int, "r", "k32.s32.s8.s8", "")
+#undef WGMMA_SIZES
+#undef WGMMA
+#endif
+
+// d = a * b, or d += a * b, for 16 columns of 16-bit or 32 of 8-bit numbers.
+template <int COUNT>
+DEVICE void wgmma(float (&d)[COUNT], uint4 a, const uint4* b, bool add) {
+    if (HALF) wgmma_f16(d, a, b, add);
+    else wgmma_bf16(d, a, b, add);
+}
+template <int COUNT>
+DEVICE void wgmma(int (&d)[COUNT], uint4 a, const uint4* b, bool add) {
+    if (BITS == 8) wgmma_s8s8(d, a, b, add);
+    else wgmma_u8s8(d, a, b, add);
+}
