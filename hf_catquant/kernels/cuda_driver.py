@@ -46,7 +46,7 @@ def launch(
         RuntimeError: the driver refuses the launch.
     """
     index = _index(device)
-    context, function = _functions.get((variant, index)) or _load(variant, index)
+    context, function = _functions.get((variant, index)) or _load(variant, index, shared)
     driver = _driver()
     current = ctypes.c_void_p()
     _check(driver.cuCtxGetCurrent(ctypes.byref(current)))
@@ -57,7 +57,7 @@ def launch(
         held = form.pack(*[a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments])
         parameters = (ctypes.c_char_p * 1)(held)  # the driver copies what they point to before it returns
         stream = torch.cuda.current_stream(device).cuda_stream
-        _check(driver.cuLaunchKernel(function, *grid, 1, *block, 1, 0, stream, parameters, None), variant)
+        _check(driver.cuLaunchKernel(function, *grid, 1, *block, 1, shared, stream, parameters, None), variant)
     finally:
         if entered:
             driver.cuCtxPopCurrent_v2(ctypes.byref(current))
@@ -92,7 +92,7 @@ def _check_arch(index: int) -> None:
         raise Unserved(f"CUDA kernels need compute capability {OLDEST / 10} or newer, the device has {arch / 10}")
 
 
-def _load(variant: Variant, index: int) -> tuple[int, int]:
+def _load(variant: Variant, index: int, shared: int = 0) -> tuple[int, int]:
     key = variant, index
     with _lock:
         if key in _functions:
@@ -102,14 +102,14 @@ def _load(variant: Variant, index: int) -> tuple[int, int]:
         if torch.cuda.is_current_stream_capturing():
             raise Unserved(f"{variant.source} is first used while a CUDA graph is captured: run it once before")
         try:
-            _functions[key] = made = _context(index), _function(variant, index)
+            _functions[key] = made = _context(index), _function(variant, index, shared)
         except Unserved as error:
             _failures[key] = str(error)
             raise
         return made
 
 
-def _function(variant: Variant, index: int) -> int:
+def _function(variant: Variant, index: int, shared: int) -> int:
     _check_arch(index)
     driver = _driver()
     image = machine_code(variant, _arch(index))
@@ -120,6 +120,8 @@ def _function(variant: Variant, index: int) -> int:
         if result:
             raise Unserved(f"the driver does not load {variant.source}: {_text(result)}")
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, variant.source.encode()))
+        if shared > 48 << 10:
+            _check(driver.cuFuncSetAttribute(function, 8, shared))
     finally:
         driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
     return function.value or 0

@@ -115,6 +115,15 @@ def _few(
     return Launch(Variant(source, constants), (-(-row_tiles // tiles), -(-tokens // held)), (32, warps))
 
 
+def group_shape(tokens: int, integer: bool) -> tuple[int, int, int]:
+    """(column tiles, groups of 64 rows, blocks of a multiprocessor) of a warp group's product, by what registers hold."""
+    if tokens <= 16:
+        return 2, 2, 2
+    if tokens <= 32:
+        return 4, 2, 1
+    return (8, 2, 1) if tokens <= 64 else (16, 1, 1)
+
+
 @cache
 def _grouped(
     bits: int,
@@ -127,16 +136,16 @@ def _grouped(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """wgemm: two groups of four warps, 128 weight rows each, by 16, 32 or 64 rows of x a block."""
-    column_tiles = 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    warps, at_once = 8, 1 if column_tiles == 8 else 2
-    tiles, held = 2 * warps, 8 * column_tiles
+    """wgemm: two groups of four warps, 64 or 128 weight rows each, by 16 to 128 rows of x a block."""
+    column_tiles, row_groups, at_once = group_shape(tokens, integer)
+    warps = 8
+    tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
     splits = cuts(made, chunks, processors * at_once)
     whole = max(1, 32 * group_steps // chunk_width(bits))  # chunks of a group, which no part may share with another
     while -(-chunks // splits) % whole or -(-chunks // -(-chunks // splits)) != splits:
         splits -= 1
-    values = (bits, group_steps, scale32, dtype, 2, column_tiles, warps)
+    values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
     more = (("INTEGER", int(integer)), ("STAGES", GROUP_STAGES), ("BLOCKS", at_once))
     staged = GROUP_STAGES * ((1 if integer else 2) * 128 + 4) * held
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)

@@ -1,12 +1,12 @@
-// The product for many tokens on Hopper. A warp group makes 128 rows by 8 * NT tokens: two products of 64 rows, in turns,
-// so that while the tensor cores are at one the threads scale the sums of the other, make its codes numbers, and read on.
+// The product for many tokens on Hopper. A warp group makes 64 * MT rows by 8 * NT tokens; while the tensor cores are at its
+// products, it and others scale sums that are done, make codes numbers, and read on.
 //
 // x comes arranged (arrange.cu) through shared memory, a unit of 128 columns at a time, STAGES of them under way (cp.async),
 // for all warp groups of the block; codes and scales go from memory to registers, a chunk ahead. Along k the work may be cut
 // in `splits`, whose sums partials.cu adds in order. The arithmetic is that of gemm.cu:
 //     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
 //
-// Constants besides those of product.cuh (MT is 2): INTEGER: x is int8 codes with a scale a token, else 16-bit; STAGES;
+// Constants besides those of product.cuh (MT is 1 or 2): INTEGER: x is int8 codes with a scale a token, else 16-bit; STAGES;
 // BLOCKS of a multiprocessor. GROUP_STEPS is 0 or a multiple of 4.
 #include "wgmma.cuh"
 
@@ -159,10 +159,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     float y[MT][4 * NT] = {};
     Sum sums[MT][4 * NT] = {};
     uint4 a[2][4];
-    RawPairs pairs[MT] = {}, pairs_next[MT] = {}, pairs_last = {};
+    RawPairs pairs[MT] = {}, pairs_next[MT] = {};
     Copier copy = copier(p, token0, begin * UNITS, end * UNITS);
 #pragma unroll
-    for (int s = 0; s < STAGES - 2; s++) fetch(copy, p, staged);
+    for (int s = 0; s < STAGES - 1; s++) fetch(copy, p, staged);
     Cursor cursor;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
@@ -173,32 +173,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     }
     Codes codes, next;
     read_codes<1>(next, cursor, begin < end);
-    int slot = 0, before = 0;  // of this unit and of the one before it
+    int slot = 0;
+    wait_async<STAGES - 2>();
+    publish_shared();
+    sync_block();
     for (int chunk = begin; chunk < end; chunk++) {
         codes = next;
         read_codes<1>(next, cursor, chunk + 1 < end);
 #pragma unroll
         for (int sub = 0; sub < UNITS; sub++) {
             const int unit = chunk * UNITS + sub;
-            const bool begins = !BY_ROW ? unit % GROUP_UNITS == 0 : unit == begin * UNITS;
+            const bool begins = BY_ROW ? unit == begin * UNITS : unit % GROUP_UNITS == 0;
             const bool ends = !BY_ROW && (unit + 1) % GROUP_UNITS == 0;
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
-                pairs_last = mt == 0 ? pairs[MT - 1] : pairs_last;
                 pairs[mt] = pairs_next[mt];
                 if (!BY_ROW && unit + 1 < end * UNITS)
                     pairs_next[mt] = read_raw_pairs(p, cursor, mt, sub + 1 < UNITS ? group_of(chunk, sub + 1) : group_of(chunk + 1, 0));
             }
-            wait_async<STAGES - 3>();
-            publish_shared();
-            sync_block();  // this unit is here for all, and nobody reads the one before the last: its place is free
-            fetch(copy, p, staged);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
                 for (int slab = 0; slab < SLABS; slab++) {
-                    uint4 (&numbers)[4] = a[SLABS == 1 ? mt % 2 : slab];
-                    wait_wgmma<1>();  // these registers are read
+                    uint4 (&numbers)[4] = a[SLABS == 1 ? mt : slab];
+                    if (SLABS * mt + slab > 1) wait_wgmma<1>();  // these registers are read
                     numbers_of(numbers, codes.word[mt], 4 * sub % STEPS + slab * SLAB_STEPS, magic);
                     begin_wgmma();
 #pragma unroll
@@ -206,16 +204,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
                         wgmma(sums[mt], numbers[i], staged + slot * STAGE + slab * SLAB + 2 * i, !(begins && slab == 0 && i == 0));
                     commit_wgmma();
                 }
-                if (mt > 0) {
-                    wait_wgmma<SLABS>();  // the sums of the other 64 rows are there
-                    settle_all(sums[mt - 1]);
-                    if (ends) add_group(y[mt - 1], sums[mt - 1], p, pairs[mt - 1], staged_sums + slot * TOKENS + 2 * q);
-                }
             }
-            wait_wgmma<0>();
-            settle_all(sums[MT - 1]);
-            if (ends) add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS + 2 * q);
-            before = slot;
+            // Here, and not before the products, so that one warp group scales while the tensor cores are at the other's.
+            wait_async<STAGES - 3>();
+            publish_shared();
+            sync_block();  // the next unit is here for all, and nobody reads the one before this: its place is free
+            fetch(copy, p, staged);
+            wait_wgmma<(MT - 1) * SLABS>();
+            settle_all(sums[0]);
+            if (ends) add_group(y[0], sums[0], p, pairs[0], staged_sums + slot * TOKENS + 2 * q);
+            if (MT > 1) {
+                wait_wgmma<0>();
+                settle_all(sums[MT - 1]);
+                if (ends) add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS + 2 * q);
+            }
             slot = slot + 1 == STAGES ? 0 : slot + 1;
         }
     }

@@ -39,10 +39,17 @@ DEVICE unsigned long long descriptor(const uint4* b) {
 #define D32                                                                                                 \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define D64                                                                                                 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 #define HELD4(K, I) "+" K(d[I]), "+" K(d[I + 1]), "+" K(d[I + 2]), "+" K(d[I + 3])
 #define HELD8(K) HELD4(K, 0), HELD4(K, 4)
 #define HELD16(K) HELD8(K), HELD4(K, 8), HELD4(K, 12)
 #define HELD32(K) HELD16(K), HELD4(K, 16), HELD4(K, 20), HELD4(K, 24), HELD4(K, 28)
+#define HELD64(K)                                                                                           \
+    HELD32(K), HELD4(K, 32), HELD4(K, 36), HELD4(K, 40), HELD4(K, 44), HELD4(K, 48), HELD4(K, 52), HELD4(K, 56), HELD4(K, 60)
 #define WGMMA(NAME, C, K, COUNT, SHAPE, REST, A0, A1, A2, A3, B, ADD)                                       \
     DEVICE void NAME(C (&d)[COUNT], uint4 a, const uint4* b, bool add) {                                    \
         asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ADD ", 0; wgmma.mma_async.sync.aligned." SHAPE " "  \
@@ -53,7 +60,8 @@ DEVICE unsigned long long descriptor(const uint4* b) {
 #define WGMMA_SIZES(NAME, C, K, SHAPE, REST)                                  \
     WGMMA(NAME, C, K, 8, "m64n16" SHAPE, REST, 8, 9, 10, 11, 12, 13)          \
     WGMMA(NAME, C, K, 16, "m64n32" SHAPE, REST, 16, 17, 18, 19, 20, 21)       \
-    WGMMA(NAME, C, K, 32, "m64n64" SHAPE, REST, 32, 33, 34, 35, 36, 37)
+    WGMMA(NAME, C, K, 32, "m64n64" SHAPE, REST, 32, 33, 34, 35, 36, 37)       \
+    WGMMA(NAME, C, K, 64, "m64n128" SHAPE, REST, 64, 65, 66, 67, 68, 69)
 // Behind the predicate: neither operand is negated, b is not transposed.
 WGMMA_SIZES(wgmma_bf16, float, "f", "k16.f32.bf16.bf16", ", 1, 1, 0")
 WGMMA_SIZES(wgmma_f16, float, "f", "k16.f32.f16.f16", ", 1, 1, 0")
