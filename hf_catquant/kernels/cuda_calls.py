@@ -92,7 +92,7 @@ def _prepared(
     """x (M, K), or its codes, as the kernel of ``plan`` reads it, the scales of codes, and the sums of x."""
     fmt = None if activations is None else get_format(activations)
     if plan.variant.source == "wgemm":
-        return arrange(x, layout, fmt)
+        return arrange(x, layout, fmt, 8 * dict(plan.variant.constants)["NT"])
     scale = None
     if fmt is not None:
         x, scale = quantize_rows(x, fmt, layout.padded)
@@ -133,26 +133,29 @@ def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def arrange(x: Tensor, layout: Layout, fmt: Format | None) -> tuple[Tensor, Tensor | None, Tensor]:
+def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """x (M, K) in the order of a product of warp groups.
 
     Args:
         x: float16 or bfloat16, or any dtype together with ``fmt``.
         layout: of the weight, whose padded columns (P) and groups the result has.
         fmt: of the int8 codes that x becomes, None for x as it is.
+        at_once: rows of x of a block of the product.
 
     Returns:
-        x or its codes (M, P); the scales of codes (M,) float32; sums of x over each group (groups, M rounded up to 128)
+        x or its codes (M rounded up to ``at_once``, P); the scales of codes (M,) float32; sums of x over each group (groups, M rounded up to 128)
         float32.
     """
     tokens, columns = x.shape
     dtype = x.dtype if fmt is None else torch.int8
-    made = torch.empty(tokens, layout.padded, dtype=dtype, device=x.device)
+    made = torch.empty(tokens + -tokens % at_once, layout.padded, dtype=dtype, device=x.device)
     scale = None if fmt is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
     group = 32 * layout.group_steps or layout.padded
     width = tokens + -tokens % 128
     sums = torch.empty(-(-layout.padded // group), width, dtype=torch.float32, device=x.device)
-    constants = (("TYPE", TYPES[x.dtype]), ("INTEGER", int(fmt is not None)), ("AFFINE", int(fmt is not None and fmt.affine)))
+    affine = fmt is not None and fmt.affine
+    values = (TYPES[x.dtype], int(fmt is not None), int(affine), at_once)
+    constants = tuple(zip(("TYPE", "INTEGER", "AFFINE", "TOKENS"), values, strict=True))
     levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
     arguments = (x, made, sums, scale, columns, layout.padded, group, sums.shape[0], width, *levels)
     _launch(Variant("arrange", constants), x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)

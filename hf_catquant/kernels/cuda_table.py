@@ -150,7 +150,7 @@ def _grouped(
     staged = GROUP_STAGES * ((1 if integer else 2) * 128 + 4) * held
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
     constants = (*zip(NAMES, values, strict=True), *more)
-    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps), splits, 0, max(staged, results))
+    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps), splits, 0, max(staged, results) + 16 * GROUP_STAGES)
 
 
 @cache

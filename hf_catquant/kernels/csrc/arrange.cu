@@ -6,12 +6,16 @@
 // run q becomes words q and 4 + q, in whose bytes are its columns 0 4 1 5 and 2 6 3 7. Both are what a lane has of a weight
 // (product.cuh). A block makes one row.
 //
-// Constants: TYPE of x (0 bfloat16, 1 float16, 2 float32); INTEGER; AFFINE: whether the format of the codes has an offset.
+// What a block of wgemm reads at once, 128 columns of TOKENS rows, follows each other as it lies in shared memory: 128 bytes
+// a row, in SWIZZLED order (wgmma.cuh).
+//
+// Constants: TYPE of x (0 bfloat16, 1 float16, 2 float32); INTEGER; AFFINE: whether the format of the codes has an offset;
+// TOKENS.
 #include "quantize.cuh"
 
 struct Arrangement {
     const void* x;   // (M, columns)
-    void* out;       // (M, padded) of the type of x, or int8
+    uint4* out;      // (M / TOKENS, padded / 128, slabs, TOKENS, 128 bytes)
     float* sums;     // (groups, M rounded up to 128)
     float* scale;    // (M), with INTEGER
     int columns, padded, group, groups, width;  // group: padded columns of a sum; width: M rounded up to 128
@@ -40,7 +44,10 @@ DEVICE u32 pack(float low, float high) {
 
 // Writes step `step` of the row; returns its sum.
 DEVICE float arrange_step(const Arrangement& p, size_t row, int step, const Scale& scale) {
-    uint4* out = (uint4*)((u8*)p.out + (row * p.padded + 32 * (size_t)(u32)step) * (INTEGER ? 1 : 2));
+    constexpr int SLABS = INTEGER ? 1 : 2, PIECES = INTEGER ? 2 : 4;  // of 16 bytes, a step
+    const int token = (int)(row % TOKENS), first = step % (4 / SLABS) * PIECES;
+    const size_t slab = (row / TOKENS * (size_t)(p.padded / 128) + (u32)(step / 4)) * SLABS + step % 4 / (4 / SLABS);
+    uint4* out = p.out + slab * (8 * TOKENS) + 8 * token;
     float sum = 0;
     u32 word[4][4];
 #pragma unroll
@@ -64,7 +71,7 @@ DEVICE float arrange_step(const Arrangement& p, size_t row, int step, const Scal
         }
     }
 #pragma unroll
-    for (int c = 0; c < (INTEGER ? 2 : 4); c++) write(out + c, uint4{word[c][0], word[c][1], word[c][2], word[c][3]});
+    for (int c = 0; c < PIECES; c++) write(out + (first + c ^ token & 7), uint4{word[c][0], word[c][1], word[c][2], word[c][3]});
     return sum;
 }
 

@@ -1,8 +1,9 @@
 // The product for many tokens on Hopper. A warp group makes 64 * MT rows by 8 * NT tokens; while the tensor cores are at its
 // products, it and others scale sums that are done, make codes numbers, and read on.
 //
-// x comes arranged (arrange.cu) through shared memory, a unit of 128 columns at a time, STAGES of them under way (cp.async),
-// for all warp groups of the block; codes and scales go from memory to registers, a chunk ahead. Along k the work may be cut
+// x comes arranged (arrange.cu) through shared memory, a unit of 128 columns at a time, for all warp groups of the block: one
+// thread has units copied, STAGES - 2 ahead, and nobody waits for anybody but for copies. Codes and scales go from memory to
+// registers, a chunk ahead. Along k the work may be cut
 // in `splits`, whose sums partials.cu adds in order. The arithmetic is that of gemm.cu:
 //     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
 //
@@ -14,7 +15,6 @@ constexpr int THREADS = 32 * WARPS, TOKENS = 8 * NT;
 constexpr int SLABS = INTEGER ? 1 : 2;             // of 128 bytes a token, in a unit
 constexpr int SLAB = 8 * TOKENS, STAGE = SLABS * SLAB;  // in pieces of 16 bytes
 constexpr int SUM_PIECES = TOKENS / 4;             // of sums of x, in a unit
-constexpr int PIECES = (STAGE + THREADS - 1) / THREADS;  // of a stage, that a thread copies
 constexpr int UNITS = CHUNK / 128;                 // in a chunk
 constexpr int GROUP_UNITS = BY_ROW ? 1 : GROUP_STEPS / 4;
 constexpr int SLAB_STEPS = 4 / SLABS;              // of 32 columns
@@ -22,6 +22,7 @@ constexpr bool ZEROS = BITS < 8;                   // the level of code 0 is not
 constexpr int SIZE = TYPE == 2 ? 4 : 2;            // bytes of a result
 constexpr int ROWS = 16 * MT * WARPS, PITCH = ROWS + 8;  // of a token's results in shared memory
 constexpr int STAGED = STAGES * (STAGE + SUM_PIECES), RESULTS = TOKENS * PITCH * SIZE / 16;
+constexpr int HELD = STAGED > RESULTS ? STAGED : RESULTS;
 
 template <bool>
 struct Kind { typedef float Sum; };
@@ -29,43 +30,31 @@ template <>
 struct Kind<true> { typedef int Sum; };
 typedef Kind<INTEGER>::Sum Sum;
 
-// What a thread copies of each unit. Tokens that are not there are the last one again.
-struct Copier {
+// Brings units of x, one after another, each to the slot after the last one's.
+struct Bringer {
     const uint4* x;
     const float* sums;
-    u32 row[PIECES];
-    int to, unit, end, slot;
+    int unit, end, slot, round;
 };
 
-DEVICE Copier copier(const Product& p, int token0, int unit, int end) {
-    const int thread = threadIdx.y * 32 + threadIdx.x, width = p.columns / (INTEGER ? 16 : 8);
-    Copier c;
-    c.x = (const uint4*)p.x;
-    c.sums = p.x_sums + token0 + 4 * thread;
-    c.unit = unit, c.end = end, c.slot = 0;
-    c.to = swizzled(thread / 8, thread % 8);
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        const int at = thread + i * THREADS, m = token0 + at / 8 % TOKENS;
-        c.row[i] = (u32)(m < p.tokens ? m : p.tokens - 1) * (u32)width + at / SLAB * 8 + at % 8;
-    }
-    return c;
+DEVICE Bringer bringer(const Product& p, int token0, int unit, int end) {
+    const size_t units = (size_t)(u32)p.chunks * UNITS, before = (size_t)(u32)(token0 / TOKENS) * units + (u32)unit;
+    return {(const uint4*)p.x + before * STAGE, p.x_sums + token0, unit, end, 0, 0};
 }
 
-// The next unit, if there is one.
-DEVICE void fetch(Copier& c, const Product& p, uint4* staged) {
-    if (c.unit < c.end) {
-#pragma unroll
-        for (int i = 0; i < PIECES; i++)
-            if (STAGE % THREADS == 0 || (int)(threadIdx.y * 32 + threadIdx.x) + i * THREADS < STAGE)
-                copy_async(staged + c.slot * STAGE + c.to + i * THREADS, c.x + (c.row[i] + (u32)c.unit * (8 * SLABS)), true);
-        if (ZEROS && !BY_ROW && threadIdx.y * 32 + threadIdx.x < SUM_PIECES)
-            copy_async(staged + STAGES * STAGE + c.slot * SUM_PIECES + threadIdx.x,
-                       c.sums + (size_t)(u32)(c.unit / GROUP_UNITS) * (u32)sums_width(p.tokens), true);
-    }
-    commit_async();
-    c.unit++;
-    c.slot = c.slot + 1 == STAGES ? 0 : c.slot + 1;
+// The next unit, if there is one, to where nobody reads any more.
+DEVICE void bring(Bringer& b, const Product& p, uint4* staged, Turnstile* full, Turnstile* empty) {
+    if (b.unit >= b.end) return;
+    if (b.round) wait_turn(empty + b.slot, b.round - 1 & 1);
+    const bool summed = ZEROS && !BY_ROW;
+    arrive_and_expect(full + b.slot, 16 * (STAGE + (summed ? SUM_PIECES : 0)));
+    copy_bulk(staged + b.slot * STAGE, b.x, 16 * STAGE, full + b.slot);
+    if (summed)
+        copy_bulk(staged + STAGES * STAGE + b.slot * SUM_PIECES, b.sums + (size_t)(u32)(b.unit / GROUP_UNITS) * (u32)sums_width(p.tokens),
+                  16 * SUM_PIECES, full + b.slot);
+    b.x += STAGE;
+    b.unit++;
+    if (++b.slot == STAGES) b.slot = 0, b.round++;
 }
 
 // Codes of a slab as the tensor cores take them, four products' worth.
@@ -146,7 +135,9 @@ DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* s
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Product p) {
-    DYNAMIC_SHARED(staged, STAGED > RESULTS ? STAGED : RESULTS);
+    DYNAMIC_SHARED(staged, HELD + STAGES);
+    Turnstile* const full = (Turnstile*)(staged + HELD);  // a unit has come
+    Turnstile* const empty = full + STAGES;                // all warps have read it
     const int token_blocks = (p.tokens + TOKENS - 1) / TOKENS, row_blocks = (p.row_tiles + MT * WARPS - 1) / (MT * WARPS);
     const int token0 = (int)blockIdx.x % token_blocks * TOKENS, rest = (int)blockIdx.x / token_blocks;
     const int split = rest / row_blocks, first = rest % row_blocks * (MT * WARPS), q = threadIdx.x & 3;
@@ -160,9 +151,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     Sum sums[MT][4 * NT] = {};
     uint4 a[2][4];
     RawPairs pairs[MT] = {}, pairs_next[MT] = {};
-    Copier copy = copier(p, token0, begin * UNITS, end * UNITS);
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) fetch(copy, p, staged);
+    const bool brings = threadIdx.x == 0 && threadIdx.y == 0;
+    if (brings) {
+        for (int s = 0; s < STAGES; s++) make_turnstile(full + s, 1), make_turnstile(empty + s, WARPS);
+        publish_turnstiles();
+    }
+    Bringer more = bringer(p, token0, begin * UNITS, end * UNITS);
+    sync_block();
+    if (brings)
+        for (int s = 0; s < STAGES - 2; s++) bring(more, p, staged, full, empty);
     Cursor cursor;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
@@ -173,10 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     }
     Codes codes, next;
     read_codes<1>(next, cursor, begin < end);
-    int slot = 0;
-    wait_async<STAGES - 2>();
-    publish_shared();
-    sync_block();
+    int slot = 0, turn = 0;
     for (int chunk = begin; chunk < end; chunk++) {
         codes = next;
         read_codes<1>(next, cursor, chunk + 1 < end);
@@ -191,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
                 if (!BY_ROW && unit + 1 < end * UNITS)
                     pairs_next[mt] = read_raw_pairs(p, cursor, mt, sub + 1 < UNITS ? group_of(chunk, sub + 1) : group_of(chunk + 1, 0));
             }
+            wait_turn(full + slot, turn);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
@@ -205,11 +200,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
                     commit_wgmma();
                 }
             }
-            // Here, and not before the products, so that one warp group scales while the tensor cores are at the other's.
-            wait_async<STAGES - 3>();
-            publish_shared();
-            sync_block();  // the next unit is here for all, and nobody reads the one before this: its place is free
-            fetch(copy, p, staged);
+            if (brings) bring(more, p, staged, full, empty);  // to where the unit before the last was
+            sync_warp();
             wait_wgmma<(MT - 1) * SLABS>();
             settle_all(sums[0]);
             if (ends) add_group(y[0], sums[0], p, pairs[0], staged_sums + slot * TOKENS + 2 * q);
@@ -218,10 +210,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
                 settle_all(sums[MT - 1]);
                 if (ends) add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS + 2 * q);
             }
-            slot = slot + 1 == STAGES ? 0 : slot + 1;
+            sync_warp();
+            if (threadIdx.x == 0) arrive(empty + slot);
+            if (++slot == STAGES) slot = 0, turn ^= 1;
         }
     }
-    wait_async<0>();
     sync_block();  // what is staged is read, its place free
     if (BY_ROW) {
         float2 of_x[4 * NT] = {};

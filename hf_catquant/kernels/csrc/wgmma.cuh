@@ -16,8 +16,28 @@ DEVICE int swizzled(int token, int piece) { return 8 * token + (piece ^ (token &
 
 #define DYNAMIC_SHARED(NAME, PIECES) extern __shared__ __align__(1024) uint4 NAME[]
 
-// What ordinary and cp.async writes put into shared memory becomes visible to the tensor cores; before a barrier.
-DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+// A barrier in shared memory that counts arrivals, and bytes that copies have yet to bring; both come to an end in turns,
+// which have parities 0 and 1. It is made by one thread, before a barrier of the block.
+typedef unsigned long long Turnstile;
+DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+DEVICE void make_turnstile(Turnstile* at, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(shared_address(at)), "r"(arrivals) : "memory");
+}
+DEVICE void publish_turnstiles() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+DEVICE void arrive(Turnstile* at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(at)) : "memory"); }
+DEVICE void arrive_and_expect(Turnstile* at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(shared_address(at)), "r"(bytes) : "memory");
+}
+DEVICE void wait_turn(Turnstile* at, int parity) {
+    asm volatile("{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra AGAIN;}"
+                 : : "r"(shared_address(at)), "r"(parity) : "memory");
+}
+// Multiples of 16 bytes from global to shared memory, which the turnstile counts.
+DEVICE void copy_bulk(uint4* to, const void* from, int bytes, Turnstile* at) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 : : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(at)) : "memory");
+}
+
 // Registers that were written since are the tensor cores' from here on.
 DEVICE void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 DEVICE void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }

@@ -36,9 +36,56 @@ void make(const Asked& asked, int kind, int in_word, ValueA value_a, ValueB valu
 
 }  // namespace emulator
 
+// Copies happen when somebody waits for them; until then their places hold garbage.
+struct Turnstile { u8 arrivals, left, turn, unused; int bytes; };
+namespace emulator {
+struct Bulk { char* to; const char* from; int bytes; Turnstile* at; };
+inline Bulk bulks[64];
+inline int bulk_count;
+
+inline void pass(Turnstile* at) {
+    if (at->left || at->bytes) return;
+    at->left = at->arrivals;
+    at->turn ^= 1;
+    moved = true;
+}
+}  // namespace emulator
+DEVICE void make_turnstile(Turnstile* at, int arrivals) { *at = {(u8)arrivals, (u8)arrivals, 0, 0, 0}; }
+DEVICE void publish_turnstiles() {}
+DEVICE void arrive_and_expect(Turnstile* at, int bytes) {
+    if (!at->left) emulator::fail("more arrivals than a turn has", at);
+    at->bytes += bytes;
+    at->left--;
+    emulator::pass(at);
+}
+DEVICE void arrive(Turnstile* at) { arrive_and_expect(at, 0); }
+DEVICE void copy_bulk(uint4* to, const void* from, int bytes, Turnstile* at) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) emulator::fail("misaligned copy", to);
+    for (int i = 0; i < bytes; i += 16) emulator::check((const char*)from + i, 16, false);
+    if (emulator::bulk_count == 64) emulator::fail("more copies under way than the emulator holds");
+    memset(to, 0xff, bytes);
+    emulator::bulks[emulator::bulk_count++] = {(char*)to, (const char*)from, bytes, at};
+}
+DEVICE void wait_turn(Turnstile* at, int parity) {
+    while (at->turn == parity) {
+        int left = 0;
+        for (int i = 0; i < emulator::bulk_count; i++) {
+            const emulator::Bulk bulk = emulator::bulks[i];
+            if (bulk.at != at) {
+                emulator::bulks[left++] = bulk;
+                continue;
+            }
+            memcpy(bulk.to, bulk.from, bulk.bytes);
+            at->bytes -= bulk.bytes;
+        }
+        emulator::bulk_count = left;
+        emulator::pass(at);
+        if (at->turn == parity) emulator::yield();
+    }
+}
+
 template <typename T>
 DEVICE void settle(T&) {}
-DEVICE void publish_shared() {}
 DEVICE void begin_wgmma() {}
 DEVICE void commit_wgmma() { emulator::pending[emulator::current].group++; }
 
