@@ -70,6 +70,7 @@ def emulated(folder: Path, sources: Path = cuda_compile.CSRC) -> Iterator[None]:
         block: tuple[int, int],
         form: struct.Struct,
         arguments: tuple[Any, ...],
+        shared: int = 0,
     ) -> None:
         run_on_host(variant, grid, block, form, arguments, folder, sources)
 

@@ -31,6 +31,8 @@ DEVICE float block_max(float value, float* of_warp) {
 
 extern "C" __global__ void __launch_bounds__(256) rows(const Quantization p) {
     __shared__ float of_warp[8];
+    let_next_begin();
+    wait_for_inputs();
     const size_t row = blockIdx.x;
     float high = 0, low = 0;  // of x and of -x; with AFFINE both count, without the larger one does
     for (int k = threadIdx.x; k < p.columns; k += 256) {
