@@ -219,6 +219,8 @@ class FakeDriver:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.stack = [0]
+        self.version = 13000
+        self.allowed: list[tuple[int, int, int]] = []
 
     def __getattr__(self, name):
         def call(*arguments):
@@ -253,30 +255,83 @@ class FakeDriver:
         return 0
 
     def do_cuLaunchKernel(self, function, *arguments):
-        *sizes, _, stream, parameters, _ = arguments
+        *sizes, stream, parameters, _ = arguments
         # Not parameters[0], which ends at the first zero byte.
         where = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
         self.launched = function, tuple(sizes), stream, ctypes.string_at(where, 8), self.stack[-1]
         return 0
 
+    def do_cuLaunchKernelEx(self, config, function, parameters, extra):
+        c = config._obj
+        (self.attribute,) = ((a.id, a.value) for a in c.attributes[: c.count])
+        return self.do_cuLaunchKernel(function, *c.grid, *c.block, c.shared, c.stream, parameters, extra)
 
-def test_a_launch_enters_the_context_of_its_device_and_leaves_it(monkeypatch):
-    driver, variant = FakeDriver(), others()["rows"]
+    def do_cuDriverGetVersion(self, out):
+        out._obj.value = self.version
+        return 0
+
+    def do_cuFuncSetAttribute(self, function, attribute, value):
+        self.allowed.append((function, attribute, value))
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """A device of compute capability 9.0, and torch's current stream on it."""
+    driver = FakeDriver()
     monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
     monkeypatch.setattr(cuda_driver, "_functions", {})
+    monkeypatch.setattr(cuda_driver, "_shared", {})
     monkeypatch.setattr(cuda_driver, "_arch", lambda index: 90)
+    monkeypatch.setattr(cuda_driver, "_overlaps", cuda_driver._overlaps.__wrapped__)
     monkeypatch.setattr(cuda_driver, "machine_code", lambda variant, arch: b"code")
     monkeypatch.setattr(cuda_driver, "_context", cuda_driver._context.__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 55}))
-    codes, form = torch.zeros(4, dtype=torch.int8), cuda_calls.FORMS["rows"]
+    return driver
+
+
+def launch_rows(codes: torch.Tensor, shared: int = 0) -> None:
+    arguments = (codes, codes, None, 1, 2, 3.0, 4.0)
+    form, device = cuda_calls.FORMS["rows"], torch.device("cuda", 1)
+    cuda_driver.launch(others()["rows"], device, (5, 6), (32, 8), form, arguments, shared)
+
+
+@pytest.mark.parametrize(("arch", "version"), [(90, 13000), (90, 12020), (80, 13000)])
+def test_a_launch_enters_the_context_of_its_device_and_leaves_it(arch, version, driver, monkeypatch):
+    driver.version = version
+    monkeypatch.setattr(cuda_driver, "_arch", lambda index: arch)
+    codes, overlaps = torch.zeros(4, dtype=torch.int8), (arch, version) == (90, 13000)
     for _ in range(2):
-        arguments = (codes, codes, None, 1, 2, 3.0, 4.0)
-        cuda_driver.launch(variant, torch.device("cuda", 1), (5, 6), (32, 8), form, arguments)
-        assert driver.launched == (7, (5, 6, 1, 32, 8, 1), 55, codes.data_ptr().to_bytes(8, sys.byteorder), 101)
+        launch_rows(codes, shared=64)
+        sizes = (5, 6, 1, 32, 8, 1, 64)
+        assert driver.launched == (7, sizes, 55, codes.data_ptr().to_bytes(8, sys.byteorder), 101)
         assert driver.stack == [0]
     assert driver.name == b"rows"
     assert driver.calls.count("cuModuleLoadData") == 1
+    assert driver.calls.count("cuLaunchKernelEx") == 2 * overlaps
+    assert not overlaps or driver.attribute == (6, 1)
+
+
+def test_launches_one_after_another(driver, monkeypatch):
+    monkeypatch.setattr(cuda_table, "OVERLAP", False)
+    launch_rows(torch.zeros(4, dtype=torch.int8))
+    assert "cuLaunchKernelEx" not in driver.calls
+
+
+def test_much_shared_memory_is_asked_for_once(driver):
+    for shared in (48 << 10, 100 << 10, 100 << 10, 64 << 10, 200 << 10):
+        launch_rows(torch.zeros(4, dtype=torch.int8), shared)
+    assert driver.allowed == [(7, 8, 100 << 10), (7, 8, 200 << 10)]
+
+
+def test_launch_structures_lie_as_the_driver_reads_them():
+    assert ctypes.sizeof(cuda_driver._Attribute) == 72
+    assert cuda_driver._Attribute.value.offset == 8
+    config = cuda_driver._Config
+    offsets = [getattr(config, name).offset for name, *_ in config._fields_]
+    assert offsets == [0, 12, 24, 32, 40, 48]
+    assert ctypes.sizeof(config) == 56
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):

@@ -208,12 +208,22 @@ MISTAKES = {
     "run of sums": ("gemm.cu", "run * (RUN / FLUSH) + step / FLUSH, m", "step / FLUSH, m", 70),
     "warp of tokens": ("gemm.cu", "token = warp % TOKEN_WARPS * 8 * NT", "token = warp / ROW_WARPS * 8 * NT", 70),
     "parts": ("partials.cu", "p.partial + s * one", "p.partial", 9),
+    "launch before": ("product16.cu", "    wait_for_inputs();\n", "", 5),
     "sums of x": ("sums.cu", "FLUSH * run + i", "run + i", 70),
 }
 
 
 # One of each file.
-ALWAYS = ("field", "row of a pair", "odd fields", "copies not waited for", "start of a part", "parts", "sums of x")
+ALWAYS = (
+    "field",
+    "row of a pair",
+    "odd fields",
+    "copies not waited for",
+    "start of a part",
+    "parts",
+    "launch before",
+    "sums of x",
+)
 
 
 @pytest.mark.parametrize("mistake", [*ALWAYS, *slow(*(name for name in MISTAKES if name not in ALWAYS))])
@@ -224,7 +234,7 @@ def test_mistakes_are_found(mistake, folder, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong), encoding="utf-8")
-    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|out of bounds"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|out of bounds|not waited for"):
         check(
             stored("ternary", 80, 1024, 64),
             inputs(rows, 1024, torch.bfloat16),

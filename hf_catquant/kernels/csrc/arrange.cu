@@ -78,6 +78,8 @@ DEVICE float arrange_step(const Arrangement& p, size_t row, int step, const Scal
 extern "C" __global__ void __launch_bounds__(256) arrange(const Arrangement p) {
     __shared__ float of_unit[MOST_UNITS];
     __shared__ float of_warp[8];
+    let_next_begin();
+    wait_for_inputs();
     const size_t row = blockIdx.x;
     const int steps = p.padded / 32, lane = threadIdx.x % 32;
     Scale scale = {};

@@ -37,6 +37,8 @@ extern "C" __global__ void __launch_bounds__(256) cluster(const Correction p) {
     __shared__ float projected[256];
     __shared__ float distance_of_warp[8];
     __shared__ int cluster_of_warp[8];
+    let_next_begin();
+    wait_for_inputs();
     const size_t row = blockIdx.x;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (PROJECT) project(p, row, projected);

@@ -162,6 +162,7 @@ DEVICE void write_sums(const float (&y)[MT][NT][4], const Product& p, int first,
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product p) {
     __shared__ uint4 staged[STAGES * STAGE];
+    let_next_begin();
     const int token_blocks = (p.tokens + TOKENS - 1) / TOKENS, row_blocks = (p.row_tiles + MT * ROW_WARPS - 1) / (MT * ROW_WARPS);
     const int token0 = (int)blockIdx.x % token_blocks * TOKENS, rest = (int)blockIdx.x / token_blocks;
     const int split = rest / row_blocks, warp = threadIdx.y, token = warp % TOKEN_WARPS * 8 * NT;
@@ -174,17 +175,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
     float y[MT][NT][4] = {};
     Sums sums = {};
     Group group = {};
+    Codes codes, next[AHEAD + 1];
+    Cursor cursor = start(p, first, begin, threadIdx.x);
+    read_chunk(codes, cursor, begin + 1 < end);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) read_chunk(next[i], cursor, begin + 2 + i < end);
+    wait_for_inputs();
     Copier copy = copier(p, token0, begin, end);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
         fetch(copy, staged + s * STAGE);
         commit_async();
     }
-    Codes codes, next[AHEAD + 1];
-    Cursor cursor = start(p, first, begin, threadIdx.x);
-    read_chunk(codes, cursor, begin + 1 < end);
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) read_chunk(next[i], cursor, begin + 2 + i < end);
     int slot = 0, vacant = (STAGES - 1) * STAGE;
     for (int chunk = begin; chunk < end; chunk++) {
 #pragma unroll (RUN < STEPS ? 1 : STEPS / RUN)

@@ -12,6 +12,8 @@ struct Partials {
 };
 
 extern "C" __global__ void __launch_bounds__(256) partials(const Partials p) {
+    let_next_begin();
+    wait_for_inputs();
     const int n = blockIdx.x * 256 + threadIdx.x, m = blockIdx.y;
     if (n >= p.rows) return;
     const size_t at = (size_t)m * p.rows + n, one = (size_t)p.tokens * p.rows;

@@ -1,7 +1,11 @@
 // What the kernels need of the machine, and nothing else of CUDA: no header of the toolkit is included, so that NVRTC
 // alone compiles them. The tests put a host version of this file's functions in their place (CATQUANT_EMULATED).
 //
-// Global memory is read and written through read() and write() only, which is where the host version checks bounds.
+// Global memory is read and written through the functions here only, which is where the host version checks bounds.
+//
+// A launch may begin while the one before it runs (cuda_driver.py): every kernel lets the next one begin at once, and waits
+// before it touches what an earlier launch may have written, or may still read. Tiles and scales of weights it need not
+// wait for: cuda_layout.py lets the device finish them when it builds them.
 #pragma once
 
 #ifdef CATQUANT_EMULATED
@@ -14,14 +18,20 @@ typedef unsigned int u32;
 
 #define DEVICE static __device__ __forceinline__
 
+// Plain loads, not those of memory that never changes: the compiler moves the latter across wait_for_inputs() as it likes,
+// what must be behind it up, and what is to be on its way meanwhile down.
 template <typename T>
-DEVICE T read(const T* at) { return __ldg(at); }
+DEVICE T read(const T* at) { return *at; }
+
+// Of what no launch under way writes: it may be read before wait_for_inputs().
+template <typename T>
+DEVICE T read_weight(const T* at) { return *at; }
 
 // Codes are read once: they leave the first-level cache to x, which is read again and again.
 DEVICE uint4 read_once(const uint4* at) {
     uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
     return v;
 }
 
@@ -111,6 +121,16 @@ DEVICE u32 warp_max(u32 value) {
 DEVICE float warp_shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
+
+// The next launch of the stream may begin when every block has said so; what it must not do before this one has ended and
+// its writes are seen is behind its own wait_for_inputs(). Devices before sm_90 run launches one after another.
+#if __CUDA_ARCH__ >= 900
+DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" : : : "memory"); }
+DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+#else
+DEVICE void let_next_begin() {}
+DEVICE void wait_for_inputs() {}
+#endif
 DEVICE void refuse() { __trap(); }
 
 #endif

@@ -105,7 +105,7 @@ struct Pair<true> { typedef float4 Raw; };
 typedef Pair<SCALE32>::Raw RawPairs;  // scale and offset of row r, then of row r + 8
 
 DEVICE RawPairs read_raw_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    return read((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
+    return read_weight((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
 }
 
 DEVICE Pairs pairs_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }

@@ -62,6 +62,7 @@ DEVICE void one_step(Sums& sums, const Codes& codes, int step, const uint4 (&x)[
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Product p) {
     __shared__ float parts[WARPS * MT * NT * 4 * 32];
+    let_next_begin();
     const int lane = threadIdx.x, warp = threadIdx.y, row = lane >> 2, q = lane & 3;
     const int first = blockIdx.x * MT, token0 = blockIdx.y * 8 * NT;
     const Constants constant = {kept(p, HALF ? 0x64006400u : 0x43004300u), kept(p, ONES)};
@@ -79,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Prod
     }
     clear(sums);
     read_codes<WARPS>(next, cursor, warp < p.chunks);
+    wait_for_inputs();
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
         codes = next;
         read_codes<WARPS>(next, cursor, chunk + WARPS < p.chunks);

@@ -131,6 +131,7 @@ DEVICE float stage_token(u32* stage, const u32 (&pair)[BLOCKS][2], int t, int la
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Product p) {
     __shared__ u32 pool[STAGE > PARTS ? STAGE : PARTS];
+    let_next_begin();
     const int lane = threadIdx.x, warp = threadIdx.y, row = lane >> 2, q = lane & 3;
     const int first = blockIdx.x * MT, token0 = blockIdx.y * (SPLIT ? TOKENS : 8 * NT);
     u32* stage = pool + warp * 8 * STAGE_STRIDE;
@@ -148,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product8(const Produ
     Cursor cursor = start(p, first, warp, lane);
     const u32 ones = kept(p, 0x01010101u);
     read_codes<WARPS>(next, cursor, warp < p.chunks);
+    wait_for_inputs();
     if (SPLIT) read_raw(raw, p, token0, warp, lane);
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
         codes = next;

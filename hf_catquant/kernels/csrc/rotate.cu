@@ -52,6 +52,8 @@ DEVICE void butterfly(float (&v)[8], int low, int next) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) rotate(const Rotation p) {
     __shared__ float4 shared[LOG > 3 ? (SPAN + SPAN / 8) / 4 : 1];
+    let_next_begin();
+    wait_for_inputs();
     float* held = (float*)shared;
     const size_t row = blockIdx.x / (u32)p.segments * (size_t)p.columns;
     const int first = (int)(blockIdx.x % (u32)p.segments) * SPAN, thread = threadIdx.x;

@@ -15,6 +15,8 @@ struct Quantization {
 
 extern "C" __global__ void __launch_bounds__(256) rows(const Quantization p) {
     __shared__ float of_warp[8];
+    let_next_begin();
+    wait_for_inputs();
     const size_t row = blockIdx.x;
     float high = 0, low = 0;
     for (int k = threadIdx.x; k < p.columns; k += 256) {

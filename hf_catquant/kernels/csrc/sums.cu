@@ -10,6 +10,8 @@ struct XSums {
 };
 
 extern "C" __global__ void __launch_bounds__(256) sums(const XSums p) {
+    let_next_begin();
+    wait_for_inputs();
     const int m = blockIdx.x, run = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     float sum = 0;
 #pragma unroll

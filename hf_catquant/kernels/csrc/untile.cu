@@ -8,12 +8,14 @@ DEVICE u32 code_of(const uint4& word, int c, int s, int rh) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) untile(const Product p) {
+    let_next_begin();
     const int lane = threadIdx.x, chunk = blockIdx.y * WARPS + threadIdx.y;
     if (chunk >= p.chunks) return;
     Cursor cursor = start(p, blockIdx.x, chunk, lane);
     Codes codes;
     read_codes<1>(codes, cursor, true);
     Pairs pairs;
+    wait_for_inputs();
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         if (step % FLUSH == 0) pairs = read_pairs(p, cursor, 0, group_of(chunk, step / FLUSH));

@@ -28,6 +28,8 @@ DEVICE u32 read_word(const u8* at) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) weight(const Rows p) {
+    let_next_begin();
+    wait_for_inputs();
     const u32 blocks = (p.columns + 7) / 8, id = blockIdx.x * 256u + threadIdx.x, i = id / blocks;  // less than 2^32 of them
     if (i >= (u32)p.rows) return;
     const int k = (int)(id % blocks) * 8, group = k / p.group_width, inside = k - group * p.group_width;

@@ -136,6 +136,7 @@ DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* s
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Product p) {
     DYNAMIC_SHARED(staged, HELD + STAGES);
+    let_next_begin();
     Turnstile* const full = (Turnstile*)(staged + HELD);  // a unit has come
     Turnstile* const empty = full + STAGES;                // all warps have read it
     const int token_blocks = (p.tokens + TOKENS - 1) / TOKENS, row_blocks = (p.row_tiles + MT * WARPS - 1) / (MT * WARPS);
@@ -158,8 +159,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     }
     Bringer more = bringer(p, token0, begin * UNITS, end * UNITS);
     sync_block();
-    if (brings)
-        for (int s = 0; s < STAGES - 2; s++) bring(more, p, staged, full, empty);
     Cursor cursor;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
@@ -170,6 +169,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) wgemm(const Produc
     }
     Codes codes, next;
     read_codes<1>(next, cursor, begin < end);
+    wait_for_inputs();
+    if (brings)
+        for (int s = 0; s < STAGES - 2; s++) bring(more, p, staged, full, empty);
     int slot = 0, turn = 0;
     for (int chunk = begin; chunk < end; chunk++) {
         codes = next;

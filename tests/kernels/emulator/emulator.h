@@ -37,7 +37,7 @@ struct Slot { u32 a[4], b[2]; float f; int kind; };
 struct Warp { Slot slots[2][32]; int arrived; unsigned generation; };
 struct Copy { uint4* to; const uint4* from; int group; };
 constexpr int MOST_COPIES = 256;
-struct Fiber { ucontext_t start; jmp_buf at; char* stack; bool begun, done; Place thread; Copy copies[MOST_COPIES]; int waiting, group; };
+struct Fiber { ucontext_t start; jmp_buf at; char* stack; bool begun, done, waited; Place thread; Copy copies[MOST_COPIES]; int waiting, group; };
 
 constexpr int MOST_THREADS = 1024, STACK = 128 << 10;
 inline Fiber fibers[MOST_THREADS];
@@ -57,7 +57,9 @@ inline void (*entry)();
     longjmp(failure, 1);
 }
 
-inline void check(const void* at, size_t size, bool write) {
+// Memory that an earlier launch may have written, or may still read, unless `weight`.
+inline void check(const void* at, size_t size, bool write, bool weight = false) {
+    if (!weight && !fibers[current].waited) fail("earlier launches are not waited for", at);
     if ((uintptr_t)at % size) fail("misaligned access", at);
     const char* p = (const char*)at;
     for (int i = 0; i < region_count; i++)
@@ -107,7 +109,7 @@ inline void run_block() {
     for (int t = 0; t < threads; t++) {
         Fiber& fiber = fibers[t];
         fiber.thread = {t % block_size.x, t / block_size.x, 0};
-        fiber.begun = fiber.done = false;
+        fiber.begun = fiber.done = fiber.waited = false;
         fiber.waiting = fiber.group = 0;
         if (!fiber.stack) fiber.stack = (char*)malloc(STACK);
         getcontext(&fiber.start);
@@ -148,7 +150,12 @@ DEVICE T read(const T* at) {
     emulator::check(at, sizeof(T), false);
     return *at;
 }
-DEVICE uint4 read_once(const uint4* at) { return read(at); }
+template <typename T>
+DEVICE T read_weight(const T* at) {
+    emulator::check(at, sizeof(T), false, true);
+    return *at;
+}
+DEVICE uint4 read_once(const uint4* at) { return read_weight(at); }
 template <typename T>
 DEVICE void write(T* at, T value) {
     emulator::check(at, sizeof(T), true);
@@ -291,6 +298,8 @@ DEVICE float warp_shuffle_xor(float value, int mask) {
 }
 DEVICE void sync_warp() { emulator::exchange({{}, {}, 0, 7}); }
 DEVICE void sync_block() { emulator::wait(emulator::whole, emulator::threads); }
+DEVICE void let_next_begin() {}
+DEVICE void wait_for_inputs() { emulator::fibers[emulator::current].waited = true; }
 DEVICE void refuse() { emulator::fail("the kernel refuses its arguments"); }
 
 namespace emulator {
