@@ -24,7 +24,7 @@ FORMS = {
     "product8": struct.Struct("7P7i2f0P"),
     "gemm": struct.Struct("7P7i2f0P"),
     "wgemm": struct.Struct("7P7i2f0P"),
-    "arrange": struct.Struct("4P5i2f0P"),
+    "arrange": struct.Struct("4P3i2f0P"),
     "sums": struct.Struct("2P3i0P"),
     "partials": struct.Struct("4P3i0P"),
     "rows": struct.Struct("3P2i2f0P"),
@@ -138,26 +138,25 @@ def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tupl
 
     Args:
         x: float16 or bfloat16, or any dtype together with ``fmt``.
-        layout: of the weight, whose padded columns (P) and groups the result has.
+        layout: of the weight, whose padded columns (P) the result has.
         fmt: of the int8 codes that x becomes, None for x as it is.
         at_once: rows of x of a block of the product.
 
     Returns:
-        x or its codes (M rounded up to ``at_once``, P); the scales of codes (M,) float32; sums of x over each group (groups, M rounded up to 128)
-        float32.
+        x or its codes (M rounded up to ``at_once``, P); the scales of codes (M,) float32; sums of x over each 128 columns
+        (P / 128, M rounded up to 128) float32.
     """
     tokens, columns = x.shape
     dtype = x.dtype if fmt is None else torch.int8
     made = torch.empty(tokens + -tokens % at_once, layout.padded, dtype=dtype, device=x.device)
     scale = None if fmt is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
-    group = 32 * layout.group_steps or layout.padded
     width = tokens + -tokens % 128
-    sums = torch.empty(-(-layout.padded // group), width, dtype=torch.float32, device=x.device)
+    sums = torch.empty(layout.padded // 128, width, dtype=torch.float32, device=x.device)
     affine = fmt is not None and fmt.affine
     values = (TYPES[x.dtype], int(fmt is not None), int(affine), at_once)
     constants = tuple(zip(("TYPE", "INTEGER", "AFFINE", "TOKENS"), values, strict=True))
     levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
-    arguments = (x, made, sums, scale, columns, layout.padded, group, sums.shape[0], width, *levels)
+    arguments = (x, made, sums, scale, columns, layout.padded, width, *levels)
     _launch(Variant("arrange", constants), x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)
     return made, scale, sums
 

@@ -28,7 +28,6 @@ CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 UNTILE_WARPS = 4
 GROUP_STAGES = 4  # of x in shared memory, in products of warp groups
-MOST_ARRANGED = 1 << 17  # columns whose sums arrange.cu holds
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
 
 
@@ -81,7 +80,7 @@ def product(
     """
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
-    if tokens > FEW_TOKENS and warp_groups and layout.group_steps % 4 == 0 and layout.padded <= MOST_ARRANGED:
+    if tokens > FEW_TOKENS and warp_groups and layout.group_steps % 4 == 0:
         return _grouped(*fixed, tokens, integer, processors)
     if tokens > FEW_TOKENS:
         return _shared(*fixed, tokens, integer, processors)
@@ -142,16 +141,15 @@ def _grouped(
     warps = 8
     tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
-    splits = cuts(made, chunks, processors * at_once)
-    whole = max(1, 32 * group_steps // chunk_width(bits))  # chunks of a group, which no part may share with another
-    while -(-chunks // splits) % whole or -(-chunks // -(-chunks // splits)) != splits:
-        splits -= 1
+    units = chunks * chunk_width(bits) // 128
+    turns = next(turns for turns in (4, 2, 1) if units % turns == 0)
+    splits = cuts(made, units // turns, processors * at_once)
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
-    more = (("INTEGER", int(integer)), ("STAGES", GROUP_STAGES), ("BLOCKS", at_once))
+    more = (("INTEGER", int(integer)), ("STAGES", GROUP_STAGES), ("TURNS", turns), ("BLOCKS", at_once))
     staged = GROUP_STAGES * ((1 if integer else 2) * 128 + 4) * held
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
     constants = (*zip(NAMES, values, strict=True), *more)
-    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps), splits, 0, max(staged, results) + 16 * GROUP_STAGES)
+    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps + 4), splits, 0, max(staged, results) + 16 * GROUP_STAGES)
 
 
 @cache

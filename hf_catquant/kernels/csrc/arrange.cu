@@ -1,5 +1,5 @@
 // x as wgemm.cu takes it: each step of 32 columns in the order of the tensor cores' fragments, zeros behind the last
-// column, and the sum of x over each group of columns. With INTEGER x becomes int8 codes with a scale a row, as rows.cu
+// column, and the sum of x over each 128 columns. With INTEGER x becomes int8 codes with a scale a row, as rows.cu
 // makes them.
 //
 // A step is four runs of eight columns. As words of two 16-bit numbers it is a 4 x 4 matrix, which is transposed; as bytes,
@@ -16,13 +16,11 @@
 struct Arrangement {
     const void* x;   // (M, columns)
     uint4* out;      // (M / TOKENS, padded / 128, slabs, TOKENS, 128 bytes)
-    float* sums;     // (groups, M rounded up to 128)
+    float* sums;     // (padded / 128, M rounded up to 128)
     float* scale;    // (M), with INTEGER
-    int columns, padded, group, groups, width;  // group: padded columns of a sum; width: M rounded up to 128
+    int columns, padded, width;  // width: M rounded up to 128
     float first_level, last_level;
 };
-
-constexpr int MOST_UNITS = 1024;  // of 128 columns
 
 struct Run { float v[8]; };
 
@@ -76,12 +74,11 @@ DEVICE float arrange_step(const Arrangement& p, size_t row, int step, const Scal
 }
 
 extern "C" __global__ void __launch_bounds__(256) arrange(const Arrangement p) {
-    __shared__ float of_unit[MOST_UNITS];
     __shared__ float of_warp[8];
     let_next_begin();
     wait_for_inputs();
     const size_t row = blockIdx.x;
-    const int steps = p.padded / 32, lane = threadIdx.x % 32;
+    const int steps = p.padded / 32;
     Scale scale = {};
     if (INTEGER) {
         float high = 0, low = 0;
@@ -99,16 +96,6 @@ extern "C" __global__ void __launch_bounds__(256) arrange(const Arrangement p) {
         float sum = step < steps ? arrange_step(p, row, step, scale) : 0.0f;
         sum += warp_shuffle_xor(sum, 1);
         sum += warp_shuffle_xor(sum, 2);
-        if (step < steps && step % 4 == 0) of_unit[step / 4] = sum;
-    }
-    sync_block();
-    const int units = p.group / 128;
-    for (int group = threadIdx.x / 32; group < p.groups; group += 8) {
-        float sum = 0;
-        for (int unit = lane; unit < units; unit += 32)
-            if (group * units + unit < steps / 4) sum += of_unit[group * units + unit];
-#pragma unroll
-        for (int mask = 16; mask; mask /= 2) sum += warp_shuffle_xor(sum, mask);
-        if (lane == 0) write(p.sums + (size_t)group * p.width + row, sum);
+        if (step < steps && step % 4 == 0) write(p.sums + (size_t)(step / 4) * p.width + row, sum);
     }
 }
