@@ -157,7 +157,8 @@ def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tupl
     constants = tuple(zip(("TYPE", "INTEGER", "AFFINE", "TOKENS"), values, strict=True))
     levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
     arguments = (x, made, sums, scale, columns, layout.padded, width, *levels)
-    _launch(Variant("arrange", constants), x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)
+    grid = (tokens, 1 if fmt is not None else -(-layout.padded // (8 * cuda_table.ROW_THREADS)))
+    _launch(Variant("arrange", constants), x.device, grid, (cuda_table.ROW_THREADS, 1), arguments)
     return made, scale, sums
 
 

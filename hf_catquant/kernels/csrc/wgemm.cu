@@ -134,6 +134,7 @@ DEVICE void consume(const Product& p, uint4* staged, Turnstile* full, Turnstile*
     const int q = threadIdx.x & 3;
     const int tile = first + threadIdx.y / 4 * (4 * MT) + threadIdx.y % 4;  // of the warp, in its group's first 64 rows
     const u32 magic = kept(p, HALF ? 0x64006400u : 0x43004300u);
+    const Operand x = operand_of(staged);
     const float* staged_sums = (const float*)(staged + STAGES * STAGE) + 2 * q;
     float y[MT][4 * NT] = {};
     Sum sums[2][4 * NT] = {};
@@ -188,7 +189,7 @@ DEVICE void consume(const Product& p, uint4* staged, Turnstile* full, Turnstile*
                 begin_wgmma();
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    wgmma(sums[i % 2], numbers[j], staged + (slot + at) * STAGE + slab * SLAB + 2 * j, slab > 0 || j > 0);
+                    wgmma(sums[i % 2], numbers[j], x + (slot + at) * STAGE + slab * SLAB + 2 * j, slab > 0 || j > 0);
                 commit_wgmma();
             }
         }

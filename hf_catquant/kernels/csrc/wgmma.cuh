@@ -61,9 +61,11 @@ DEVICE void wait_wgmma() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : 
 DEVICE void settle(float& value) { asm volatile("" : "+f"(value) : : "memory"); }
 DEVICE void settle(int& value) { asm volatile("" : "+r"(value) : : "memory"); }
 
-// Where the tensor cores find b: rows of 128 bytes, swizzled; eight of them, 1024 bytes, follow each other.
-DEVICE unsigned long long descriptor(const uint4* b) {
-    return (unsigned long long)(((u32)__cvta_generic_to_shared(b) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+// Where the tensor cores find b: rows of 128 bytes, swizzled; eight of them, 1024 bytes, follow each other. Adding n to it
+// goes n pieces of 16 bytes on.
+typedef unsigned long long Operand;
+DEVICE Operand operand_of(const uint4* b) {
+    return (Operand)((shared_address(b) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 #define D8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
@@ -83,11 +85,11 @@ DEVICE unsigned long long descriptor(const uint4* b) {
 #define HELD64(K)                                                                                           \
     HELD32(K), HELD4(K, 32), HELD4(K, 36), HELD4(K, 40), HELD4(K, 44), HELD4(K, 48), HELD4(K, 52), HELD4(K, 56), HELD4(K, 60)
 #define WGMMA(NAME, C, K, COUNT, SHAPE, REST, A0, A1, A2, A3, B, ADD)                                       \
-    DEVICE void NAME(C (&d)[COUNT], uint4 a, const uint4* b, bool add) {                                    \
+    DEVICE void NAME(C (&d)[COUNT], uint4 a, Operand b, bool add) {                                         \
         asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ADD ", 0; wgmma.mma_async.sync.aligned." SHAPE " "  \
                      D##COUNT ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p" REST ";}"            \
                      : HELD##COUNT(K)                                                                       \
-                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(descriptor(b)), "r"((int)add));          \
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"((int)add));                      \
     }
 #define WGMMA_SIZES(NAME, C, K, SHAPE, REST)                                  \
     WGMMA(NAME, C, K, 8, "m64n16" SHAPE, REST, 8, 9, 10, 11, 12, 13)          \
@@ -105,12 +107,12 @@ WGMMA_SIZES(wgmma_s8s8, int, "r", "k32.s32.s8.s8", "")
 
 // d = a * b, or d += a * b, for 16 columns of 16-bit or 32 of 8-bit numbers.
 template <int COUNT>
-DEVICE void wgmma(float (&d)[COUNT], uint4 a, const uint4* b, bool add) {
+DEVICE void wgmma(float (&d)[COUNT], uint4 a, Operand b, bool add) {
     if (HALF) wgmma_f16(d, a, b, add);
     else wgmma_bf16(d, a, b, add);
 }
 template <int COUNT>
-DEVICE void wgmma(int (&d)[COUNT], uint4 a, const uint4* b, bool add) {
+DEVICE void wgmma(int (&d)[COUNT], uint4 a, Operand b, bool add) {
     if (BITS == 8) wgmma_s8s8(d, a, b, add);
     else wgmma_u8s8(d, a, b, add);
 }

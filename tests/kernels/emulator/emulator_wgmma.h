@@ -97,9 +97,11 @@ DEVICE void settle(T&) {}
 DEVICE void begin_wgmma() {}
 DEVICE void commit_wgmma() { emulator::pending[emulator::current].group++; }
 
+typedef const uint4* Operand;
+DEVICE Operand operand_of(const uint4* b) { return b; }
 #define WGMMA(NAME)                                                                                                \
     template <typename C, int COUNT>                                                                               \
-    DEVICE void NAME(C (&d)[COUNT], uint4 a, const uint4* b, bool add) {                                           \
+    DEVICE void NAME(C (&d)[COUNT], uint4 a, Operand b, bool add) {                                                \
         emulator::Pending& mine = emulator::pending[emulator::current];                                            \
         if (mine.count == 64) emulator::fail("more products under way than the emulator holds");                   \
         mine.asked[mine.count++] = {d, COUNT, {a.x, a.y, a.z, a.w}, (const char*)b, add, mine.group};              \
