@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 # Relative to the norm of the answer. Kernels and the CPU round elsewhere, at each of a few layers.
-ALLOWED = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
+ALLOWED = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}
 DTYPE = pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 # Linears alone, with embeddings and a cache, with convolutions in groups and without; each with something else besides.
 FIELDS: dict[str, dict[str, object]] = {

@@ -79,12 +79,34 @@ def test_embedding_of_a_row_that_is_not_there_stops(wrong, device):
 def test_cluster_affine(dtype, projected, fused, device, generator, monkeypatch):
     if not fused:
         monkeypatch.setattr(cuda_table, "PROJECT_ROWS", 0)
-    y = torch.randn(2, 5, 70, generator=generator).to(dtype)
-    basis = torch.randn(70, 40, generator=generator) if projected else None
-    centroids = torch.randn(11, 40 if projected else 70, generator=generator)
-    gamma, beta = torch.randn(2, 11, 70, generator=generator)
-    arguments = (y, basis, centroids, gamma, beta)
-    assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+    for width, rank in ((70, 40), (4136, 40)) if dtype == torch.float16 else ((70, 40), (72, 40)):
+        y = torch.randn(2, 5, width, generator=generator).to(dtype)
+        basis = torch.randn(width, rank, generator=generator) if projected else None
+        centroids = torch.randn(11, rank if projected else width, generator=generator)
+        gamma, beta = torch.randn(2, 11, width, generator=generator)
+        arguments = (y, basis, centroids, gamma, beta)
+        assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+
+
+@emulator
+@pytest.mark.parametrize(
+    ("width", "rank"), [(1, 1), (3, 1), (7, 2), (5, 3), (40, 256), (2003, 33), (1024, 50), (8192, 6), (1000, 255)]
+)
+def test_a_projection_inside_the_kernel(width, rank, device, generator):
+    """One cluster a component: the nearest is the largest component of z, so that every one of them is looked at."""
+    y, basis = torch.randn(6, width, generator=generator), torch.randn(width, rank, generator=generator)
+    z = y.double() @ basis.double()
+    beta = torch.arange(1.0, rank + 1)[:, None].expand(-1, width).contiguous()
+    unit = torch.eye(rank) * 1e-3  # much shorter than z: the nearest is the one that points its way
+    out = cuda.cluster_affine(y, basis, unit, torch.zeros(rank, width), beta)
+    assert torch.equal(out, (z.argmax(1) + 1.0).float()[:, None].expand_as(out))
+    for component in range(0, rank, max(1, rank // 3)):  # and its value: on one side of a plane, then on the other
+        value = z[0, component].item()
+        for side in (-1, 1):
+            pair = torch.zeros(2, rank)
+            pair[0, component], pair[1, component] = value + side * 1e-3 - 1, value + side * 1e-3 + 1
+            out = cuda.cluster_affine(y[:1], basis, pair, torch.zeros(2, width), torch.eye(2)[:, :1].expand(-1, width))
+            assert bool((out == (side > 0)).all()), (component, side)
 
 
 @emulator
