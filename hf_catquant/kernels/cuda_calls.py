@@ -29,7 +29,7 @@ FORMS = {
     "rows": struct.Struct("3P2i2f0P"),
     "weight": struct.Struct("5P7i2f0P"),
     "untile": struct.Struct("7P7i2f0P"),
-    "rotate": struct.Struct("2P2i1f0P"),
+    "rotate": struct.Struct("2P3i1f0P"),
     "cluster": struct.Struct("7P3i0P"),
 }
 
@@ -257,12 +257,13 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
     if not out.numel():
         return out
     threads = max(size // 8, min(_threads_of_eight(columns), cuda_table.ROTATE_THREADS))
-    segments = -(-columns // (8 * threads))
+    segments, rows = -(-columns // (8 * threads)), x.numel() // columns
     names = ("LOG", "TYPE", "INVERSE", "THREADS")
     values = (size.bit_length() - 1, TYPES[x.dtype], int(inverse), threads)
-    arguments = (x, out, columns, segments, size**-0.5)
-    grid = (x.numel() // columns * segments, 1)
-    _launch(Variant("rotate", tuple(zip(names, values, strict=True))), x.device, grid, (threads, 1), arguments)
+    arguments = (x, out, rows, columns, segments, size**-0.5)
+    blocks = segments * cuda_table.blocks_of_rows(rows, segments, threads, cuda_driver.processors(x.device))
+    variant = Variant("rotate", tuple(zip(names, values, strict=True)))
+    _launch(variant, x.device, (blocks, 1), (threads, 1), arguments)
     return out
 
 

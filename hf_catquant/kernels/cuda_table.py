@@ -30,7 +30,8 @@ PROJECT_THREADS = 1024  # of a block: many reads have to be under way; and a thr
 CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a thread of the usual widths
 ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
-UNTILE_WARPS = 4
+RESIDENT_THREADS = 2048  # of a multiprocessor
+UNTILE_WARPS = 8
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -47,6 +48,13 @@ def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors
     while warps > 1 and warps // 2 >= chunks:
         warps //= 2
     return tiles, warps
+
+
+def blocks_of_rows(rows: int, segments: int, threads: int, processors: int) -> int:
+    """Blocks for each of ``segments`` parts of ``rows`` rows: as many as run at a time, where all get as many rows."""
+    at_once = processors * max(1, RESIDENT_THREADS // threads)
+    turns = -(-rows * segments // at_once)
+    return -(-rows // turns)
 
 
 class Launch(NamedTuple):

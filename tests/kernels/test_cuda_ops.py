@@ -230,6 +230,14 @@ def test_rotate(columns, inverse, device, generator):
 
 
 @emulator
+@pytest.mark.parametrize(("rows", "columns"), [(500, 96), (500, 7), (7, 8192), (41, 2080)])
+def test_a_block_rotates_several_rows(rows, columns, device, generator, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "processors", lambda device: 1)
+    x = torch.randn(rows, columns, generator=generator)
+    torch.testing.assert_close(cuda.rotate(x, False).double(), rotate(x.double(), False), rtol=1e-6, atol=3e-6)
+
+
+@emulator
 def test_rotations_that_a_block_does_not_hold_are_left_to_the_reference(device, monkeypatch):
     x = torch.ones(1, 1 << 14)
     assert torch.equal(cuda.rotate(x, False), reference.rotate(x, False))
@@ -239,15 +247,21 @@ def test_rotations_that_a_block_does_not_hold_are_left_to_the_reference(device, 
 
 
 @emulator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "group_size"), [("binary", 256), ("ternary", 32), ("int3", 64), ("int4", -1), ("int8", 128)]
+    ("name", "group_size"),
+    [
+        *(("binary", size) for size in (32, 128, 256)),
+        *(("ternary", 32), ("int2", 128), ("ternary", 512), ("int3", 64)),
+        *(("int4", -1), ("int4", 32), ("int8", 128), ("int8", 32)),
+    ],
 )
-def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, device):
+def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, dtype, device):
     case = half(random_case(name, 40, 520, group_size))
     layout = cuda_layout.build(*case.stored, name, group_size, 520)
-    expected = reference.dequantize(*case.stored, name, group_size, 520, torch.bfloat16)
-    assert torch.equal(cuda_calls.untile(layout, 0, 3, torch.bfloat16), expected)
-    assert torch.equal(cuda_calls.untile(layout, 1, 2, torch.bfloat16), expected[16:32])
+    expected = reference.dequantize(*case.stored, name, group_size, 520, dtype)
+    assert torch.equal(cuda_calls.untile(layout, 0, 3, dtype), expected)
+    assert torch.equal(cuda_calls.untile(layout, 1, 2, dtype), expected[16:32])
 
 
 @emulator
