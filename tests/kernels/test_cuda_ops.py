@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
 from hf_catquant.formats import FORMATS, Format
-from hf_catquant.kernels import cuda, cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
+from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table, reference
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS
@@ -262,6 +263,48 @@ def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, 
     expected = reference.dequantize(*case.stored, name, group_size, 520, dtype)
     assert torch.equal(cuda_calls.untile(layout, 0, 3, dtype), expected)
     assert torch.equal(cuda_calls.untile(layout, 1, 2, dtype), expected[16:32])
+
+
+MISTAKES = {
+    "side of a pair": ("untile.cu", "FIELDS > 1 ? BITS * side : 0", "0"),
+    "other row": ("untile.cu", "* 8 + (even >> 2) + i % 2", "* 8 + (even >> 2)"),
+    "group of a pair": ("untile.cu", "values[(turn + APART) / GROUP_PAIRS]", "values[turn / GROUP_PAIRS]"),
+    "y not waited for": ("cluster.cu", "sync_block();  // y is there", ""),
+    "y overwritten": ("cluster.cu", "sync_block();  // nobody reads y any more", ""),
+    "rows of a turn": ("cluster.cu", "y[i] += AHEAD * rows", "y[i] += rows"),
+    "exchange not waited for": ("rotate.cu", "        sync_block();\n        low = ", "        low = "),
+    "eight columns not waited for": (
+        "rotate.cu",
+        "    sync_block();\n    take(v, held, thread, 0)",
+        "    take(v, held, thread, 0)",
+    ),
+}
+
+
+@emulator
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake, folder, tmp_path, generator):
+    file, right, wrong = MISTAKES[mistake]
+    shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")
+    text = (tmp_path / "csrc" / file).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    (tmp_path / "csrc" / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    case = half(random_case("ternary", 16, 256, 64))
+    layout = cuda_layout.build(*case.stored, "ternary", 64, 256)
+    y, basis = torch.randn(2, 1024, generator=generator), torch.randn(1024, 50, generator=generator)
+    unit, beta = torch.eye(50) * 1e-3, torch.arange(50.0)[:, None].expand(-1, 1024)
+    with emulated(folder, sources=tmp_path / "csrc"):
+        found = {
+            "untile.cu": lambda: cuda_calls.untile(layout, 0, 1, torch.bfloat16),
+            "cluster.cu": lambda: cuda.cluster_affine(y, basis, unit, torch.zeros(50, 1024), beta)[:, 0],
+            "rotate.cu": lambda: cuda.rotate(y, False).double(),
+        }[file]()
+    expected = {
+        "untile.cu": reference.dequantize(*case.stored, "ternary", 64, 256, torch.bfloat16),
+        "cluster.cu": (y @ basis).argmax(1).float(),
+        "rotate.cu": rotate(y.double(), False),
+    }[file]
+    assert not torch.allclose(found, expected, atol=1e-5)
 
 
 @emulator

@@ -21,7 +21,7 @@ struct Correction {
 
 constexpr int WARPS = THREADS / 32, COLUMNS = 8 * THREADS;
 constexpr int RUN = PROJECT ? PROJECT : 1, RUNS = 4 / RUN;  // of four numbers of the basis, those of one row
-constexpr int AHEAD = 4;  // reads of the basis that a thread has under way: 64 KB a block, more than the cache's delay holds
+constexpr int AHEAD = 3;  // reads of the basis that a thread has under way: 48 KB a block, more than the delay of a read holds
 
 DEVICE float sum_of_warp(float sum) {
 #pragma unroll
