@@ -27,21 +27,36 @@ BLOCKS = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (6, 8), (7,
 
 def measured(calls: list[Callable[[], Any]], device: torch.device, right: Right) -> Row:
     """{"us": microseconds a call}, or why it was not timed."""
+    calls[0]()  # the first use of a weight dequantizes it: a layout is built at the second, and only that way is timed
     launches = Launches()
     with launches.watch():
-        for _ in range(2):  # a layout is built at the second use of a weight
-            calls[0]()
+        calls[0]()
     unsure = launches.sources - right
     if unsure:
         return {"skipped": f"not found right: {', '.join(sorted(unsure))}"}
     return {"us": timed(calls, device)}
 
 
-def bandwidth(device: torch.device, right: Right) -> Iterator[Row]:
-    """Bytes a second of a copy (read and write), and cuBLAS's bfloat16 and int8 products."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+def memory(device: torch.device, count: int = 1 << 30) -> Iterator[Row]:
+    """Bytes a second of a copy (read and write), and of a sum (read only), of ``count`` float32 numbers.
+
+    The driver's copy and one by a kernel differ, and small ones are slower than what the memory can do, which is the best.
+    """
+    source = torch.randn(count, device=device)
     target = torch.empty_like(source)
-    yield {"copy_tb_s": 2 * source.nbytes / timed([lambda: target.copy_(source)] * 4, device) / 1e6}
+    found = {
+        "driver": timed([lambda: target.copy_(source)] * 2, device),
+        "kernel": timed([lambda: torch.neg(source, out=target)] * 2, device),
+    }
+    rates = {way: 2 * source.nbytes / taken / 1e6 for way, taken in found.items()}
+    yield {"copy_tb_s": max(rates.values()), **rates}
+    reading: tuple[Callable[[], Any], ...] = (source.sum, source.amax, lambda: source.view(1 << 14, -1).sum(1))
+    yield {"read_tb_s": source.nbytes / min(timed([call] * 2, device) for call in reading) / 1e6}
+
+
+def bandwidth(device: torch.device, right: Right) -> Iterator[Row]:
+    """Bytes a second of the memory, and cuBLAS's bfloat16 and int8 products."""
+    yield from memory(device)
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     yield {"bf16_tflop_s": 2 * 8192**3 / timed([lambda: a @ a] * 4, device) / 1e6}
     b = a.to(torch.int8)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import transformers
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -16,8 +15,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .checkpoint import variant_option
-from .row_files import FILE_TYPES, read_file
 from .whole import check_whole
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # What the class name of a model ends in, and the Auto class of its task.
 AUTO_CLASSES = {
@@ -171,6 +172,9 @@ def read_rows(file: str, column: str | None = None, limit: int | None = None) ->
     Raises:
         ValueError: the file does not exist, has another type, is empty, or has no such column.
     """
+    # It brings the library that reads data files, which takes longer to import than all the rest of the package.
+    from .row_files import FILE_TYPES, read_file
+
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--dataset: there is no file {file}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..model_inputs import ModelInputs, text_config
@@ -59,7 +59,7 @@ def _image_size(model: Any, source: str | None) -> tuple[int, int]:
     size = getattr(model.config, "image_size", None)
     if size is None and source is not None:
         processor = load_processor(source)
-        blank = Image.new("RGB", (320, 320))
+        blank = np.zeros((320, 320, 3), np.uint8)
         size = (
             None
             if processor is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -30,7 +31,7 @@ FORMS = {
     "rows": struct.Struct("3P2i2f0P"),
     "weight": struct.Struct("5P7i2f0P"),
     "untile": struct.Struct("7P7i2f0P"),
-    "rotate": struct.Struct("2P2i1f0P"),
+    "rotate": struct.Struct("2P3i1f0P"),
     "cluster": struct.Struct("7P3i0P"),
 }
 
@@ -267,7 +268,7 @@ def correct(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, b
     if y.dtype not in TYPES:
         raise Unserved(f"cluster_affine takes {', '.join(map(str, TYPES))}, not {y.dtype}")
     width, rank = y.shape[-1], centroids.shape[1]
-    rows = y.reshape(-1, width).contiguous()
+    rows = aligned(y.reshape(-1, width))
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not out.numel():
         return out
@@ -276,13 +277,14 @@ def correct(y: Tensor, basis: Tensor | None, centroids: Tensor, gamma: Tensor, b
         and width <= cuda_table.PROJECT_WIDTH
         and rank <= cuda_table.PROJECT_RANK
     )
-    held = [t.float().contiguous() for t in (centroids, gamma, beta)]
-    basis = None if basis is None else basis.float().contiguous()
+    held = [aligned(t.float()) for t in (centroids, gamma, beta)]
+    basis = None if basis is None else aligned(basis.float())
     projected = None if basis is None or inside else rows.float() @ basis
-    project = basis is not None and inside
-    variant = Variant("cluster", (("TYPE", TYPES[y.dtype]), ("PROJECT", int(project))))
+    project = math.gcd(rank, 4) if basis is not None and inside else 0
+    threads = cuda_table.PROJECT_THREADS if project else min(_threads_of_eight(width), cuda_table.CLUSTER_THREADS)
+    variant = Variant("cluster", (("TYPE", TYPES[y.dtype]), ("THREADS", threads), ("PROJECT", project)))
     arguments = (rows, basis if project else None, projected, *held, out, width, rank, len(centroids))
-    _launch(variant, y.device, (rows.shape[0], 1), (cuda_table.CLUSTER_THREADS, 1), arguments)
+    _launch(variant, y.device, (rows.shape[0], 1), (threads, 1), arguments)
     return out
 
 
@@ -302,15 +304,20 @@ def rotate(x: Tensor, inverse: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    fitting = 1 << max(0, -(-columns // 8) - 1).bit_length()
-    threads = max(32, size // 8, min(fitting, cuda_table.ROTATE_THREADS))
-    segments = -(-columns // (8 * threads))
+    threads = max(size // 8, min(_threads_of_eight(columns), cuda_table.ROTATE_THREADS))
+    segments, rows = -(-columns // (8 * threads)), x.numel() // columns
     names = ("LOG", "TYPE", "INVERSE", "THREADS")
     values = (size.bit_length() - 1, TYPES[x.dtype], int(inverse), threads)
-    arguments = (x, out, columns, segments, size**-0.5)
-    grid = (x.numel() // columns * segments, 1)
-    _launch(Variant("rotate", tuple(zip(names, values, strict=True))), x.device, grid, (threads, 1), arguments)
+    arguments = (x, out, rows, columns, segments, size**-0.5)
+    blocks = segments * cuda_table.blocks_of_rows(rows, segments, threads, cuda_driver.processors(x.device))
+    variant = Variant("rotate", tuple(zip(names, values, strict=True)))
+    _launch(variant, x.device, (blocks, 1), (threads, 1), arguments)
     return out
+
+
+def _threads_of_eight(columns: int) -> int:
+    """Threads of a block that takes a row at once, eight columns each: a power of two, whole warps."""
+    return max(32, 1 << max(0, -(-columns // 8) - 1).bit_length())
 
 
 def _launch(

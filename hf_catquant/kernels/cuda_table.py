@@ -23,12 +23,17 @@ TALL_TOKENS = (
 # Dequantized at a time. 24 MB would stay in the second-level cache (50 MB on an H200), but 1536 rows of 8192 columns fill
 # the multiprocessors one and a half times, and 4096 rows nearly four times: less of them idle.
 DENSE_BYTES = 64 << 20
-PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256  # of a correction that projects inside its one kernel
-CLUSTER_THREADS = ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
+# Of a correction that projects inside its one kernel. Each row's block reads the whole basis from the second-level cache,
+# which serves one multiprocessor with 100 GB/s and all of them with 5 TB/s: more rows than these are cuBLAS's.
+PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256
+PROJECT_THREADS = 1024  # of a block: many reads have to be under way; and a thread has eight columns
+CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a thread of the usual widths
+ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
-UNTILE_WARPS = 4
 GROUP_STAGES = 4  # of x in shared memory, in products of warp groups
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
+RESIDENT_THREADS = 2048  # of a multiprocessor
+UNTILE_WARPS = 8
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -45,6 +50,13 @@ def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors
     while warps > 1 and warps // 2 >= chunks:
         warps //= 2
     return tiles, warps
+
+
+def blocks_of_rows(rows: int, segments: int, threads: int, processors: int) -> int:
+    """Blocks for each of ``segments`` parts of ``rows`` rows: as many as run at a time, where all get as many rows."""
+    at_once = processors * max(1, RESIDENT_THREADS // threads)
+    turns = -(-rows * segments // at_once)
+    return -(-rows // turns)
 
 
 class Launch(NamedTuple):

@@ -60,8 +60,11 @@ def shape_of(rows: int, bits: int, group_steps: int) -> cuda_layout.Layout:
 def others() -> dict[str, Variant]:
     made = {
         "rows": Variant("rows", (("TYPE", 0), ("AFFINE", 1))),
-        "cluster": Variant("cluster", (("TYPE", 0), ("PROJECT", 1))),
+        "cluster": Variant("cluster", (("TYPE", 0), ("THREADS", 512), ("PROJECT", 0))),
     }
+    for run in (1, 2, 4):
+        constants = (("TYPE", 0), ("THREADS", cuda_table.PROJECT_THREADS), ("PROJECT", run))
+        made[f"cluster {run}"] = Variant("cluster", constants)
     for log, threads in ((8, 128), (12, 512), (13, 1024)):
         names, values = ("LOG", "TYPE", "INVERSE", "THREADS"), (log, 0, 0, threads)
         made[f"rotate {log}"] = Variant("rotate", tuple(zip(names, values, strict=True)))

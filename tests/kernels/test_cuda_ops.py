@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
 from hf_catquant.formats import FORMATS, Format
-from hf_catquant.kernels import cuda, cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
+from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table, reference
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS
@@ -79,12 +80,34 @@ def test_embedding_of_a_row_that_is_not_there_stops(wrong, device):
 def test_cluster_affine(dtype, projected, fused, device, generator, monkeypatch):
     if not fused:
         monkeypatch.setattr(cuda_table, "PROJECT_ROWS", 0)
-    y = torch.randn(2, 5, 70, generator=generator).to(dtype)
-    basis = torch.randn(70, 40, generator=generator) if projected else None
-    centroids = torch.randn(11, 40 if projected else 70, generator=generator)
-    gamma, beta = torch.randn(2, 11, 70, generator=generator)
-    arguments = (y, basis, centroids, gamma, beta)
-    assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+    for width, rank in ((70, 40), (4136, 40)) if dtype == torch.float16 else ((70, 40), (72, 40)):
+        y = torch.randn(2, 5, width, generator=generator).to(dtype)
+        basis = torch.randn(width, rank, generator=generator) if projected else None
+        centroids = torch.randn(11, rank if projected else width, generator=generator)
+        gamma, beta = torch.randn(2, 11, width, generator=generator)
+        arguments = (y, basis, centroids, gamma, beta)
+        assert torch.equal(cuda.cluster_affine(*arguments), reference.cluster_affine(*arguments))
+
+
+@emulator
+@pytest.mark.parametrize(
+    ("width", "rank"), [(1, 1), (3, 1), (7, 2), (5, 3), (40, 256), (2003, 33), (1024, 50), (8192, 6), (1000, 255)]
+)
+def test_a_projection_inside_the_kernel(width, rank, device, generator):
+    """One cluster a component: the nearest is the largest component of z, so that every one of them is looked at."""
+    y, basis = torch.randn(6, width, generator=generator), torch.randn(width, rank, generator=generator)
+    z = y.double() @ basis.double()
+    beta = torch.arange(1.0, rank + 1)[:, None].expand(-1, width).contiguous()
+    unit = torch.eye(rank) * 1e-3  # much shorter than z: the nearest is the one that points its way
+    out = cuda.cluster_affine(y, basis, unit, torch.zeros(rank, width), beta)
+    assert torch.equal(out, (z.argmax(1) + 1.0).float()[:, None].expand_as(out))
+    for component in range(0, rank, max(1, rank // 3)):  # and its value: on one side of a plane, then on the other
+        value = z[0, component].item()
+        for side in (-1, 1):
+            pair = torch.zeros(2, rank)
+            pair[0, component], pair[1, component] = value + side * 1e-3 - 1, value + side * 1e-3 + 1
+            out = cuda.cluster_affine(y[:1], basis, pair, torch.zeros(2, width), torch.eye(2)[:, :1].expand(-1, width))
+            assert bool((out == (side > 0)).all()), (component, side)
 
 
 @emulator
@@ -208,6 +231,14 @@ def test_rotate(columns, inverse, device, generator):
 
 
 @emulator
+@pytest.mark.parametrize(("rows", "columns"), [(500, 96), (500, 7), (7, 8192), (41, 2080)])
+def test_a_block_rotates_several_rows(rows, columns, device, generator, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "processors", lambda device: 1)
+    x = torch.randn(rows, columns, generator=generator)
+    torch.testing.assert_close(cuda.rotate(x, False).double(), rotate(x.double(), False), rtol=1e-6, atol=3e-6)
+
+
+@emulator
 def test_rotations_that_a_block_does_not_hold_are_left_to_the_reference(device, monkeypatch):
     x = torch.ones(1, 1 << 14)
     assert torch.equal(cuda.rotate(x, False), reference.rotate(x, False))
@@ -217,15 +248,63 @@ def test_rotations_that_a_block_does_not_hold_are_left_to_the_reference(device, 
 
 
 @emulator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "group_size"), [("binary", 256), ("ternary", 32), ("int3", 64), ("int4", -1), ("int8", 128)]
+    ("name", "group_size"),
+    [
+        *(("binary", size) for size in (32, 128, 256)),
+        *(("ternary", 32), ("int2", 128), ("ternary", 512), ("int3", 64)),
+        *(("int4", -1), ("int4", 32), ("int8", 128), ("int8", 32)),
+    ],
 )
-def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, device):
+def test_tiles_become_the_weight_of_the_reference_bit_for_bit(name, group_size, dtype, device):
     case = half(random_case(name, 40, 520, group_size))
     layout = cuda_layout.build(*case.stored, name, group_size, 520)
-    expected = reference.dequantize(*case.stored, name, group_size, 520, torch.bfloat16)
-    assert torch.equal(cuda_calls.untile(layout, 0, 3, torch.bfloat16), expected)
-    assert torch.equal(cuda_calls.untile(layout, 1, 2, torch.bfloat16), expected[16:32])
+    expected = reference.dequantize(*case.stored, name, group_size, 520, dtype)
+    assert torch.equal(cuda_calls.untile(layout, 0, 3, dtype), expected)
+    assert torch.equal(cuda_calls.untile(layout, 1, 2, dtype), expected[16:32])
+
+
+MISTAKES = {
+    "side of a pair": ("untile.cu", "FIELDS > 1 ? BITS * side : 0", "0"),
+    "other row": ("untile.cu", "* 8 + (even >> 2) + i % 2", "* 8 + (even >> 2)"),
+    "group of a pair": ("untile.cu", "values[(turn + APART) / GROUP_PAIRS]", "values[turn / GROUP_PAIRS]"),
+    "y not waited for": ("cluster.cu", "sync_block();  // y is there", ""),
+    "y overwritten": ("cluster.cu", "sync_block();  // nobody reads y any more", ""),
+    "rows of a turn": ("cluster.cu", "y[i] += AHEAD * rows", "y[i] += rows"),
+    "exchange not waited for": ("rotate.cu", "        sync_block();\n        low = ", "        low = "),
+    "eight columns not waited for": (
+        "rotate.cu",
+        "    sync_block();\n    take(v, held, thread, 0)",
+        "    take(v, held, thread, 0)",
+    ),
+}
+
+
+@emulator
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake, folder, tmp_path, generator):
+    file, right, wrong = MISTAKES[mistake]
+    shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")
+    text = (tmp_path / "csrc" / file).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    (tmp_path / "csrc" / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    case = half(random_case("ternary", 16, 256, 64))
+    layout = cuda_layout.build(*case.stored, "ternary", 64, 256)
+    y, basis = torch.randn(2, 1024, generator=generator), torch.randn(1024, 50, generator=generator)
+    unit, beta = torch.eye(50) * 1e-3, torch.arange(50.0)[:, None].expand(-1, 1024)
+    with emulated(folder, sources=tmp_path / "csrc"):
+        found = {
+            "untile.cu": lambda: cuda_calls.untile(layout, 0, 1, torch.bfloat16),
+            "cluster.cu": lambda: cuda.cluster_affine(y, basis, unit, torch.zeros(50, 1024), beta)[:, 0],
+            "rotate.cu": lambda: cuda.rotate(y, False).double(),
+        }[file]()
+    expected = {
+        "untile.cu": reference.dequantize(*case.stored, "ternary", 64, 256, torch.bfloat16),
+        "cluster.cu": (y @ basis).argmax(1).float(),
+        "rotate.cu": rotate(y.double(), False),
+    }[file]
+    assert not torch.allclose(found, expected, atol=1e-5)
 
 
 @emulator

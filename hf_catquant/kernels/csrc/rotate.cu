@@ -1,7 +1,8 @@
 // R x or R^T x of each row, R = blockdiag(H_p, ..., H_p) diag(s): rotation.py, with the sums in another order.
 //
-// A block of THREADS threads rotates 8 * THREADS columns of a row, whole runs of p. A thread holds 8 values whose columns
-// differ in three bits and adds and subtracts along these; through shared memory it comes to the next three.
+// A block of THREADS threads rotates 8 * THREADS columns of a row, whole runs of p, then the same columns of others. A thread
+// holds 8 values whose columns differ in three bits and adds and subtracts along these; through shared memory it comes to
+// the next three, and in the end to eight columns in a row again, which it read and writes at once.
 //
 // Constants: LOG: log2(p), at most 13; TYPE of x and out (0 bfloat16, 1 float16, 2 float32); INVERSE: R^T x; THREADS.
 #include "numbers.cuh"
@@ -9,8 +10,8 @@
 struct Rotation {
     const void* x;  // (M, columns)
     void* out;      // (M, columns)
-    int columns, segments;  // segments of a row
-    float norm;             // 1 / sqrt(p)
+    int rows, columns, segments;  // M; segments of a row
+    float norm;                   // 1 / sqrt(p)
 };
 
 constexpr int SPAN = 8 * THREADS;
@@ -28,12 +29,35 @@ DEVICE float sign(u32 k) {
     return h & 1 ? -1.0f : 1.0f;
 }
 
-// Eight words between runs of 64 keep threads that read at once on different banks.
-DEVICE int slot(int i) { return i + i / 64 * 8; }
+// Eight words between runs of 64 keep threads that read at once on different banks. Where a and b have no bit in common,
+// slot(a + b) is slot(a) + slot(b): below, one address and a constant for each value.
+DEVICE constexpr int slot(int i) { return i + i / 64 * 8; }
 
-// The column, within the block's, of value j of a thread whose values differ in bits LOW, LOW + 1 and LOW + 2.
-DEVICE int column_of(int thread, int low, int j) {
-    return (thread >> low << (low + 3)) + (j << low) + (thread & ((1 << low) - 1));
+// Where value 0 is of a thread whose values differ in bits low, low + 1 and low + 2 of their columns; value j is at
+// slot(j << low) from it, and no other thread has them.
+DEVICE float* place(float* held, int thread, int low) {
+    return held + slot((thread >> low << (low + 3)) + (thread & ((1 << low) - 1)));
+}
+
+DEVICE void put(float* held, int thread, int low, const float (&v)[8]) {
+    float* at = place(held, thread, low);
+    if (low == 0) {
+        ((float4*)at)[0] = float4{v[0], v[1], v[2], v[3]}, ((float4*)at)[1] = float4{v[4], v[5], v[6], v[7]};
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) at[slot(j << low)] = v[j];
+}
+
+DEVICE void take(float (&v)[8], float* held, int thread, int low) {
+    const float* at = place(held, thread, low);
+    if (low == 0) {
+        float4 a = ((const float4*)at)[0], b = ((const float4*)at)[1];
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = at[slot(j << low)];
 }
 
 // Sums and differences along those of bits low, low + 1, low + 2 of the columns that H_p has, from bit `next` on.
@@ -50,53 +74,55 @@ DEVICE void butterfly(float (&v)[8], int low, int next) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) rotate(const Rotation p) {
-    __shared__ float4 shared[LOG > 3 ? (SPAN + SPAN / 8) / 4 : 1];
-    let_next_begin();
-    wait_for_inputs();
-    float* held = (float*)shared;
-    const size_t row = blockIdx.x / (u32)p.segments * (size_t)p.columns;
-    const int first = (int)(blockIdx.x % (u32)p.segments) * SPAN, thread = threadIdx.x;
-    const bool whole = p.columns % 8 == 0;
-    float v[8];
-    if (whole && first + 8 * thread < p.columns) {
-        read_eight(v, p.x, row + first + 8 * thread);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = first + 8 * thread + j < p.columns ? read_number(p.x, row + first + 8 * thread + j) : 0.0f;
-    }
-    if (!INVERSE)
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] *= sign(first + 8 * thread + j);
+// H_p of the runs of a block's columns, eight that follow each other a thread, not normalized.
+DEVICE void transform(float (&v)[8], float* held, int thread) {
     butterfly(v, 0, 0);
     int low = 0;
 #pragma unroll
     for (int next = 3; next < LOG; next += 3) {
-        if (low == 0) {
-            float4* at = shared + slot(8 * thread) / 4;
-            at[0] = float4{v[0], v[1], v[2], v[3]}, at[1] = float4{v[4], v[5], v[6], v[7]};
-        } else {
-#pragma unroll
-            for (int j = 0; j < 8; j++) held[slot(column_of(thread, low, j))] = v[j];  // where it read from, alone
-        }
+        put(held, thread, low, v);  // where this thread read from
         sync_block();
         low = next < LOG_SPAN - 3 ? next : LOG_SPAN - 3;
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = held[slot(column_of(thread, low, j))];
+        take(v, held, thread, low);
         butterfly(v, low, next);
     }
+    if (LOG <= 3) return;
+    put(held, thread, low, v);
+    sync_block();
+    take(v, held, thread, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) rotate(const Rotation p) {
+    __shared__ float4 shared[LOG > 3 ? (SPAN + SPAN / 8) / 4 : 1];
+    let_next_begin();
+    const int thread = threadIdx.x, first = (int)(blockIdx.x % (u32)p.segments) * SPAN + 8 * thread;
+    const int left = p.columns - first, step = gridDim.x / (u32)p.segments;
+    const bool whole = p.columns % 8 == 0;
+    float factor[8];  // of this thread's columns: made once for all rows
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        v[j] *= p.norm;
-        if (INVERSE) v[j] *= sign(first + column_of(thread, low, j));
-    }
-    if (whole && low == 0) {
-        if (first + 8 * thread < p.columns) write_eight(p.out, row + first + 8 * thread, v);
-        return;
-    }
+    for (int j = 0; j < 8; j++) factor[j] = sign(first + j) * p.norm;
+    wait_for_inputs();
+    for (int row = blockIdx.x / (u32)p.segments; row < p.rows; row += step) {
+        const size_t at = (size_t)row * p.columns + first;
+        float v[8] = {};
+        if (whole) {
+            if (left > 0) read_eight(v, p.x, at);
+        } else {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        int k = first + column_of(thread, low, j);
-        if (k < p.columns) write_number(p.out, row + k, v[j]);
+            for (int j = 0; j < 8; j++)
+                if (j < left) v[j] = read_number(p.x, at + j);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] *= INVERSE ? 1 : factor[j];
+        transform(v, (float*)shared, thread);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] *= INVERSE ? factor[j] : 1;
+        if (whole) {
+            if (left > 0) write_eight(p.out, at, v);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (j < left) write_number(p.out, at + j, v[j]);
+        }
     }
 }

@@ -1,37 +1,128 @@
-// w_hat from tiles, rows side by side again, for a product of very many tokens: rounded as weight.cu rounds it. A warp
-// makes a chunk of a tile of 16 rows; a lane has eight columns of two rows in each step of 32.
+// w_hat from tiles, rows side by side again, for a product of very many tokens: rounded as weight.cu rounds it.
+//
+// A warp makes a chunk of a tile of 16 rows, 64 columns of four rows at a time: whole lines of 128 bytes, the most that one
+// write to the second-level cache takes. So of two steps of 32 columns the lanes of an even row make the first, those of the
+// odd row after it the second, of both rows: `side` of a pair of steps.
 #include "product.cuh"
 
-// Code of column c of a lane's eight in step s, of row r + 8 rh: see product.cuh.
-DEVICE u32 code_of(const uint4& word, int c, int s, int rh) {
-    return word_of(word, (c & 2) + rh) >> (8 * (c / 4 + 2 * (c & 1)) + BITS * s) & MASK;
+constexpr int PAIRS = STEPS / 2;
+constexpr int READS = FIELDS > 1 ? LOADS : LOADS / 2;  // of tiles: a pair of steps lies in one, or in two
+constexpr int GROUPS = FLUSH > 1 ? STEPS / FLUSH : PAIRS;  // that a lane has columns of
+constexpr bool TABLE = BITS <= 2 && TYPE < 2;  // a group of a row has four values at most, of 16 bits: they are looked up
+
+// What codes become in a group of a row: the lower and the upper bytes of the numbers of code 0, 1, 2 and 3.
+struct Values {
+    u32 low, high;
+    float scale, offset;  // instead, where nothing is looked up
+};
+
+DEVICE Values values_of(const Product& p, float scale, float offset) {
+    Values v = {0, 0, scale, offset};
+    if (!TABLE) return v;
+    u32 number[4] = {};
+#pragma unroll
+    for (int code = 0; code < 1 << BITS && code < 4; code++) {
+        const float value = add(multiply(p.level_step * (float)code + p.level_zero, scale), offset);
+        number[code] = TYPE == 1 ? float_to_f16(value) : float_to_bf16(value);
+    }
+    const u32 first = number[0] | number[1] << 16, second = number[2] | number[3] << 16;
+    v.low = byte_permute(first, second, 0x6420), v.high = byte_permute(first, second, 0x7531);
+    return v;
+}
+
+// Two columns of a step whose codes are in nibbles 0 and 2 of `codes`, and of the step four bits on, from nibbles 1 and 3.
+DEVICE u32 look_up(const Values& v, u32 codes) {
+    return byte_permute(byte_permute(v.low, 0, codes), byte_permute(v.high, 0, codes), 0x6240);
+}
+DEVICE u32 look_up_next(const Values& v, u32 codes) {
+    return byte_permute(byte_permute(v.low, 0, codes), byte_permute(v.high, 0, codes), 0x7351);
+}
+
+// level = step * number + zero of what number_of makes of a code.
+struct Levels {
+    float step, zero;
+};
+
+DEVICE Levels levels_of(const Product& p) {
+    return {p.level_step, p.level_zero - p.level_step * (BITS == 8 ? 8388608.0f : 128.0f)};
+}
+
+// The code in byte `byte` of `codes`, set into the mantissa of 128, or of 2^23 where it is longer than seven bits.
+DEVICE float number_of(u32 codes, int byte) {
+    return bits_to_float(BITS == 8 ? byte_permute(codes, 0x4b000000u, 0x7440 + byte)
+                                   : byte_permute(codes, 0x43000000u, 0x7044 | byte << 8));
+}
+
+// Four words of a tile with the bytes of columns that follow each other side by side, and this lane's step in front.
+DEVICE uint4 in_order(uint4 word, int shift) {
+    return {byte_permute(word.x >> shift, 0, 0x3120), byte_permute(word.y >> shift, 0, 0x3120),
+            byte_permute(word.z >> shift, 0, 0x3120), byte_permute(word.w >> shift, 0, 0x3120)};
+}
+
+// Eight columns of a row: bits `shift` of the bytes of two words are their codes, 0 1 4 5 and 2 3 6 7.
+DEVICE void make_eight(void* out, const Levels& levels, const Values& v, u32 first, u32 second, int shift, size_t at) {
+    const u32 a = first >> shift & MASK * 0x01010101u, b = second >> shift & MASK * 0x01010101u;
+    float value[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+        const float level = levels.step * number_of(c & 2 ? b : a, 2 * (c / 4) + (c & 1)) + levels.zero;
+        value[c] = add(multiply(level, v.scale), v.offset);
+    }
+    write_eight(out, at, value);
+}
+
+// The same of two pairs of steps, whose codes are four bits apart.
+DEVICE void look_up_sixteen(u32 first, u32 second, const Values& a, const Values& b, uint4& made, uint4& next) {
+    const u32 keep = MASK * 0x1111u, codes[4] = {first & keep, second & keep, first >> 16 & keep, second >> 16 & keep};
+    made = {look_up(a, codes[0]), look_up(a, codes[1]), look_up(a, codes[2]), look_up(a, codes[3])};
+    next = {look_up_next(b, codes[0]), look_up_next(b, codes[1]), look_up_next(b, codes[2]), look_up_next(b, codes[3])};
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) untile(const Product p) {
     let_next_begin();
-    const int lane = threadIdx.x, chunk = blockIdx.y * WARPS + threadIdx.y;
+    const int lane = threadIdx.x, chunk = blockIdx.y * WARPS + threadIdx.y, side = lane >> 2 & 1, even = lane & ~4;
     if (chunk >= p.chunks) return;
-    Cursor cursor = start(p, blockIdx.x, chunk, lane);
-    Codes codes;
-    read_codes<1>(codes, cursor, true);
-    Pairs pairs;
+    const uint4* tiles = p.tiles + ((size_t)blockIdx.x * (u32)p.chunks + (u32)chunk) * (LOADS * 32) + even;
+    uint4 word[READS][2];
+    Values values[GROUPS][2][2];
+#pragma unroll
+    for (int i = 0; i < 2 * READS; i++)
+        word[i / 2][i % 2] = read_weight(tiles + (FIELDS > 1 ? i / 2 : i / 2 * 2 + side) * 32 + i % 2 * 4);
+#pragma unroll
+    for (int i = 0; i < 2 * GROUPS; i++) {
+        const u32 group = group_of(chunk, FLUSH > 1 ? i / 2 : i / 2 * 2 + side);
+        const u32 at = (blockIdx.x * (u32)p.groups + group) * 8 + (even >> 2) + i % 2;
+        const Pairs pairs = pairs_of(read_weight((const RawPairs*)p.scales + at));
+#pragma unroll
+        for (int rh = 0; rh < 2; rh++) values[i / 2][i % 2][rh] = values_of(p, pairs.scale[rh], pairs.offset[rh]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * READS; i++) word[i / 2][i % 2] = in_order(word[i / 2][i % 2], FIELDS > 1 ? BITS * side : 0);
+
+    const Levels levels = levels_of(p);
     wait_for_inputs();
+    constexpr int APART = PAIRS / 2, GROUP_PAIRS = PAIRS / GROUPS;
+    const int k = chunk * CHUNK + 32 * side + 8 * (lane & 3), n = (int)blockIdx.x * 16 + (even >> 2);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        if (step % FLUSH == 0) pairs = read_pairs(p, cursor, 0, group_of(chunk, step / FLUSH));
-        const int k = chunk * CHUNK + 32 * step + 8 * (lane & 3);
-        if (k >= p.columns) continue;
+    for (int turn = 0; turn < APART; turn++) {
+        const int k0 = k + 64 * turn, k1 = k0 + 64 * APART, shift = 2 * BITS * turn;
 #pragma unroll
-        for (int rh = 0; rh < 2; rh++) {
-            const int n = (int)blockIdx.x * 16 + (lane >> 2) + 8 * rh;
-            if (n >= p.rows) continue;
-            float value[8];
-#pragma unroll
-            for (int c = 0; c < 8; c++) {
-                float level = p.level_step * (float)code_of(codes.word[0][step / FIELDS], c, step % FIELDS, rh) + p.level_zero;
-                value[c] = add(multiply(level, pairs.scale[rh]), pairs.offset[rh]);
+        for (int row = 0; row < 4; row++) {
+            const int odd = row & 1, rh = row >> 1;
+            if (n + odd + 8 * rh >= p.rows) continue;
+            const Values &a = values[turn / GROUP_PAIRS][odd][rh], &b = values[(turn + APART) / GROUP_PAIRS][odd][rh];
+            const uint4 &now = word[0][odd], &then = word[READS - 1][odd];
+            const size_t at = (size_t)(n + odd + 8 * rh) * p.columns + k0;
+            if (TABLE) {
+                uint4 made, next;
+                look_up_sixteen(word_of(now, rh) >> shift, word_of(now, 2 + rh) >> shift, a, b, made, next);
+                if (k0 < p.columns) write((uint4*)((u16*)p.out + at), made);
+                if (k1 < p.columns) write((uint4*)((u16*)p.out + at + 64 * APART), next);
+                continue;
             }
-            write_eight(p.out, (size_t)n * p.columns + k, value);
+            const int further = READS > 1 ? shift : shift + 2 * BITS * APART;
+            if (k0 < p.columns) make_eight(p.out, levels, a, word_of(now, rh), word_of(now, 2 + rh), shift, at);
+            if (k1 < p.columns) make_eight(p.out, levels, b, word_of(then, rh), word_of(then, 2 + rh), further, at + 64 * APART);
         }
     }
 }
