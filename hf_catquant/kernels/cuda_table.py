@@ -36,21 +36,20 @@ class Shape(NamedTuple):
 
     tiles: int
     warps: int
-    ahead: int = 2
+    ahead: int = 1
     at_once: int = 1
 
 
-# Sums and codes under way of 16 warps fit the registers of a multiprocessor with up to 4 row tiles, with more those of 8.
-SPLIT_SHAPES = (Shape(1, 16), Shape(2, 16), Shape(4, 16), Shape(7, 8))
-STAGING = 3  # what a warp does besides for each chunk, x above all, in row tiles: counted in machine code
+SPLIT_SHAPES = (Shape(1, 16), Shape(2, 16), Shape(2, 8), Shape(4, 16), Shape(4, 8), Shape(7, 8))
 
 
-def split_shape(row_tiles: int, bits: int, tokens: int, chunks: int, processors: int) -> Shape:
+def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks: int, processors: int) -> Shape:
     """The shape with which the busiest multiprocessor has least to do: all of them get whole blocks.
 
     Args:
         row_tiles: of the weight; chunks: turns along k.
         bits: of a code in a tile.
+        group_steps: columns that share a scale, in steps of 32, 0 for whole rows.
         tokens: of a block: 1, 2 or 4.
         processors: multiprocessors of the device.
     """
@@ -58,14 +57,20 @@ def split_shape(row_tiles: int, bits: int, tokens: int, chunks: int, processors:
     def work(shape: Shape) -> int:
         blocks = -(-row_tiles // shape.tiles)
         turns = -(-chunks // shape.warps) * shape.warps
-        return -(-blocks // processors) * turns * (shape.tiles + STAGING)
+        # x of a chunk takes a warp as long as some row tiles, and a tile of several tokens longer: counted in machine code.
+        return -(-blocks // processors) * turns * (shape.tiles + 3 - tokens // 2)
 
-    tiles, warps, ahead, at_once = min((s for s in SPLIT_SHAPES if s.tiles * tokens * bits <= 32), key=work)
+    # What fits the registers of a multiprocessor, as NVRTC finds: sums first, then codes under way.
+    most = 64 if bits == 8 or (bits == 1 and (tokens > 1 or group_steps == 1)) else 128
+    shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
+    tiles, warps = shape.tiles, shape.warps
+    codes = 4 * tiles * max(1, bits // 2)
+    ahead = 2 if tokens == 1 and group_steps not in (1, 2) and 2 * codes * warps <= 512 else 1
     if bits == 1 and tokens == 4:
         warps = min(warps, 8)  # or x of two chunks of 256 columns would take more than 48 KB
     while warps > 1 and warps // 2 >= chunks:
         warps //= 2
-    return Shape(tiles, warps, ahead if bits < 8 else 1, at_once)
+    return Shape(tiles, warps, ahead)
 
 
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
@@ -137,7 +142,7 @@ def _few(
 ) -> Launch:
     """split8, product8 and product16."""
     if split:
-        tiles, warps, ahead, at_once = split_shape(row_tiles, bits, split, chunks, processors)
+        tiles, warps, ahead, at_once = split_shape(row_tiles, bits, group_steps, split, chunks, processors)
         values = (bits, group_steps, scale32, dtype, tiles, 1, warps)
         more = (("TOKENS", split), ("AHEAD", ahead), ("BLOCKS", at_once))
         variant = Variant("split8", (*zip(NAMES, values, strict=True), *more))

@@ -25,6 +25,7 @@ constexpr int STAGE = COLUMNS * STAGE_STRIDE;
 constexpr int VALUES = SETS * 2, PARTS = WARPS * VALUES * 32;
 constexpr int LARGEST = 127 * 128;
 constexpr int TURNS = AHEAD == 1 ? 2 : AHEAD;  // chunks that the loop goes through at a time: stages take turns in twos
+static_assert(TURNS % 2 == 0, "x of two chunks is staged in turn");
 constexpr bool EARLY = GROUPS_IN_CHUNK <= 2;   // scales are asked for with their codes; more of them, when they are wanted
 
 struct Weights {  // of a chunk
