@@ -177,7 +177,7 @@ def record(names: list[str], processors: int, compile_for: int | None) -> Launch
                 for _ in CHECKS[name](device, False):
                     pass
             elif name not in ("sanitizer", "peers", "bandwidth"):
-                for _ in STAGES[name](device, launches.sources | {"product8", "product16", "gemm"}):
+                for _ in STAGES[name](device, launches.sources | {"split8", "product8", "product16", "gemm"}):
                     pass
     if compile_for is not None:
         start = time.time()

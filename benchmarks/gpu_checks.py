@@ -64,7 +64,7 @@ def product_cases(
 
 
 def few(device: torch.device, quick: bool) -> Iterator[Row]:
-    """product8.cu and product16.cu."""
+    """split8.cu, product8.cu and product16.cu."""
     shapes, counts = (SMALL[:1], (1, 5)) if quick else ((*SMALL, LARGE), (1, 2, 3, 4, 5, 6, 7, 8))
     yield from product_cases(device, counts, shapes)
 

@@ -32,7 +32,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gpu_instructions.json"
 # An H200: 4.3 TB/s of measured bandwidth, 132 multiprocessors at 1.755 GHz, 128 lanes issued a clock.
 BYTES_A_CLOCK = 4.3e12 / (132 * 1.755e9)
 LANES_A_CLOCK = 128
-LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def loop(image: bytes) -> list[str]:
         found = LINE.match(line)
         if found is None:
             continue
-        names.append(found.group(1))
-        target = re.search(r"\.L_x_\d+", found.group(2))
-        if found.group(1).startswith("BRA") and target is not None and target.group() in labels:
+        condition, name, rest = found.groups()
+        names.append(name)
+        target = re.search(r"\.L_x_\d+", rest)
+        # Without a condition it is the way back from a warp's meeting, which is written down behind the kernel.
+        if condition and name.startswith("BRA") and target is not None and target.group() in labels:
             body = names[labels[target.group()] :]
             if any("MMA" in name for name in body) and (not best or len(body) < len(best)):
                 best = body
@@ -92,13 +94,12 @@ def loop(image: bytes) -> list[str]:
     return best
 
 
-def count(kernel: str, bits: int, group: int, arch: int, split: int = 0) -> Count:
-    """Count one product: 4 row tiles (2 with 8 bits), 8 warps, float16 scales for each ``group`` (-1: row)."""
+def count(kernel: str, bits: int, group: int, arch: int, tokens: int = 8) -> Count:
+    """Count one product: 4 row tiles (2 with 8 bits), 8 warps (16 of split8), float16 scales a ``group`` (-1: row)."""
     tiles = 2 if bits == 8 else 4
     constants = [("BITS", bits), ("GROUP_STEPS", 0 if group == -1 else group // 32), ("SCALE32", 0), ("TYPE", 0)]
-    constants += [("MT", tiles), ("NT", 1), ("WARPS", 8)]
-    if kernel == "product8":
-        constants += [("SPLIT", int(split > 0)), ("TOKENS", split or 8)]
+    constants += [("MT", tiles), ("NT", 1), ("WARPS", 16 if kernel == "split8" else 8)]
+    constants += [("AHEAD", 2 if kernel == "split8" else cuda_table.FEW_AHEAD), ("TOKENS", tokens), ("BLOCKS", 1)]
     made = cuda_compile.compile_variant(Variant(kernel, tuple(constants)), arch)
     registers, _ = cuda_compile.budget(made.log)
     body = Counter(name.split(".")[0] for name in loop(made.image))
@@ -107,7 +108,7 @@ def count(kernel: str, bits: int, group: int, arch: int, split: int = 0) -> Coun
     instructions = body.total() / (turns * tiles * 16 * chunk_width(bits) / 32)
     bytes_a_code = bits / 8 + (4 / group if group > 0 else 0)
     ceiling = LANES_A_CLOCK / instructions * bytes_a_code / BYTES_A_CLOCK
-    what = f"{split} x 16-bit" if split else "8-bit" if kernel == "product8" else "up to 8 x 16-bit"
+    what = f"{tokens} x 16-bit" if kernel == "split8" else "8-bit" if kernel == "product8" else "up to 8 x 16-bit"
     return Count(kernel, bits, group, what, registers, round(instructions, 2), round(ceiling, 2))
 
 
@@ -146,7 +147,7 @@ def table(arch: int) -> list[Count]:
         for bits in (1, 2, 4, 8)
         for group in (128, -1)
         for made in (
-            count("product8", bits, group, arch, split=1),
+            count("split8", bits, group, arch, tokens=1),
             count("product16", bits, group, arch),
             count("product8", bits, group, arch),
         )

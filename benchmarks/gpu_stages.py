@@ -21,8 +21,19 @@ from hf_catquant.kernels import cuda_calls, cuda_layout, cuda_table
 
 Row = dict[str, Any]
 Right = set[str]
-# Row tiles and warps of a block that are tried; the last ones hold too many sums for several column tiles.
-BLOCKS = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (6, 8), (7, 8), (8, 8))
+BLOCKS = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8))  # row tiles and warps of product16 that are tried
+# Of split8, with chunks under way and blocks of a multiprocessor.
+SPLIT_BLOCKS = (
+    *(
+        (tiles, warps, ahead, 1)
+        for ahead in (1, 2)
+        for tiles, warps in ((1, 16), (2, 16), (4, 8), (4, 16), (7, 8), (8, 8))
+    ),
+    *((tiles, warps, 2, 16 // warps) for tiles, warps in ((2, 8), (4, 4), (4, 8))),
+    *((tiles, 4, 2, 2) for tiles in (7, 8)),
+    *((tiles, 8, 1, 1) for tiles in (12, 14, 16)),
+    (2, 16, 4, 1),
+)
 
 
 def measured(calls: list[Callable[[], Any]], device: torch.device, right: Right) -> Row:
@@ -153,9 +164,13 @@ def launches(device: torch.device, right: Right) -> Iterator[Row]:
             for tokens in (1, 8, 16, 64):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                 calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
-                few = BLOCKS if tokens <= 4 else BLOCKS[:6]
-                for chosen in few if tokens <= 8 else (1, 2, 4, 8, 16):
-                    with mock.patch.object(cuda_table, "blocks" if tokens <= 8 else "cuts", lambda *_, c=chosen: c):
+                table: str
+                choices: tuple[Any, ...]
+                table, choices = "cuts", (1, 2, 4, 8, 16)
+                if tokens <= 8:
+                    table, choices = ("split_shape", SPLIT_BLOCKS) if tokens == 1 else ("blocks", BLOCKS)
+                for chosen in choices:
+                    with mock.patch.object(cuda_table, table, lambda *_, c=chosen: c):
                         cuda_table._few.cache_clear()
                         cuda_table._shared.cache_clear()
                         row = measured(calls, device, right)

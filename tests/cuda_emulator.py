@@ -26,6 +26,7 @@ HEADER = Path(__file__).parent / "kernels" / "emulator" / "emulator.h"
 ARGUMENTS = {
     "product16": "Product",
     "product8": "Product",
+    "split8": "Product",
     "gemm": "Product",
     "wgemm": "Product",
     "arrange": "Arrangement",
@@ -39,7 +40,7 @@ ARGUMENTS = {
 }
 PROCESSORS = 3  # of the device that is emulated: few, so that small matrices use every launch there is
 OUTPUTS = {
-    **dict.fromkeys(("product16", "product8", "gemm", "wgemm", "untile"), (6,)),
+    **dict.fromkeys(("product16", "product8", "split8", "gemm", "wgemm", "untile"), (6,)),
     "arrange": (1, 2, 3),
     "sums": (1,),
     "rotate": (1,),

@@ -23,6 +23,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # the constant 
 FORMS = {
     "product16": struct.Struct("7P7i2f0P"),
     "product8": struct.Struct("7P7i2f0P"),
+    "split8": struct.Struct("7P7i2f0P"),
     "gemm": struct.Struct("7P7i2f0P"),
     "wgemm": struct.Struct("7P7i2f0P"),
     "arrange": struct.Struct("4P3i2f0P"),

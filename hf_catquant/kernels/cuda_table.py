@@ -31,13 +31,56 @@ CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a t
 ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 GROUP_STAGES = 4  # of x in shared memory, in products of warp groups
+FEW_AHEAD = 1  # chunks under way to a warp of product8 and product16 while it multiplies another
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
 RESIDENT_THREADS = 2048  # of a multiprocessor
 UNTILE_WARPS = 8
 
 
+class Shape(NamedTuple):
+    """Of a block of split8: row tiles, warps, chunks under way to each warp, and blocks that a multiprocessor holds."""
+
+    tiles: int
+    warps: int
+    ahead: int = 1
+    at_once: int = 1
+
+
+SPLIT_SHAPES = (Shape(1, 16), Shape(2, 16), Shape(2, 8), Shape(4, 16), Shape(4, 8), Shape(7, 8))
+
+
+def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks: int, processors: int) -> Shape:
+    """The shape with which the busiest multiprocessor has least to do: all of them get whole blocks.
+
+    Args:
+        row_tiles: of the weight; chunks: turns along k.
+        bits: of a code in a tile.
+        group_steps: columns that share a scale, in steps of 32, 0 for whole rows.
+        tokens: of a block: 1, 2 or 4.
+        processors: multiprocessors of the device.
+    """
+
+    def work(shape: Shape) -> int:
+        blocks = -(-row_tiles // shape.tiles)
+        turns = -(-chunks // shape.warps) * shape.warps
+        # x of a chunk takes a warp as long as some row tiles, and a tile of several tokens longer: counted in machine code.
+        return -(-blocks // processors) * turns * (shape.tiles + 3 - tokens // 2)
+
+    # What fits the registers of a multiprocessor, as NVRTC finds: sums first, then codes under way.
+    most = 64 if bits == 8 or (bits == 1 and (tokens > 1 or group_steps == 1)) else 128
+    shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
+    tiles, warps = shape.tiles, shape.warps
+    codes = 4 * tiles * max(1, bits // 2)
+    ahead = 2 if tokens == 1 and group_steps not in (1, 2) and 2 * codes * warps <= 512 else 1
+    if bits == 1 and tokens == 4:
+        warps = min(warps, 8)  # or x of two chunks of 256 columns would take more than 48 KB
+    while warps > 1 and warps // 2 >= chunks:
+        warps //= 2
+    return Shape(tiles, warps, ahead)
+
+
 def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
-    """(row tiles of a block, warps of a block) of a product.
+    """(row tiles of a block, warps of a block) of product8 and product16.
 
     More row tiles use each activation more often, as long as nearly every multiprocessor still gets a block. More warps
     have more loads on the way where there are few blocks. Sums of more than 4 tiles (2 with 8 bits, or with several
@@ -117,14 +160,18 @@ def _few(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """product8 and product16."""
+    """split8, product8 and product16."""
+    if split:
+        tiles, warps, ahead, at_once = split_shape(row_tiles, bits, group_steps, split, chunks, processors)
+        values = (bits, group_steps, scale32, dtype, tiles, 1, warps)
+        more = (("TOKENS", split), ("AHEAD", ahead), ("BLOCKS", at_once))
+        variant = Variant("split8", (*zip(NAMES, values, strict=True), *more))
+        return Launch(variant, (-(-row_tiles // tiles), -(-tokens // split)), (32, warps))
     tiles, warps = blocks(row_tiles, bits, column_tiles, chunks, processors)
-    constants = tuple(zip(NAMES, (bits, group_steps, scale32, dtype, tiles, column_tiles, warps), strict=True))
-    held = split or 8 * column_tiles
-    source = "product8" if split or integer else "product16"
-    if source == "product8":
-        constants = (*constants, ("SPLIT", int(split > 0)), ("TOKENS", held))
-    return Launch(Variant(source, constants), (-(-row_tiles // tiles), -(-tokens // held)), (32, warps))
+    values = (bits, group_steps, scale32, dtype, tiles, column_tiles, warps)
+    constants = (*zip(NAMES, values, strict=True), ("AHEAD", FEW_AHEAD))
+    variant = Variant("product8" if integer else "product16", constants)
+    return Launch(variant, (-(-row_tiles // tiles), -(-tokens // (8 * column_tiles))), (32, warps))
 
 
 def group_shape(tokens: int, integer: bool) -> tuple[int, int, int]:

@@ -44,12 +44,12 @@ def test_right_answers_pass_and_wrong_ones_do_not(folder, monkeypatch, tmp_path)
     results, device = gpu.Results(tmp_path / "gpu.json"), torch.device("cpu")
     with emulated(folder):
         assert gpu.check("check few", device, results, quick=True)
-        assert set(results.held["right kernels"]) == {"product8", "product16", "rows"}
+        assert set(results.held["right kernels"]) == {"split8", "product8", "product16", "rows"}
         right = cuda_calls.multiply
         monkeypatch.setattr(cuda_calls, "multiply", lambda *a: right(*a) * 1.02)
         assert not gpu.check("check few", device, results, quick=True)
     assert results.held["check few"]["wrong"]
-    assert set(results.held["wrong kernels"]) == {"product8", "product16", "rows"}
+    assert set(results.held["wrong kernels"]) == {"split8", "product8", "product16", "rows"}
     assert gpu.Results(tmp_path / "gpu.json").held == json.loads(json.dumps(results.held))  # on disk
 
 
@@ -67,6 +67,7 @@ def test_every_stage_runs_where_nothing_does(monkeypatch):
     found = gpu.record([name for name in gpu.LIMITS if name not in gpu_checks.CHECKS], 132, None)
     assert found.sources >= {
         "product8",
+        "split8",
         "product16",
         "gemm",
         "sums",
@@ -138,7 +139,7 @@ def test_a_weight_costs_few_instructions():
     if module.disassembler() is None or not nvrtc_is_here():
         pytest.skip("needs NVRTC and nvdisasm: pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm")
     # What an H200 can issue for a 2-bit code while memory is read at full speed is 1.95; a tenth is left for the rest.
-    assert module.count("product8", 2, 128, 90, split=1).instructions < 1.75
+    assert module.count("split8", 2, 128, 90, tokens=1).instructions < 0.95
     assert module.count("product16", 2, 128, 90).instructions < 2.3
     # A tensor-core instruction leaves room for six. In integers with groups there are more: docs/gpu.md says why.
     assert module.gemm_instructions(2, 128, 90, 16, integer=False)[1] < 10  # 6.9 at full bandwidth

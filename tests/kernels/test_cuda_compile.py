@@ -111,7 +111,7 @@ def test_every_product_compiles_without_spills(arch):
 def test_structs_are_as_long_as_the_kernels_take_them():
     sizes = {"Product": "product16", "Quantization": "rows", "Rows": "weight", "Correction": "cluster"}
     sizes |= {"XSums": "sums", "Partials": "partials", "Rotation": "rotate"}
-    assert {cuda_calls.FORMS[name].format for name in ("product8", "gemm", "untile")} == {
+    assert {cuda_calls.FORMS[name].format for name in ("product8", "split8", "gemm", "untile")} == {
         cuda_calls.FORMS["product16"].format
     }
     texts = {path.name: path.read_text(encoding="utf-8") for path in cuda_compile.CSRC.glob("*.cu*")}

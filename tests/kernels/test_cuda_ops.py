@@ -609,6 +609,14 @@ def test_launches_fit_the_device():
                 assert 1 <= tiles <= 4
                 assert warps * tiles * column_tiles * 512 <= 48 << 10  # shared memory without asking for more
                 assert warps * 32 <= 1024
+            for tokens in (1, 2, 4):
+                shape = cuda_table.split_shape(row_tiles, bits, 4, tokens, chunks=32, processors=132)
+                staged = (2 * tokens + (tokens < 4)) * (cuda_layout.chunk_width(bits) // 4 + 8) * 4
+                assert shape.warps * 2 * staged <= 48 << 10
+                assert shape.warps * -(-shape.tiles * tokens // 4) * 256 <= 48 << 10
+    assert cuda_table.split_shape(256, 2, 4, 1, 32, 132)[:2] == (2, 16)  # one block for nearly every multiprocessor
+    assert cuda_table.split_shape(512, 2, 4, 1, 64, 132)[:2] == (4, 16)
+    assert cuda_table.split_shape(1792, 2, 4, 1, 64, 132)[:2] == (7, 8)  # and two
 
 
 def test_cuts_along_k_fill_the_device_and_leave_no_part_empty():

@@ -188,10 +188,12 @@ def test_the_same_twice(folder):
 MISTAKES = {
     "field": ("product16.cu", "step % FIELDS + half * FIELDS", "step % FIELDS + (1 - half) * FIELDS", 5),
     "row of a pair": ("product.cuh", "* 8 + (lane >> 2);", "* 8 + (lane >> 2 ^ 1);", 5),
-    "odd fields": ("product8.cu", "else mma_u8s8(sums.codes[plane]", "else mma_u8s8(sums.codes[0]", 1),
-    "bytes of x": ("product8.cu", "i & 2 ? high_of", "i & 1 ? high_of", 1),
-    "token": ("product8.cu", "x_scale = t == q ?", "x_scale = t == row ?", 2),
-    "missing barrier": ("product8.cu", "            sync_warp();\n        }", "        }", 2),
+    "fields in place": ("split8.cu", "mma_u8s8(sums[field % PLANES]", "mma_u8s8(sums[0]", 1),
+    "bytes of x": ("split8.cu", "i & 2 ? high_of", "i & 1 ? high_of", 1),
+    "token": ("split8.cu", "x_scale = t == token ?", "x_scale = t != token ?", 2),
+    "columns of others": ("split8.cu", "opaque(pair / TOKENS == s ? own : zeros)", "opaque(own)", 1),
+    "tile of a set": ("split8.cu", "mt % SHARED * TOKENS + t", "mt % SHARED + t * SHARED", 2),
+    "missing barrier": ("split8.cu", "            sync_warp();  //", "            //", 2),
     "warps": ("product.cuh", "for (int warp = 0; warp < WARPS;", "for (int warp = 1; warp < WARPS;", 5),
     "place in a stage": (
         "gemm.cu",
@@ -217,7 +219,7 @@ MISTAKES = {
 ALWAYS = (
     "field",
     "row of a pair",
-    "odd fields",
+    "fields in place",
     "copies not waited for",
     "start of a part",
     "parts",
@@ -248,7 +250,7 @@ def test_reading_past_the_end_is_found(folder):
     case, x = stored("ternary", 40, 256, 128), inputs(1, 256, torch.bfloat16)
     layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
     short = replace(layout, tiles=layout.tiles[:-1].clone(), rows=40)
-    with emulated(folder), pytest.raises(RuntimeError, match=r"product8 .*read out of bounds"):
+    with emulated(folder), pytest.raises(RuntimeError, match=r"split8 .*read out of bounds"):
         _ = cuda_calls.multiply(
             x, replace(short, scales=layout.scales[:-1].clone(), chunks=layout.chunks + 1), None, None
         )

@@ -23,6 +23,14 @@ typedef unsigned int u32;
 template <typename T>
 DEVICE T read(const T* at) { return *at; }
 
+// 0 where nothing is there: a load that is not taken, not a branch, after which a warp would have to meet again.
+DEVICE u32 read_or_zero(const u32* at, bool there) {
+    u32 v;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
+                 : "=r"(v) : "l"(at), "r"((u32)there));
+    return v;
+}
+
 // Of what no launch under way writes: it may be read before wait_for_inputs().
 template <typename T>
 DEVICE T read_weight(const T* at) { return *at; }
@@ -80,6 +88,11 @@ DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 DEVICE int round_to_int(float value) { return __float2int_rn(value); }  // ties to even; saturates; NaN is 0
 DEVICE float round_even(float value) { return rintf(value); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float reciprocal(float value) {  // to a few 2^-24; 0 of what is infinite
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(value));
+    return d;
+}
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }  // never fused with an addition
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 

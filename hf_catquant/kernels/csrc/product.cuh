@@ -127,21 +127,27 @@ DEVICE int group_of(int chunk, int sub) {
     return BY_ROW ? 0 : GROUPS_IN_CHUNK > 1 ? chunk * GROUPS_IN_CHUNK + sub : chunk / CHUNKS_IN_GROUP;
 }
 
-// Adds what the warps found, first warp first, and writes it: parts[warp][value of a lane][lane].
-// TOKENS_A_LANE is 2 where a lane's values are (row r: 2 tokens, row r + 8: 2 tokens), 1 where they are (r, r + 8).
-template <int TOKENS_A_LANE>
-DEVICE void add_and_write(const Product& p, const float* parts, int first, int token0) {
-    constexpr int VALUES = MT * NT * 2 * TOKENS_A_LANE, SPAN = 4 * TOKENS_A_LANE;
-    for (int e = threadIdx.y * 32 + threadIdx.x; e < 16 * MT * NT * SPAN; e += WARPS * 32) {
-        int r = e % (16 * MT), t = e / (16 * MT), n = first * 16 + r, m = token0 + t;
+// Adds what the warps found, first warp first, and writes it: parts[warp][VALUES of a lane][lane], where row r of the block
+// and token t of its TOKENS_OF_BLOCK are at place(r, t) of a warp's.
+template <int VALUES, int TOKENS_OF_BLOCK, typename Where>
+DEVICE void add_and_write(const Product& p, const float* parts, int first, int token0, Where place) {
+    for (int e = threadIdx.y * 32 + threadIdx.x; e < 16 * MT * TOKENS_OF_BLOCK; e += WARPS * 32) {
+        const int r = e % (16 * MT), t = e / (16 * MT), n = first * 16 + r, m = token0 + t;
         if (n >= p.rows || m >= p.tokens) continue;
-        int inside = t % SPAN, lane = (r & 7) * 4 + inside / TOKENS_A_LANE;
-        int value = ((r / 16) * NT + t / SPAN) * 2 * TOKENS_A_LANE + (r >> 3 & 1) * TOKENS_A_LANE + inside % TOKENS_A_LANE;
+        const float* at = parts + place(r, t);
         float sum = 0;
 #pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) sum += parts[(warp * VALUES + value) * 32 + lane];
+        for (int warp = 0; warp < WARPS; warp++) sum += at[warp * VALUES * 32];
         if (p.x_scale) sum *= read(p.x_scale + m);
         if (p.bias) sum += read_number(p.bias, n);
         write_number(p.out, (size_t)m * p.rows + n, sum);
     }
+}
+
+// The same of whole column tiles: a lane has two tokens of row r, then of row r + 8, for each of MT * NT tiles.
+DEVICE void add_tiles_and_write(const Product& p, const float* parts, int first, int token0) {
+    add_and_write<MT * NT * 4, 8 * NT>(p, parts, first, token0, [](int r, int t) {
+        const int value = (r / 16 * NT + t / 8) * 4 + (r >> 3 & 1) * 2 + t % 2;
+        return value * 32 + (r & 7) * 4 + t % 8 / 2;
+    });
 }

@@ -4,6 +4,7 @@
 // sum of x over a group is one more row of ones on the tensor cores.
 //     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
 #include "codes.cuh"
+#include "few.cuh"
 
 struct Sums {
     float codes[MT][NT][4], x[NT][4];
@@ -18,21 +19,17 @@ DEVICE void clear(Sums& sums) {
     }
 }
 
-DEVICE void add_group(float (&y)[MT][NT][4], const Sums& sums, const Product& p, const Cursor& cursor, u32 group) {
+DEVICE void add_tile(float (&y)[NT][4], const Sums& sums, const Product& p, const Pairs& pairs, int mt) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        Pairs pairs = read_pairs(p, cursor, mt, group);
+    for (int rh = 0; rh < 2; rh++) {
+        float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
 #pragma unroll
-        for (int rh = 0; rh < 2; rh++) {
-            float step = pairs.scale[rh] * p.level_step, zero = pairs.scale[rh] * p.level_zero + pairs.offset[rh];
+        for (int nt = 0; nt < NT; nt++)
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++)
-#pragma unroll
-                for (int c = 2 * rh; c < 2 * rh + 2; c++) {
-                    y[mt][nt][c] += step * sums.codes[mt][nt][c];
-                    if (BITS < 8) y[mt][nt][c] += zero * sums.x[nt][c];
-                }
-        }
+            for (int c = 2 * rh; c < 2 * rh + 2; c++) {
+                y[nt][c] += step * sums.codes[mt][nt][c];
+                if (BITS < 8) y[nt][c] += zero * sums.x[nt][c];
+            }
     }
 }
 
@@ -68,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Prod
     const Constants constant = {kept(p, HALF ? 0x64006400u : 0x43004300u), kept(p, ONES)};
     float y[MT][NT][4] = {};
     Sums sums;
-    Codes codes, next;
+    Held held, next[AHEAD];
     Cursor cursor = start(p, first, warp, lane);
     const u16* x_at[NT];
     bool there[NT];
@@ -79,11 +76,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Prod
         x_at[nt] = (const u16*)p.x + (size_t)(u32)m * (u32)p.columns + 8 * q;
     }
     clear(sums);
-    read_codes<WARPS>(next, cursor, warp < p.chunks);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) read_held(next[i], p, cursor, warp + i * WARPS);
     wait_for_inputs();
     for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
-        codes = next;
-        read_codes<WARPS>(next, cursor, chunk + WARPS < p.chunks);
+        turn_to_next(held, next, p, cursor, chunk + AHEAD * WARPS);
 #pragma unroll
         for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
             if (!BY_ROW) clear(sums);
@@ -95,14 +92,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) product16(const Prod
 #pragma unroll
                 for (int nt = 0; nt < NT; nt++)
                     x[nt] = there[nt] && inside ? read((const uint4*)(x_at[nt] + k)) : uint4{0, 0, 0, 0};
-                one_step(sums, codes, s, x, constant);
+                one_step(sums, held.codes, s, x, constant);
             }
-            if (!BY_ROW) add_group(y, sums, p, cursor, group_of(chunk, sub));
+            if (!BY_ROW)
+#pragma unroll
+                for (int mt = 0; mt < MT; mt++) add_tile(y[mt], sums, p, pairs_in(held, p, cursor, mt, chunk, sub), mt);
         }
     }
-    if (BY_ROW) add_group(y, sums, p, cursor, 0);
+    if (BY_ROW)
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) add_tile(y[mt], sums, p, read_pairs(p, cursor, mt, 0), mt);
 #pragma unroll
     for (int i = 0; i < MT * NT * 4; i++) parts[(warp * MT * NT * 4 + i) * 32 + lane] = y[i / (4 * NT)][i / 4 % NT][i % 4];
     sync_block();
-    add_and_write<2>(p, parts, first, token0);
+    add_tiles_and_write(p, parts, first, token0);
 }

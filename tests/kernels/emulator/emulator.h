@@ -150,6 +150,7 @@ DEVICE T read(const T* at) {
     emulator::check(at, sizeof(T), false);
     return *at;
 }
+DEVICE u32 read_or_zero(const u32* at, bool there) { return there ? read(at) : 0; }
 template <typename T>
 DEVICE T read_weight(const T* at) {
     emulator::check(at, sizeof(T), false, true);
@@ -200,6 +201,7 @@ DEVICE int round_to_int(float value) {
     return value != value ? 0 : value >= 2147483648.0f ? INT32_MAX : value < -2147483648.0f ? INT32_MIN : (int)nearbyintf(value);
 }
 DEVICE float divide(float a, float b) { return a / b; }
+DEVICE float reciprocal(float value) { return 1.0f / value; }
 DEVICE float multiply(float a, float b) { return a * b; }
 DEVICE float add(float a, float b) { return a + b; }
 
