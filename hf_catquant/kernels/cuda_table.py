@@ -30,7 +30,6 @@ PROJECT_THREADS = 1024  # of a block: many reads have to be under way; and a thr
 CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a thread of the usual widths
 ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
-GROUP_STAGES = 4  # of x in shared memory, in products of warp groups
 FEW_AHEAD = 1  # chunks under way to a warp of product8 and product16 while it multiplies another
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
 RESIDENT_THREADS = 2048  # of a multiprocessor
@@ -174,13 +173,29 @@ def _few(
     return Launch(variant, (-(-row_tiles // tiles), -(-tokens // (8 * column_tiles))), (32, warps))
 
 
-def group_shape(tokens: int, integer: bool) -> tuple[int, int, int]:
-    """(column tiles, groups of 64 rows, blocks of a multiprocessor) of a warp group's product, by what registers hold."""
+class Group(NamedTuple):
+    """Of a block of wgemm: tiles of 8 tokens, times 64 rows of a warp group, warps, stages of x, blocks at once."""
+
+    column_tiles: int
+    row_groups: int
+    warps: int
+    stages: int
+    at_once: int
+
+
+def group_shape(tokens: int, bits: int) -> Group:
+    """Few tokens want many loads under way, many tokens want each number that is made of a code used often.
+
+    Chunks of 1 and 8 bits take more registers, so that fewer blocks, or fewer rows, fit a multiprocessor.
+    """
+    large = bits in (1, 8)
     if tokens <= 16:
-        return 2, 2, 2
+        return Group(2, 2, 4, 5, 3 if large else 4)
     if tokens <= 32:
-        return 4, 2, 1
-    return (8, 2, 1) if tokens <= 64 else (16, 1, 1)
+        return Group(4, 2, 4, 5, 2 if large else 3)
+    if tokens <= 64:
+        return Group(8, 1, 8, 4, 1) if large else Group(8, 2, 4, 4, 2)
+    return Group(16, 1, 8, 4, 1)
 
 
 @cache
@@ -195,20 +210,17 @@ def _grouped(
     integer: bool,
     processors: int,
 ) -> Launch:
-    """wgemm: two groups of four warps, 64 or 128 weight rows each, by 16 to 128 rows of x a block."""
-    column_tiles, row_groups, at_once = group_shape(tokens, integer)
-    warps = 8
+    """wgemm: warp groups of 64 or 128 weight rows by 16 to 128 rows of x."""
+    column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits)
     tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
-    units = chunks * chunk_width(bits) // 128
-    turns = next(turns for turns in (4, 2, 1) if units % turns == 0)
-    splits = cuts(made, units // turns, processors * at_once)
+    splits = cuts(made, chunks, processors * at_once)
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
-    more = (("INTEGER", int(integer)), ("STAGES", GROUP_STAGES), ("TURNS", turns), ("BLOCKS", at_once))
-    staged = GROUP_STAGES * ((1 if integer else 2) * 128 + 4) * held
+    more = (("INTEGER", int(integer)), ("STAGES", stages), ("BLOCKS", at_once))
+    variant = Variant("wgemm", (*zip(NAMES, values, strict=True), *more))
+    staged = stages * ((1 if integer else 2) * 128 + 4) * held  # x of so many units, and its sums
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
-    constants = (*zip(NAMES, values, strict=True), *more)
-    return Launch(Variant("wgemm", constants), (made * splits, 1), (32, warps + 4), splits, 0, max(staged, results) + 16 * GROUP_STAGES)
+    return Launch(variant, (made * splits, 1), (32, warps), splits, shared=max(staged, results) + 16 * stages)
 
 
 @cache

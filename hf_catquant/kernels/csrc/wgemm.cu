@@ -3,13 +3,12 @@
 //
 // x comes arranged (arrange.cu) through shared memory, a unit of 128 columns at a time, for all warp groups of the block: one
 // thread has units copied, STAGES - 2 ahead, and nobody waits for anybody but for copies. Codes and scales go from memory to
-// registers, a chunk ahead. Along k the work may be cut
-// in `splits`, whose sums partials.cu adds in order. The arithmetic is that of gemm.cu:
+// registers, a chunk ahead. Along k the work may be cut in `splits`, whose sums partials.cu adds in order. The arithmetic is
+// that of gemm.cu, scaled after every unit:
 //     y = sum_g scale * step * (sum_k code * x) + (scale * zero + offset) * (sum_k x)
 //
-// Constants besides those of product.cuh (MT is 1 or 2): INTEGER: x is int8 codes with a scale a token, else 16-bit; STAGES;
-// TURNS: units that are unrolled, 1, 2 or 4, of which the units of a part along k, and STAGES, are multiples; BLOCKS of a
-// multiprocessor. GROUP_STEPS is 0 or a multiple of 4. The block has one warp group more than WARPS, which brings x.
+// Constants besides those of product.cuh (MT is 1 or 2, WARPS a multiple of 4, GROUP_STEPS 0 or one): INTEGER: x is int8
+// codes with a scale a token, else 16-bit; STAGES; BLOCKS of a multiprocessor.
 #include "wgmma.cuh"
 
 constexpr int TOKENS = 8 * NT;
@@ -18,13 +17,10 @@ constexpr int SLAB = 8 * TOKENS, STAGE = SLABS * SLAB;  // in pieces of 16 bytes
 constexpr int SUM_PIECES = TOKENS / 4;             // of sums of x, in a unit
 constexpr int UNITS = CHUNK / 128;                 // in a chunk
 constexpr int SLAB_STEPS = 4 / SLABS;              // of 32 columns
-constexpr int PRODUCTS = TURNS * MT;               // of 64 rows in a turn of the loop, whose sums lie in two places by turns
 constexpr bool ZEROS = BITS < 8;                   // the level of code 0 is not 0, or there are offsets
 constexpr int SIZE = TYPE == 2 ? 4 : 2;            // bytes of a result
 constexpr int ROWS = 16 * MT * WARPS, PITCH = ROWS + 8;  // of a token's results in shared memory
 constexpr int STAGED = STAGES * (STAGE + SUM_PIECES), RESULTS = TOKENS * PITCH * SIZE / 16;
-// Registers of a thread: a multiprocessor has 65536; the warps that bring x give theirs to the others.
-constexpr int FEW = 24, SPARE = (65536 / BLOCKS - 128 * FEW) / (32 * WARPS) / 8 * 8, MANY = SPARE > 240 ? 240 : SPARE;
 constexpr int HELD = STAGED > RESULTS ? STAGED : RESULTS;
 
 template <bool>
@@ -33,20 +29,30 @@ template <>
 struct Kind<true> { typedef int Sum; };
 typedef Kind<INTEGER>::Sum Sum;
 
-// Brings the units of x from unit up to end, each to the slot after the last one's, as soon as nobody reads there any more.
-DEVICE void bring(const Product& p, int token0, int unit, int end, uint4* staged, Turnstile* full, Turnstile* empty) {
+// Brings units of x, one after another, each to the slot after the last one's.
+struct Bringer {
+    const uint4* x;
+    const float* sums;
+    int unit, end, slot, round;
+};
+
+DEVICE Bringer bringer(const Product& p, int token0, int unit, int end) {
     const size_t units = (size_t)(u32)p.chunks * UNITS, before = (size_t)(u32)(token0 / TOKENS) * units + (u32)unit;
-    const uint4* x = (const uint4*)p.x + before * STAGE;
     const float* sums = p.x_sums + (size_t)(u32)unit * (u32)sums_width(p.tokens) + token0;
-    for (int slot = 0, round = 0; unit < end; unit++) {
-        if (round) wait_turn(empty + slot, round - 1 & 1);
-        arrive_and_expect(full + slot, 16 * (STAGE + (ZEROS ? SUM_PIECES : 0)));
-        copy_bulk(staged + slot * STAGE, x, 16 * STAGE, full + slot);
-        if (ZEROS) copy_bulk(staged + STAGES * STAGE + slot * SUM_PIECES, sums, 16 * SUM_PIECES, full + slot);
-        x += STAGE;
-        sums += sums_width(p.tokens);
-        if (++slot == STAGES) slot = 0, round++;
-    }
+    return {(const uint4*)p.x + before * STAGE, sums, unit, end, 0, 0};
+}
+
+// The next unit, if there is one, to where nobody reads any more.
+DEVICE void bring(Bringer& b, const Product& p, uint4* staged, Turnstile* full, Turnstile* empty) {
+    if (b.unit >= b.end) return;
+    if (b.round) wait_turn(empty + b.slot, b.round - 1 & 1);
+    arrive_and_expect(full + b.slot, 16 * (STAGE + (ZEROS ? SUM_PIECES : 0)));
+    copy_bulk(staged + b.slot * STAGE, b.x, 16 * STAGE, full + b.slot);
+    if (ZEROS) copy_bulk(staged + STAGES * STAGE + b.slot * SUM_PIECES, b.sums, 16 * SUM_PIECES, full + b.slot);
+    b.x += STAGE;
+    b.sums += sums_width(p.tokens);
+    b.unit++;
+    if (++b.slot == STAGES) b.slot = 0, b.round++;
 }
 
 // Codes of a slab as the tensor cores take them, four products' worth.
@@ -111,7 +117,7 @@ DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* s
         if (TYPE == 2) ((float*)held)[at] = sum;
         else ((u16*)held)[at] = (u16)(TYPE == 1 ? float_to_f16(sum) : float_to_bf16(sum));
     }
-    sync_some<32 * WARPS>();
+    sync_block();
     for (int i = threadIdx.y * 32 + threadIdx.x; i < TOKENS * (ROWS / WIDE); i += 32 * WARPS) {
         const int token = i / (ROWS / WIDE), row = i % (ROWS / WIDE) * WIDE, n = first * 16 + row, m = m0 + token;
         if (m >= p.tokens || n >= p.rows) continue;
@@ -129,99 +135,86 @@ DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* s
 // The group that a unit belongs to.
 DEVICE u32 group_of_unit(int unit) { return BY_ROW ? 0 : GROUP_STEPS > 4 ? unit / (GROUP_STEPS / 4) : unit; }
 
-// The rows of one warp, from the units that come.
-DEVICE void consume(const Product& p, uint4* staged, Turnstile* full, Turnstile* empty, int token0, int split, int first, int begin, int end) {
-    const int q = threadIdx.x & 3;
-    const int tile = first + threadIdx.y / 4 * (4 * MT) + threadIdx.y % 4;  // of the warp, in its group's first 64 rows
-    const u32 magic = kept(p, HALF ? 0x64006400u : 0x43004300u);
-    const Operand x = operand_of(staged);
-    const float* staged_sums = (const float*)(staged + STAGES * STAGE) + 2 * q;
-    float y[MT][4 * NT] = {};
-    Sum sums[2][4 * NT] = {};
-    uint4 a[2][4], codes[MT][LOADS], next[MT][LOADS];
-    RawPairs pairs[2], pairs_next[MT] = {};
-    Cursor cursor;
-#pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
-        cursor.codes[mt] = p.tiles + ((size_t)mine * (u32)p.chunks + (u32)(begin / UNITS)) * (LOADS * 32) + threadIdx.x;
-        cursor.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
-        if (begin >= end) continue;
-        pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(begin));
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) next[mt][i] = read_once(cursor.codes[mt] + 32 * i);
-    }
-    wait_for_inputs();
-    int slot = 0, turn = 0;
-    for (int unit = begin; unit < end; unit += TURNS) {
-#pragma unroll
-        for (int i = 0; i < PRODUCTS + 2; i++) {
-            if (i >= 2) {  // the sums of the product before the last one are there
-                const int done = i - 2, mt = done % MT, at = done / MT;
-                if (i <= PRODUCTS) wait_wgmma<SLABS>();
-                else wait_wgmma<0>();
-                settle_all(sums[i % 2]);
-                add_group(y[mt], sums[i % 2], p, pairs[i % 2], staged_sums + (slot + at) * TOKENS);
-                if (mt == MT - 1) {
-                    sync_warp();
-                    if (threadIdx.x == 0) arrive(empty + slot + at);
-                }
-            }
-            if (i >= PRODUCTS) continue;
-            const int mt = i % MT, at = i / MT, sub = at % UNITS;
-            if (mt == 0) wait_turn(full + slot + at, turn);
-            pairs[i % 2] = pairs_next[mt];
-            if (unit + at + 1 < end) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(unit + at + 1));
-            if (sub == 0) {
-#pragma unroll
-                for (int j = 0; j < LOADS; j++) codes[mt][j] = next[mt][j];
-                if (unit + at + UNITS < end) {
-                    cursor.codes[mt] += LOADS * 32;
-#pragma unroll
-                    for (int j = 0; j < LOADS; j++) next[mt][j] = read_once(cursor.codes[mt] + 32 * j);
-                }
-            }
-#pragma unroll
-            for (int slab = 0; slab < SLABS; slab++) {
-                uint4 (&numbers)[4] = a[SLABS == 1 ? i % 2 : slab];
-                if (SLABS > 1) wait_wgmma<1>();  // these registers are read
-                numbers_of(numbers, codes[mt], 4 * sub % STEPS + slab * SLAB_STEPS, magic);
-                begin_wgmma();
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    wgmma(sums[i % 2], numbers[j], x + (slot + at) * STAGE + slab * SLAB + 2 * j, slab > 0 || j > 0);
-                commit_wgmma();
-            }
-        }
-        slot += TURNS;
-        if (slot == STAGES) slot = 0, turn ^= 1;
-    }
-    if (p.splits > 1) return write_sums(y, p, tile, token0, split);
-    sync_some<32 * WARPS>();  // what is staged is read, its place free
-    write_block(y, p, staged, tile, first, token0);
-}
-
-extern "C" __global__ void __launch_bounds__(32 * WARPS + 128, BLOCKS) wgemm(const Product p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wgemm(const Product p) {
     DYNAMIC_SHARED(staged, HELD + STAGES);
     let_next_begin();
     Turnstile* const full = (Turnstile*)(staged + HELD);  // a unit has come
     Turnstile* const empty = full + STAGES;                // all warps have read it
     const int token_blocks = (p.tokens + TOKENS - 1) / TOKENS, row_blocks = (p.row_tiles + MT * WARPS - 1) / (MT * WARPS);
     const int token0 = (int)blockIdx.x % token_blocks * TOKENS, rest = (int)blockIdx.x / token_blocks;
-    const int split = rest / row_blocks, first = rest % row_blocks * (MT * WARPS);
-    const int each = ((p.chunks * UNITS + p.splits - 1) / p.splits + TURNS - 1) / TURNS * TURNS, begin = split * each;
-    const int end = begin + each < p.chunks * UNITS ? begin + each : p.chunks * UNITS;
-    if (threadIdx.x == 0 && threadIdx.y == 0) {
+    const int split = rest / row_blocks, first = rest % row_blocks * (MT * WARPS), q = threadIdx.x & 3;
+    const int tile = first + threadIdx.y / 4 * (4 * MT) + threadIdx.y % 4;  // of the warp, in its group's first 64 rows
+    const int each = (p.chunks + p.splits - 1) / p.splits, begin = split * each;
+    const int end = begin + each < p.chunks ? begin + each : p.chunks;
+    const bool brings = threadIdx.x == 0 && threadIdx.y == 0;
+    if (brings) {
         for (int s = 0; s < STAGES; s++) make_turnstile(full + s, 1), make_turnstile(empty + s, WARPS);
         publish_turnstiles();
     }
     sync_block();
-    if (same_in_warp(threadIdx.y / 4) == WARPS / 4) {
-        give_registers<FEW>();
-        wait_for_inputs();
-        if (threadIdx.x == 0 && threadIdx.y == WARPS) bring(p, token0, begin, end, staged, full, empty);
-    } else {
-        take_registers<MANY>();
-        consume(p, staged, full, empty, token0, split, first, begin, end);
+    const u32 magic = kept(p, HALF ? 0x64006400u : 0x43004300u);
+    const Operand x = operand_of(staged);
+    const float* staged_sums = (const float*)(staged + STAGES * STAGE) + 2 * q;
+    float y[MT][4 * NT] = {};
+    Sum sums[MT][4 * NT] = {};
+    uint4 a[2][4];
+    RawPairs pairs[MT], pairs_next[MT] = {};
+    Codes codes, next;
+    Cursor cursor;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
+        cursor.codes[mt] = p.tiles + ((size_t)mine * (u32)p.chunks + (u32)begin) * (LOADS * 32) + threadIdx.x;
+        cursor.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
+        if (begin < end) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(begin * UNITS));
     }
+    read_codes<1>(next, cursor, begin < end);
+    wait_for_inputs();
+    Bringer more = bringer(p, token0, begin * UNITS, end * UNITS);
+    if (brings)
+        for (int s = 0; s < STAGES - 2; s++) bring(more, p, staged, full, empty);
+    int slot = 0, turn = 0;
+    for (int chunk = begin; chunk < end; chunk++) {
+        codes = next;
+        read_codes<1>(next, cursor, chunk + 1 < end);
+#pragma unroll
+        for (int sub = 0; sub < UNITS; sub++) {
+            const int unit = chunk * UNITS + sub;
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                pairs[mt] = pairs_next[mt];
+                if (unit + 1 < end * UNITS) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(unit + 1));
+            }
+            wait_turn(full + slot, turn);
+#pragma unroll
+            for (int i = 0; i < MT * SLABS; i++) {
+                const int mt = i / SLABS, slab = i % SLABS;
+                if (i > 1) wait_wgmma<1>();  // the registers of the product before the last one are read
+                numbers_of(a[i % 2], codes.word[mt], 4 * sub % STEPS + slab * SLAB_STEPS, magic);
+                begin_wgmma();
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    wgmma(sums[mt], a[i % 2][j], x + slot * STAGE + slab * SLAB + 2 * j, slab > 0 || j > 0);
+                commit_wgmma();
+            }
+            if (brings) bring(more, p, staged, full, empty);  // to where the unit before the last was
+            sync_warp();
+            // One 64 rows' sums are scaled while the tensor cores are at the others'. All products of a unit end in its turn
+            // of the loop: ptxas makes every one wait for the one before if some are under way where a loop begins again.
+            wait_wgmma<(MT - 1) * SLABS>();
+            settle_all(sums[0]);
+            add_group(y[0], sums[0], p, pairs[0], staged_sums + slot * TOKENS);
+            if (MT > 1) {
+                wait_wgmma<0>();
+                settle_all(sums[MT - 1]);
+                add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS);
+            }
+            sync_warp();
+            if (threadIdx.x == 0) arrive(empty + slot);
+            if (++slot == STAGES) slot = 0, turn ^= 1;
+        }
+    }
+    if (p.splits > 1) return write_sums(y, p, tile, token0, split);
+    sync_block();  // what is staged is read, its place free
+    write_block(y, p, staged, tile, first, token0);
 }

@@ -38,18 +38,6 @@ DEVICE void copy_bulk(uint4* to, const void* from, int bytes, Turnstile* at) {
                  : : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(at)) : "memory");
 }
 
-// A barrier of the first COUNT threads of the block.
-template <int COUNT>
-DEVICE void sync_some() { asm volatile("bar.sync 1, %0;" : : "n"(COUNT) : "memory"); }
-
-// The warp groups of a block share its registers out among themselves.
-template <int COUNT>
-DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(COUNT)); }
-template <int COUNT>
-DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(COUNT)); }
-// A value that is the same in all lanes, so that the compiler knows.
-DEVICE int same_in_warp(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-
 // Registers that were written since are the tensor cores' from here on.
 DEVICE void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 DEVICE void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }

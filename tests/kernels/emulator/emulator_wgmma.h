@@ -84,14 +84,6 @@ DEVICE void wait_turn(Turnstile* at, int parity) {
     }
 }
 
-namespace emulator { inline Warp some; }
-template <int COUNT>
-DEVICE void sync_some() { emulator::wait(emulator::some, COUNT); }
-template <int COUNT>
-DEVICE void give_registers() {}
-template <int COUNT>
-DEVICE void take_registers() {}
-DEVICE int same_in_warp(int value) { return value; }
 template <typename T>
 DEVICE void settle(T&) {}
 DEVICE void begin_wgmma() {}
