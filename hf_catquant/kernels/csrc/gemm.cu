@@ -104,7 +104,7 @@ DEVICE void read_sums(float2 (&x)[NT], const Product& p, int run, int m) {
 
 DEVICE void read_group(Group& group, const Product& p, const Cursor& cursor, int chunk, int sub, int m) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, group_of(chunk, sub));
+    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs<true>(p, cursor, mt, group_of(chunk, sub));
     if (SUMS) read_sums(group.x, p, chunk * GROUPS_IN_CHUNK + sub, m);
 }
 
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
     wait_async<0>();  // nothing is on its way to a block that has ended
     if (BY_ROW) {
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, 0);
+        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs<true>(p, cursor, mt, 0);
         add_group(y, sums, p, group);
     }
     write_sums(y, p, first, m, split);

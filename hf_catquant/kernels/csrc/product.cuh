@@ -109,8 +109,10 @@ template <>
 struct Pair<true> { typedef float4 Raw; };
 typedef Pair<SCALE32>::Raw RawPairs;  // scale and offset of row r, then of row r + 8
 
+template <bool LATE = false>
 DEVICE RawPairs read_raw_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    return read_weight((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
+    const RawPairs* at = (const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8);
+    return LATE ? read_weight_late(at) : read_weight(at);
 }
 
 DEVICE Pairs pairs_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }
