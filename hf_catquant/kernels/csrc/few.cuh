@@ -4,7 +4,7 @@
 #pragma once
 #include "product.cuh"
 
-constexpr bool EARLY = !BY_ROW && GROUPS_IN_CHUNK * MT <= 8;  // scales come with their codes; more of them, when they are wanted
+constexpr bool EARLY = !BY_ROW && GROUPS_IN_CHUNK * MT <= 8;  // scales come with their codes; many of them, when wanted
 
 struct Held {  // of a chunk
     Codes codes;

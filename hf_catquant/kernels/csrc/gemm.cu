@@ -104,7 +104,7 @@ DEVICE void read_sums(float2 (&x)[NT], const Product& p, int run, int m) {
 
 DEVICE void read_group(Group& group, const Product& p, const Cursor& cursor, int chunk, int sub, int m) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, group_of(chunk, sub));
+    for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs<true>(p, cursor, mt, group_of(chunk, sub));
     if (SUMS) read_sums(group.x, p, chunk * GROUPS_IN_CHUNK + sub, m);
 }
 
@@ -116,7 +116,7 @@ DEVICE void shift(Codes& codes, const Cursor& cursor, int run) {
         uint4& word = codes.word[i / LOADS][i % LOADS];
         if (LOADS == 1) word = {word.x >> BITS_OF_RUN, word.y >> BITS_OF_RUN, word.z >> BITS_OF_RUN, word.w >> BITS_OF_RUN};
         else if (i % LOADS + RUN_TILES < LOADS) word = codes.word[i / LOADS][(i + RUN_TILES) % LOADS];
-        else word = read_once(cursor.codes[i / LOADS] + 32 * (i % LOADS + RUN_TILES - LOADS + run * RUN_TILES));
+        else word = read_once_late(cursor.codes[i / LOADS] + 32 * (i % LOADS + RUN_TILES - LOADS + run * RUN_TILES));
     }
 }
 
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
                 if (begins) read_group(group, p, cursor, chunk, run * (RUN / FLUSH) + step / FLUSH, m);
                 const uint4* x = staged + slot + (lane ^ STEP_PIECES * (step % STAGE_STEPS));
                 multiply_step(sums.codes, sums.ones, codes, step, x, magic, origin, begins);
-                if (!AHEAD && RUN == STEPS && (step + 1) % FIELDS == 0) read_tile(codes, cursor, step / FIELDS);
+                if (!AHEAD && RUN == STEPS && (step + 1) % FIELDS == 0) read_tile<true>(codes, cursor, step / FIELDS);
                 if (!BY_ROW && (step + 1) % FLUSH == 0) add_group(y, sums, p, group);
                 if ((step + 1) % STAGE_STEPS) continue;
                 vacant = slot;
@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
             codes = next[0];
 #pragma unroll
             for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
-            read_chunk(next[AHEAD ? AHEAD - 1 : 0], cursor, chunk + AHEAD + 2 < end);
+            read_chunk<true>(next[AHEAD ? AHEAD - 1 : 0], cursor, chunk + AHEAD + 2 < end);
         } else {
             go_on(cursor, chunk + 2 < end);
         }
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
     wait_async<0>();  // nothing is on its way to a block that has ended
     if (BY_ROW) {
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs(p, cursor, mt, 0);
+        for (int mt = 0; mt < MT; mt++) group.pairs[mt] = read_raw_pairs<true>(p, cursor, mt, 0);
         add_group(y, sums, p, group);
     }
     write_sums(y, p, first, m, split);

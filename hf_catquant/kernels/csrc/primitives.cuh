@@ -43,6 +43,16 @@ DEVICE uint4 read_once(const uint4* at) {
     return v;
 }
 
+// The same two where the kernel has waited: the compiler may move them, and needs fewer registers.
+template <typename T>
+DEVICE T read_weight_late(const T* at) { return __ldg(at); }
+DEVICE uint4 read_once_late(const uint4* at) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
 template <typename T>
 DEVICE void write(T* at, T value) { *at = value; }
 

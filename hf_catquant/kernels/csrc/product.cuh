@@ -80,10 +80,14 @@ DEVICE void read_codes(Codes& codes, Cursor& cursor, bool there) {
     }
 }
 
-// Tile i of the chunk at the cursor.
+// Tile i of the chunk at the cursor; LATE: behind wait_for_inputs().
+template <bool LATE = false>
 DEVICE void read_tile(Codes& codes, const Cursor& cursor, int i) {
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) codes.word[mt][i] = read_once(cursor.codes[mt] + 32 * i);
+    for (int mt = 0; mt < MT; mt++) {
+        const uint4* at = cursor.codes[mt] + 32 * i;
+        codes.word[mt][i] = LATE ? read_once_late(at) : read_once(at);
+    }
 }
 
 // To the next chunk, if there are more: else the last one is read again, for nothing, which costs less than asking.
@@ -92,9 +96,10 @@ DEVICE void go_on(Cursor& cursor, bool more) {
     for (int mt = 0; mt < MT; mt++) cursor.codes[mt] += more ? LOADS * 32 : 0;
 }
 
+template <bool LATE = false>
 DEVICE void read_chunk(Codes& codes, Cursor& cursor, bool more) {
 #pragma unroll
-    for (int i = 0; i < LOADS; i++) read_tile(codes, cursor, i);
+    for (int i = 0; i < LOADS; i++) read_tile<LATE>(codes, cursor, i);
     go_on(cursor, more);
 }
 
@@ -104,8 +109,10 @@ template <>
 struct Pair<true> { typedef float4 Raw; };
 typedef Pair<SCALE32>::Raw RawPairs;  // scale and offset of row r, then of row r + 8
 
+template <bool LATE = false>
 DEVICE RawPairs read_raw_pairs(const Product& p, const Cursor& cursor, int mt, u32 group) {
-    return read_weight((const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8));
+    const RawPairs* at = (const RawPairs*)p.scales + (size_t)(cursor.pairs[mt] + group * 8);
+    return LATE ? read_weight_late(at) : read_weight(at);
 }
 
 DEVICE Pairs pairs_of(float4 v) { return {{v.x, v.z}, {v.y, v.w}}; }

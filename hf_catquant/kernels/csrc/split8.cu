@@ -7,7 +7,8 @@
 // others: lane 4 r + q of a warp ends with the sums of tile q / TOKENS and token q % TOKENS, scales them alone, and
 // needs SHARED times fewer registers.
 //
-// Codes stay where they are in a byte: those of field f count 2^(BITS f) too much, and have sums of their own, PLANES in all.
+// Codes stay where they are in a byte: those of field f count 2^(BITS f) too much, and have sums of their own, PLANES in
+// all.
 //
 // A warp has AHEAD chunks of codes and scales under way: the registers of a tile are asked for again once it is multiplied.
 // x of the next chunk is made ready beside the products of this one.
@@ -18,7 +19,7 @@
 constexpr int SHARED = 4 / TOKENS;
 constexpr int SETS = (MT + SHARED - 1) / SHARED;  // of row tiles that share registers
 constexpr int PLANES = BITS == 8 ? 1 : BITS == 4 ? 2 : 4;
-constexpr int PIECES = CHUNK / 128;         // a lane makes 4 values of each 128 ready
+constexpr int PIECES = CHUNK / 128;          // a lane makes 4 values of each 128 ready
 constexpr int STAGE_STRIDE = CHUNK / 4 + 8;  // words of a staged column; the 8 keep its readers on different banks
 constexpr int COLUMNS = 2 * TOKENS + (SHARED > 1 ? 1 : 0);  // high and low of each token, and zeros
 constexpr int STAGE = COLUMNS * STAGE_STRIDE;
@@ -26,7 +27,7 @@ constexpr int VALUES = SETS * 2, PARTS = WARPS * VALUES * 32;
 constexpr int LARGEST = 127 * 128;
 constexpr int TURNS = AHEAD == 1 ? 2 : AHEAD;  // chunks that the loop goes through at a time: stages take turns in twos
 static_assert(TURNS % 2 == 0, "x of two chunks is staged in turn");
-constexpr bool EARLY = GROUPS_IN_CHUNK <= 2;   // scales are asked for with their codes; more of them, when they are wanted
+constexpr bool EARLY = GROUPS_IN_CHUNK <= 2;  // scales are asked for with their codes; more of them, when they are wanted
 
 struct Weights {  // of a chunk
     uint4 word[MT][LOADS];
@@ -46,16 +47,16 @@ struct Columns {  // where a lane finds what it multiplies with: its own column,
     u32 own, of_tile[SHARED];  // in bytes from the start of shared memory
 };
 
-DEVICE u32 last_or(const Product& p, u32 tile) { return tile < (u32)p.row_tiles ? tile : (u32)p.row_tiles - 1; }
+DEVICE u32 tile_or_last(const Product& p, u32 tile) { return tile < (u32)p.row_tiles ? tile : (u32)p.row_tiles - 1; }
 
 DEVICE Next begin(const Product& p, int first, int warp, int lane) {
     Next next;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
-        next.codes[mt] = p.tiles + ((size_t)last_or(p, first + mt) * (u32)p.chunks + (u32)warp) * (LOADS * 32) + lane;
+        next.codes[mt] = p.tiles + ((size_t)tile_or_last(p, first + mt) * (u32)p.chunks + (u32)warp) * (LOADS * 32) + lane;
 #pragma unroll
     for (int set = 0; set < SETS; set++) {
-        const u32 tile = last_or(p, first + set * SHARED + (lane & 3) / TOKENS);
+        const u32 tile = tile_or_last(p, first + set * SHARED + (lane & 3) / TOKENS);
         next.pairs[set] = (const RawPairs*)p.scales + (size_t)tile * (u32)p.groups * 8 + (lane >> 2);
     }
     return next;
@@ -92,7 +93,8 @@ DEVICE void multiply_tile(int (&sums)[PLANES][4], const uint4 (&tile)[LOADS], co
     for (int step = from; step < from + FLUSH; step++) {
         const int field = step % FIELDS;
         const uint4& word = tile[step / FIELDS];
-        const uint4 a = {four_codes(word.x, field), four_codes(word.y, field), four_codes(word.z, field), four_codes(word.w, field)};
+        const uint4 a = {four_codes(word.x, field), four_codes(word.y, field), four_codes(word.z, field),
+                         four_codes(word.w, field)};
         const uint2 b = *(const uint2*)(x + 8 * step);
         if (BITS == 8) mma_s8s8(sums[0], a, b.x, b.y);
         else mma_u8s8(sums[field % PLANES], a, b.x, b.y);
@@ -246,15 +248,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) split8(const Pr
             x_at += WARPS * CHUNK;
             read_raw(raw, p, x_at + WARPS * CHUNK, token0, k + WARPS * CHUNK);
             float x_sum[GROUPS_IN_CHUNK] = {};
+            const u32* const own = (const u32*)(shared + columns.own) + staged;
             if (BITS < 8)
 #pragma unroll
-                for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) x_sum[sub] = sum_of_x((const u32*)(shared + columns.own) + staged, ones, sub * FLUSH);
+                for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) x_sum[sub] = sum_of_x(own, ones, sub * FLUSH);
 #pragma unroll
             for (int set = 0; set < SETS; set++) {
 #pragma unroll
                 for (int sub = 0; sub < GROUPS_IN_CHUNK; sub++) {
                     int sums[PLANES][4] = {};
-                    RawPairs pairs = BY_ROW ? of_row[set] : EARLY ? now.pairs[sub][set] : pairs_at(next, set, group_of(chunk, sub));
+                    RawPairs pairs = BY_ROW ? of_row[set] : now.pairs[EARLY ? sub : 0][set];
+                    if (!BY_ROW && !EARLY) pairs = pairs_at(next, set, group_of(chunk, sub));
 #pragma unroll
                     for (int s = 0; s < SHARED; s++) {
                         const int mt = set * SHARED + s;

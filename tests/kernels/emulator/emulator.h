@@ -158,6 +158,9 @@ DEVICE T read_weight(const T* at) {
 }
 DEVICE uint4 read_once(const uint4* at) { return read_weight(at); }
 template <typename T>
+DEVICE T read_weight_late(const T* at) { return read(at); }
+DEVICE uint4 read_once_late(const uint4* at) { return read(at); }
+template <typename T>
 DEVICE void write(T* at, T value) {
     emulator::check(at, sizeof(T), true);
     *at = value;
