@@ -171,7 +171,7 @@ def supervise(names: list[str], out: Path, until: float) -> None:
 def record(names: list[str], processors: int, compile_for: int | None) -> Launches:
     """Go through the stages on the meta device; note, and compile for an architecture, every kernel they launch."""
     launches, device = Launches(), torch.device("meta")
-    with no_device(processors), launches.watch():
+    with no_device(processors, compile_for in (None, 90)), launches.watch():
         for name in names:
             if name in CHECKS:
                 for _ in CHECKS[name](device, False):

@@ -15,7 +15,7 @@ from gpu_tools import normal, op, random_weight
 from torch import Tensor
 
 from hf_catquant.formats import FORMATS, get_format
-from hf_catquant.kernels import cuda_calls, cuda_layout, cuda_table, reference
+from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
 from hf_catquant.rotation import rotate
 from hf_catquant.weight import dequantize_packed, quantize_activation
 
@@ -70,17 +70,28 @@ def few(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def many(device: torch.device, quick: bool) -> Iterator[Row]:
-    """gemm.cu, sums.cu and partials.cu, in one piece and in three."""
-    shapes, counts = (SMALL[:1], (9, 70)) if quick else ((*SMALL, LARGE), (9, 17, 40, 65, 200))
+    """wgemm.cu and arrange.cu where the device has warp groups, gemm.cu and sums.cu; partials.cu."""
+    shapes, counts = (SMALL[2:3], (9, 70)) if quick else ((*SMALL, LARGE), (9, 17, 40, 65, 200))
+    yield from many_cases(device, counts, shapes, quick)
+    with mock.patch.object(cuda_driver, "has_warp_groups", return_value=False):
+        yield from many_cases(device, counts, shapes, quick)
+
+
+def many_cases(
+    device: torch.device, counts: tuple[int, ...], shapes: tuple[tuple[int, int, int], ...], quick: bool
+) -> Iterator[Row]:
+    """Products of many tokens on one kernel."""
     yield from product_cases(device, counts, shapes)
     if quick:
         return
     yield from product_cases(device, (9, 16), ((4096, 640, 128), (4096, 520, 32)))  # tall blocks
     with mock.patch.object(cuda_table, "cuts", return_value=3):
         cuda_table._shared.cache_clear()
+        cuda_table._grouped.cache_clear()
         for row in product_cases(device, (9, 40, 100), ((280, 640, 128), (70, 1300, -1))):
             yield {**row, "parts": 3}
     cuda_table._shared.cache_clear()
+    cuda_table._grouped.cache_clear()
 
 
 def weights(device: torch.device, quick: bool) -> Iterator[Row]:

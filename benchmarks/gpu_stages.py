@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_catquant.formats import get_format, group_count
-from hf_catquant.kernels import cuda_calls, cuda_layout, cuda_table
+from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_table
+from hf_catquant.kernels.cuda_table import Group
 
 Row = dict[str, Any]
 Right = set[str]
@@ -34,6 +35,20 @@ SPLIT_BLOCKS = (
     *((tiles, 8, 1, 1) for tiles in (12, 14, 16)),
     (2, 16, 4, 1),
 )
+
+
+# Of wgemm, by tokens: column tiles, times 64 rows of a warp group, warps, stages of x, blocks of a multiprocessor.
+GROUPS = {
+    16: (
+        Group(2, 2, 4, 5, 4),
+        Group(2, 2, 8, 6, 2),
+        Group(2, 2, 16, 6, 1),
+        Group(2, 1, 8, 6, 2),
+        Group(2, 1, 4, 6, 4),
+    ),
+    64: (Group(8, 2, 4, 4, 2), Group(8, 2, 8, 6, 1), Group(8, 1, 8, 4, 2), Group(8, 1, 4, 4, 3)),
+    512: (Group(16, 1, 8, 4, 1), Group(16, 1, 8, 6, 1), Group(8, 2, 4, 4, 2), Group(8, 2, 8, 5, 1)),
+}
 
 
 def measured(calls: list[Callable[[], Any]], device: torch.device, right: Right) -> Row:
@@ -157,26 +172,31 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
 
 
 def launches(device: torch.device, right: Right) -> Iterator[Row]:
-    """The launch table swept: row tiles and warps of a block for few tokens, parts along k for more."""
+    """The launch table swept: shapes of blocks, or parts along k for many tokens where there are no warp groups."""
+    grouped = cuda_driver.has_warp_groups(device)
     for name in ("ternary", "binary", "int4"):
         for shape in SHAPES:
             layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
-            for tokens in (1, 8, 16, 64):
+            for tokens in (1, 8, *GROUPS):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                 calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
                 table: str
                 choices: tuple[Any, ...]
-                table, choices = "cuts", (1, 2, 4, 8, 16)
+                table, choices = (
+                    ("group_shape", GROUPS[tokens]) if tokens > 8 and grouped else ("cuts", (1, 2, 4, 8, 16))
+                )
                 if tokens <= 8:
                     table, choices = ("split_shape", SPLIT_BLOCKS) if tokens == 1 else ("blocks", BLOCKS)
                 for chosen in choices:
                     with mock.patch.object(cuda_table, table, lambda *_, c=chosen: c):
                         cuda_table._few.cache_clear()
                         cuda_table._shared.cache_clear()
+                        cuda_table._grouped.cache_clear()
                         row = measured(calls, device, right)
                     yield {"weights": name, "shape": shape, "tokens": tokens, "chosen": chosen, **row}
     cuda_table._few.cache_clear()
     cuda_table._shared.cache_clear()
+    cuda_table._grouped.cache_clear()
 
 
 def decode(

@@ -111,12 +111,12 @@ class Launches:
 
 
 @contextmanager
-def no_device(processors: int) -> Iterator[None]:
-    """Nothing is run: for tensors on the meta device, as if it had so many multiprocessors."""
+def no_device(processors: int, warp_groups: bool = True) -> Iterator[None]:
+    """Nothing is run: for tensors on the meta device, as if it had so many multiprocessors, and products of warp groups."""
     with (
         mock.patch.object(cuda_driver, "launch", return_value=None),
         mock.patch.object(cuda_driver, "processors", return_value=processors),
-        mock.patch.object(cuda_driver, "has_warp_groups", return_value=True),
+        mock.patch.object(cuda_driver, "has_warp_groups", return_value=warp_groups),
         mock.patch.dict("os.environ", {cuda.SWITCH: "cuda"}),
     ):
         yield

@@ -57,6 +57,17 @@ def shape_of(rows: int, bits: int, group_steps: int) -> cuda_layout.Layout:
     return cuda_layout.Layout(tiles, scales, rows, 8192, bits, group_steps, chunks, None, 1.0, 0.0)
 
 
+def grouped() -> dict[str, Variant]:
+    """Products of warp groups, which one architecture has."""
+    made = {}
+    for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0, 8), (16, 32, 64, 256), (False, True)):
+        layout = shape_of(8192, bits, group_steps)
+        variant = cuda_table.product(layout, tokens, 0, integer, processors=132, warp_groups=True).variant
+        assert variant.source == "wgemm"
+        made[" ".join((variant.source, *variant.options))] = variant
+    return made
+
+
 def others() -> dict[str, Variant]:
     made = {
         "rows": Variant("rows", (("TYPE", 0), ("AFFINE", 1))),
@@ -107,15 +118,33 @@ def test_every_product_compiles_without_spills(arch):
     check_budget(products(), arch)
 
 
+def check_groups(variants: dict[str, Variant]) -> None:
+    check_budget(variants, 90)
+    for name, variant in variants.items():
+        log = cuda_compile.compile_variant(variant, 90).log
+        assert "serialized" not in log, f"{name}: tensor-core products wait for each other: {log}"
+
+
+@needs_nvrtc
+def test_products_of_warp_groups_compile_without_spills_and_overlap():
+    check_groups(dict(list(grouped().items())[::16]))
+
+
+@needs_nvrtc
+@pytest.mark.slow
+def test_every_product_of_warp_groups_compiles_without_spills_and_overlaps():
+    check_groups(grouped())
+
+
 @needs_nvrtc
 def test_structs_are_as_long_as_the_kernels_take_them():
     sizes = {"Product": "product16", "Quantization": "rows", "Rows": "weight", "Correction": "cluster"}
-    sizes |= {"XSums": "sums", "Partials": "partials", "Rotation": "rotate"}
+    sizes |= {"Arrangement": "arrange", "XSums": "sums", "Partials": "partials", "Rotation": "rotate"}
     assert {cuda_calls.FORMS[name].format for name in ("product8", "split8", "gemm", "untile")} == {
         cuda_calls.FORMS["product16"].format
     }
     texts = {path.name: path.read_text(encoding="utf-8") for path in cuda_compile.CSRC.glob("*.cu*")}
-    fields = {"const": "P", "u8*": "P", "float*": "P", "void*": "P", "int": "i", "float": "f"}
+    fields = {"const": "P", "u8*": "P", "uint4*": "P", "float*": "P", "void*": "P", "int": "i", "float": "f"}
     for name, source in sizes.items():
         text = next(text for text in texts.values() if f"struct {name} {{" in text)
         body = text.split(f"struct {name} {{")[1].split("};")[0]

@@ -370,6 +370,7 @@ def test_tensors_on_different_devices_are_refused(monkeypatch):
     layout = cuda_layout.build(*case.stored, "int4", 32, 64)
     x = torch.empty(9, 64, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(cuda_driver, "processors", lambda device: 3)
+    monkeypatch.setattr(cuda_driver, "has_warp_groups", lambda device: False)
     with pytest.raises(RuntimeError, match="all tensors of gemm must be on meta, one is on cpu: move the layer there"):
         cuda_calls.multiply(x, layout, None, None)
 

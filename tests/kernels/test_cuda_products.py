@@ -39,11 +39,12 @@ def check(
     activations: str | None = None,
     sources: Path | None = None,
     parts: int | None = None,
+    warp_groups: bool = False,
 ) -> None:
     weights, columns = case.fmt.name, x.shape[1]
     bias = torch.randn(case.codes.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
     layout = cuda_layout.build(*case.stored, weights, case.group_size, columns)
-    with emulated(folder, sources or cuda_compile.CSRC), cut_in(parts):
+    with emulated(folder, sources or cuda_compile.CSRC, warp_groups), cut_in(parts):
         out = cuda_calls.multiply(x, layout, bias, activations)
     x_hat = x if activations is None else quantize_activation(x.float(), FORMATS[activations])
     expected = x_hat.double() @ case.dense.T + bias.double()
@@ -59,8 +60,10 @@ def cut_in(parts: int | None) -> Iterator[None]:
         if parts is not None:
             patch.setattr(cuda_table, "cuts", lambda *_: parts)
         cuda_table._shared.cache_clear()
+        cuda_table._grouped.cache_clear()
         yield
     cuda_table._shared.cache_clear()
+    cuda_table._grouped.cache_clear()
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -120,6 +123,60 @@ def test_few_rows_of_x_and_of_the_weight(folder, monkeypatch):
     check(stored("ternary", 280, 600, 64), inputs(9, 600, torch.bfloat16), folder, parts=3)
 
 
+WARP_GROUPS = (  # format, weight rows, columns, group, rows of x, activations, dtype, parts
+    ("ternary", 40, 200, 128, 9, None, torch.bfloat16, None),
+    ("ternary", 150, 600, 128, 20, "int8", torch.bfloat16, None),
+    ("binary", 40, 700, 128, 40, None, torch.bfloat16, 2),
+    ("binary", 17, 300, -1, 70, "int8", torch.float32, None),
+    ("int3", 17, 33, -1, 12, None, torch.float16, None),
+    ("int4", 280, 520, 256, 130, None, torch.bfloat16, None),
+    ("int8", 70, 520, 128, 33, "int8", torch.bfloat16, 3),
+    ("int8", 70, 520, -1, 17, None, torch.float16, None),
+    ("int2", 40, 1300, 256, 12, "int8", torch.float32, 3),
+    ("ternary", 17, 300, 96, 12, None, torch.float16, None),  # groups padded apart
+    ("ternary_symmetric", 20, 256, 128, 16, None, torch.bfloat16, 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "columns", "group_size", "rows", "activations", "dtype", "parts"), WARP_GROUPS
+)
+def test_products_of_warp_groups(name, outputs, columns, group_size, rows, activations, dtype, parts, folder):
+    scales = torch.float32 if columns == 300 else torch.float16
+    case = stored(name, outputs, columns, group_size, scales)
+    check(case, inputs(rows, columns, dtype), folder, activations, parts=parts, warp_groups=True)
+
+
+def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
+    layout = cuda_layout.build(*stored("int4", 16, 256, 128).stored, "int4", 128, 256)
+    small = cuda_layout.build(*stored("int4", 16, 256, 64).stored, "int4", 64, 256)
+    sources = [
+        cuda_table.product(at, tokens, 0, False, 132, have).variant.source
+        for at, tokens, have in ((layout, 9, True), (layout, 8, True), (layout, 9, False), (small, 9, True))
+    ]
+    assert sources == ["wgemm", "product16", "gemm", "gemm"]
+
+
+@pytest.mark.parametrize("fmt", ACTIVATION_FORMATS)
+@pytest.mark.parametrize("columns", [77, 520])
+def test_arranged_codes_are_those_of_rows(columns, fmt, folder):
+    case, x = stored("ternary", 16, columns, -1), inputs(5, columns, torch.float16)
+    x[1], x[2] = x[1].abs(), 0
+    layout = cuda_layout.build(*case.stored, "ternary", -1, columns)
+    with emulated(folder):
+        codes, scale = cuda_calls.quantize_rows(x, FORMATS[fmt], layout.padded)
+        found, scales, sums = cuda_calls.arrange(x, layout, FORMATS[fmt], 16)
+    units = layout.padded // 128
+    pieces = found.view(units, 16, 8, 16)[:, :5]  # unit, row, piece, byte
+    order = torch.arange(8)[None] ^ torch.arange(5)[:, None]
+    pieces = pieces.gather(2, order[None, :, :, None].expand_as(pieces))
+    words = pieces.view(units, 5, 4, 2, 4, 4)  # unit, row, step, word of a run, run, byte
+    straight = words.permute(1, 0, 2, 4, 3, 5).reshape(5, layout.padded)
+    assert torch.equal(straight, codes)
+    assert torch.equal(scales, scale)
+    assert torch.equal(sums[:, :5], codes.view(5, units, 128).float().sum(2).T)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [2, 6, 40])
 @FORMAT
@@ -167,12 +224,12 @@ def test_a_large_activation_costs_the_others_little(folder):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("rows", [2, 5, 40])
-def test_what_is_not_finite_stays_so(rows, bad, folder):
-    case, x = stored("int4", 16, 128, 64), inputs(rows, 128, torch.bfloat16)
+@pytest.mark.parametrize(("rows", "group_size"), [(2, 64), (5, 64), (40, 64), (40, 128)])
+def test_what_is_not_finite_stays_so(rows, group_size, bad, folder):
+    case, x = stored("int4", 16, 128, group_size), inputs(rows, 128, torch.bfloat16)
     x[1, 5] = bad
-    layout = cuda_layout.build(*case.stored, "int4", 64, 128)
-    with emulated(folder):
+    layout = cuda_layout.build(*case.stored, "int4", group_size, 128)
+    with emulated(folder, warp_groups=True):
         out = cuda_calls.multiply(x, layout, None, None)
     assert not out[1].isfinite().any()
     assert out[0].isfinite().all()
@@ -213,6 +270,23 @@ MISTAKES = {
     "launch before": ("product16.cu", "    wait_for_inputs();\n", "", 5),
     "sums of x": ("sums.cu", "FLUSH * run + i", "run + i", 70),
 }
+GROUP_MISTAKES = {
+    "unit not waited for": ("wgemm.cu", "            wait_turn(full + slot, turn);\n", ""),
+    "place not given back": ("wgemm.cu", "            if (threadIdx.x == 0) arrive(empty + slot);\n", ""),
+    "sums not waited for": ("wgemm.cu", "                wait_wgmma<0>();\n", ""),
+    "rows of the second product": (
+        "wgemm.cu",
+        "tile + 4 * mt < p.row_tiles ? tile + 4 * mt",
+        "tile + mt < p.row_tiles ? tile + mt",
+    ),
+    "sums of later units": ("wgemm.cu", "    b.sums += sums_width(p.tokens);\n", ""),
+    "piece of a token": (
+        "arrange.cu",
+        "write(out + 4 * (first + c ^ token & 7), pack",
+        "write(out + 4 * (first + c), pack",
+    ),
+    "run of a step": ("arrange.cu", "* 8) + q;", "* 8) + (q ^ 1);"),
+}
 
 
 # One of each file.
@@ -244,6 +318,24 @@ def test_mistakes_are_found(mistake, folder, tmp_path):
             sources=tmp_path / "csrc",
             parts=3,
         )
+
+
+GROUPS_ALWAYS = ("sums not waited for", "piece of a token")
+
+
+@pytest.mark.parametrize(
+    "mistake", [*GROUPS_ALWAYS, *slow(*(name for name in GROUP_MISTAKES if name not in GROUPS_ALWAYS))]
+)
+def test_mistakes_with_warp_groups_are_found(mistake, folder, tmp_path):
+    file, right, wrong = GROUP_MISTAKES[mistake]
+    shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    case, x = stored("ternary", 150, 1024, 128), inputs(12, 1024, torch.bfloat16)
+    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|more arrivals|forever"):
+        check(case, x, folder, sources=tmp_path / "csrc", parts=1, warp_groups=True)
 
 
 def test_reading_past_the_end_is_found(folder):
