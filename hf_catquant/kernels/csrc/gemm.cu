@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
     Group group = {};
     Codes codes, next[AHEAD + 1];
     Cursor cursor = start(p, first, begin, threadIdx.x);
-    read_chunk(codes, cursor, begin + 1 < end);
+    if (AHEAD) read_chunk(codes, cursor, begin + 1 < end);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) read_chunk(next[i], cursor, begin + 2 + i < end);
     wait_for_inputs();
@@ -187,6 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm(const Product
         fetch(copy, staged + s * STAGE);
         commit_async();
     }
+    if (!AHEAD) read_chunk<true>(codes, cursor, begin + 1 < end);  // so many that they would spill before that
     int slot = 0, vacant = (STAGES - 1) * STAGE;
     for (int chunk = begin; chunk < end; chunk++) {
 #pragma unroll (RUN < STEPS ? 1 : STEPS / RUN)
