@@ -1,7 +1,7 @@
 """Which kernel serves how many tokens, and in which launch. Every number that is a matter of speed alone is here.
 
-The thresholds come from instruction counts and bandwidths of an H200 (docs/gpu.md), not from timings; ``benchmarks/gpu.py``
-measures what they should be.
+The numbers come from timings on an H200 where there were some, else from instruction counts (docs/gpu.md says which);
+``benchmarks/gpu.py`` measures what they should be.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import NamedTuple
 from .cuda_compile import Variant
 from .cuda_layout import STEP, Layout, chunk_width
 
-SPLIT_TOKENS = 4  # up to here 16-bit activations go through 8-bit products: fewer instructions a weight
+# Up to here 16-bit activations go through 8-bit products: fewer instructions a weight. Of four tokens product16 was faster.
+SPLIT_TOKENS = 2
 FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a block shares them
 EXACT_TOKENS = (
     256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
