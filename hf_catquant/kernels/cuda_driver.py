@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import cuda_table
-from .cuda_compile import Unserved, Variant, library, machine_code
+from .cuda_compile import Unserved, Variant, library, machine_code, version
 
 _lock = threading.Lock()
 _functions: dict[tuple[Variant, int], tuple[int, int]] = {}  # (kernel, device) -> handles of context and function
@@ -188,8 +188,10 @@ def processors(device: torch.device) -> int:
 
 @cache
 def has_warp_groups(device: torch.device) -> bool:
-    """Whether the device has tensor-core products of warp groups (wgmma): compute capability 9.0, and no other."""
-    return _arch(_index(device)) == 90
+    """Whether tensor-core products of warp groups (wgmma) can be used: compute capability 9.0 alone has them, and NVRTC
+    compiles them from 12.0 on.
+    """
+    return _arch(_index(device)) == 90 and version() >= (12, 0)
 
 
 @cache

@@ -136,6 +136,16 @@ def test_every_product_of_warp_groups_compiles_without_spills_and_overlaps():
     check_groups(grouped())
 
 
+@pytest.mark.parametrize(
+    ("arch", "nvrtc", "expected"),
+    [(90, (12, 0), True), (90, (11, 8), False), (80, (13, 0), False), (100, (13, 0), False)],
+)
+def test_warp_groups_are_used_where_they_are_and_compile(arch, nvrtc, expected, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "_arch", lambda index: arch)
+    monkeypatch.setattr(cuda_driver, "version", lambda: nvrtc)
+    assert cuda_driver.has_warp_groups.__wrapped__(torch.device("cuda", 0)) is expected
+
+
 @needs_nvrtc
 def test_structs_are_as_long_as_the_kernels_take_them():
     sizes = {"Product": "product16", "Quantization": "rows", "Rows": "weight", "Correction": "cluster"}
