@@ -85,7 +85,10 @@ def many_cases(
     if quick:
         return
     yield from product_cases(device, (9, 16), ((4096, 640, 128), (4096, 520, 32)))  # tall blocks
-    with mock.patch.object(cuda_table, "cuts", return_value=3):
+    with (
+        mock.patch.object(cuda_table, "cuts", return_value=3),
+        mock.patch.object(cuda_table, "group_cuts", return_value=3),
+    ):
         cuda_table._shared.cache_clear()
         cuda_table._grouped.cache_clear()
         for row in product_cases(device, (9, 40, 100), ((280, 640, 128), (70, 1300, -1))):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -171,32 +172,35 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
         yield row
 
 
+def candidates(tokens: int, grouped: bool) -> list[dict[str, Any]]:
+    """What is tried for so many tokens: functions of the launch table, and what each is to answer."""
+    if tokens == 1:
+        return [{"split_shape": chosen} for chosen in SPLIT_BLOCKS]
+    if tokens <= 8:
+        return [{"blocks": chosen} for chosen in BLOCKS]
+    if not grouped:
+        return [{"cuts": parts} for parts in (1, 2, 4, 8, 16)]
+    return [{"group_shape": shape, "group_cuts": parts} for shape in GROUPS[tokens] for parts in (1, 2, 4, 8)]
+
+
 def launches(device: torch.device, right: Right) -> Iterator[Row]:
-    """The launch table swept: shapes of blocks, or parts along k for many tokens where there are no warp groups."""
+    """The launch table swept: shapes of blocks, and parts along k for many tokens."""
     grouped = cuda_driver.has_warp_groups(device)
-    for name in ("ternary", "binary", "int4"):
-        for shape in SHAPES:
-            layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
-            for tokens in (1, 8, *GROUPS):
-                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-                calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
-                table: str
-                choices: tuple[Any, ...]
-                table, choices = (
-                    ("group_shape", GROUPS[tokens]) if tokens > 8 and grouped else ("cuts", (1, 2, 4, 8, 16))
-                )
-                if tokens <= 8:
-                    table, choices = ("split_shape", SPLIT_BLOCKS) if tokens == 1 else ("blocks", BLOCKS)
-                for chosen in choices:
-                    with mock.patch.object(cuda_table, table, lambda *_, c=chosen: c):
-                        cuda_table._few.cache_clear()
-                        cuda_table._shared.cache_clear()
-                        cuda_table._grouped.cache_clear()
-                        row = measured(calls, device, right)
-                    yield {"weights": name, "shape": shape, "tokens": tokens, "chosen": chosen, **row}
-    cuda_table._few.cache_clear()
-    cuda_table._shared.cache_clear()
-    cuda_table._grouped.cache_clear()
+    remembered = (cuda_table._few, cuda_table._shared, cuda_table._grouped)
+    for name, shape in product(("ternary", "binary", "int4"), SHAPES):
+        layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
+        for tokens in (1, 8, *GROUPS):
+            x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+            calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
+            for chosen in candidates(tokens, grouped):
+                answers = {table: lambda *_, answer=answer: answer for table, answer in chosen.items()}
+                with mock.patch.multiple(cuda_table, **answers):
+                    for function in remembered:
+                        function.cache_clear()
+                    row = measured(calls, device, right)
+                yield {"weights": name, "shape": shape, "tokens": tokens, "chosen": chosen, **row}
+    for function in remembered:
+        function.cache_clear()
 
 
 def decode(

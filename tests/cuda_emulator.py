@@ -79,7 +79,7 @@ def emulated(folder: Path, sources: Path = cuda_compile.CSRC, warp_groups: bool 
         arguments: tuple[Any, ...],
         shared: int = 0,
     ) -> None:
-        run_on_host(variant, grid, block, form, arguments, folder, sources)
+        run_on_host(variant, grid, block, form, arguments, folder, sources, shared)
 
     with (
         mock.patch.object(cuda_driver, "launch", launch),
@@ -97,10 +97,12 @@ def run_on_host(
     arguments: tuple[Any, ...],
     folder: Path,
     sources: Path,
+    shared: int,
 ) -> None:
     """Run one launch.
 
     Raises:
+        AssertionError: the kernel has more or less shared memory than the launch gives it.
         RuntimeError: a thread accessed memory it was not given, or the threads of a warp went apart.
     """
     tensors = [(i, a) for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
@@ -111,6 +113,7 @@ def run_on_host(
     held = form.pack(*[a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments])
     library = load(str(build(variant, folder, sources)))
     wrong = library.run(*grid, *block, held, regions, len(regions))
+    assert library.shared_bytes() == shared, f"{variant.source} has {library.shared_bytes()} bytes, not {shared}"
     if wrong:
         raise RuntimeError(f"{variant.source} {' '.join(variant.options)}: {wrong.decode()}")
 
@@ -120,6 +123,7 @@ def load(path: str) -> ctypes.CDLL:
     """A compiled kernel."""
     library = ctypes.CDLL(path)
     library.run.restype = ctypes.c_char_p
+    library.shared_bytes.restype = ctypes.c_long
     library.run.argtypes = [*[ctypes.c_int] * 4, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
     return library
 

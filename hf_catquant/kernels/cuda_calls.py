@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import Format, get_format, group_count, group_width
+from ..log import logger
 from ..rotation import block_size
 from . import cuda_driver, cuda_table
 from .cuda_compile import Unserved, Variant
@@ -49,43 +51,45 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     Raises:
         Unserved: the kernel cannot be compiled or loaded, or the sizes are beyond what it counts.
     """
-    dtype, device = x.dtype, x.device
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], layout.rows)  # as it is returned: a view could not be written to under autograd
     x = layout.align(x.reshape(-1, x.shape[-1]))
-    tokens, integer = x.shape[0], activations is not None
-    _check_sizes(layout, tokens, integer)
-    plan = cuda_table.product(
-        layout,
-        tokens,
-        TYPES[dtype],
-        integer,
-        cuda_driver.processors(device),
-        cuda_driver.has_warp_groups(device),
-    )
+    _check_sizes(layout, x.shape[0], activations is not None)
+    warp_groups = cuda_driver.has_warp_groups(x.device)
+    try:
+        _multiply(x, layout, bias, activations, out, warp_groups)
+    except Unserved as why:
+        if not warp_groups:
+            raise
+        _say(f"products of warp groups are not used: {why}")
+        _multiply(x, layout, bias, activations, out, False)
+    return out
+
+
+def _multiply(
+    x: Tensor, layout: Layout, bias: Tensor | None, activations: str | None, out: Tensor, warp_groups: bool
+) -> None:
+    """The product of aligned x (M, K) into ``out``, on the kernel of the table."""
+    dtype, device, tokens = TYPES[out.dtype], x.device, x.shape[0]
+    processors = cuda_driver.processors(device)
+    plan = cuda_table.product(layout, tokens, dtype, activations is not None, processors, warp_groups)
     x, scale, x_sums = _prepared(x, layout, plan, activations)
     made = out if plan.splits == 1 else out.new_empty(plan.splits, tokens, layout.rows, dtype=torch.float32)
     row_tiles, columns = layout.tiles.shape[0], x.shape[1]
     sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
-    arguments = (
-        layout.tiles,
-        layout.scales,
-        x,
-        scale,
-        x_sums,
-        bias,
-        made,
-        *sizes,
-        layout.level_step,
-        layout.level_zero,
-    )
+    levels = (layout.level_step, layout.level_zero)
+    arguments = (layout.tiles, layout.scales, x, scale, x_sums, bias, made, *sizes, *levels)
     _launch(plan.variant, device, plan.grid, plan.threads, arguments, plan.shared)
     if plan.splits > 1:
-        adding = Variant("partials", (("TYPE", TYPES[dtype]),))
+        adding = Variant("partials", (("TYPE", dtype),))
         grid = (-(-layout.rows // cuda_table.SUM_THREADS), tokens)
         parts = (made, scale, bias, out, tokens, layout.rows, plan.splits)
         _launch(adding, device, grid, (cuda_table.SUM_THREADS, 1), parts)
-    return out
+
+
+@cache
+def _say(message: str) -> None:
+    logger.warning(message)
 
 
 def _prepared(

@@ -106,16 +106,18 @@ def launch(
 def _allow(function: int, shared: int) -> None:
     """Let the function be launched with so many bytes of shared memory; asked of the driver once a size."""
     if _shared.get(function, 0) < shared:
-        _check(_driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        result = _driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        if result:
+            raise Unserved(f"a block cannot have {shared} bytes of shared memory: {_text(result)}")
         _shared[function] = shared
 
 
 @cache
 def _overlaps(index: int) -> bool:
     """Whether a launch may begin on the device while the one before it runs."""
-    version = ctypes.c_int()
-    _check(_driver().cuDriverGetVersion(ctypes.byref(version)))
-    return _arch(index) >= OVERLAPPING and version.value >= OVERLAPPING_DRIVER
+    driver = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(driver)))
+    return _arch(index) >= OVERLAPPING and driver.value >= OVERLAPPING_DRIVER
 
 
 def require(device: torch.device) -> None:

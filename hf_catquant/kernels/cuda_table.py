@@ -6,7 +6,7 @@ The numbers come from timings on an H200 where there were some, else from instru
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from .cuda_compile import Variant
@@ -33,6 +33,7 @@ ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 FEW_AHEAD = 1  # chunks under way to a warp of product8 and product16 while it multiplies another
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
+LAUNCHES = 4096  # that are remembered
 RESIDENT_THREADS = 2048  # of a multiprocessor
 UNTILE_WARPS = 8
 
@@ -67,7 +68,8 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
         return -(-blocks // processors) * turns * (shape.tiles + 3 - tokens // 2)
 
     # What fits the registers of a multiprocessor, as NVRTC finds: sums first, then codes under way.
-    most = 64 if bits == 8 or (bits == 1 and (tokens > 1 or group_steps == 1)) else 128
+    small = group_steps in (1, 2)
+    most = 32 if bits == 1 and group_steps == 1 else 64 if bits == 8 or small or (bits == 1 and tokens > 1) else 128
     shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
     tiles, warps = shape.tiles, shape.warps
     codes = 4 * tiles * max(1, bits // 2)
@@ -79,17 +81,20 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
     return Shape(tiles, warps, ahead)
 
 
-def blocks(row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int) -> tuple[int, int]:
-    """(row tiles of a block, warps of a block) of product8 and product16.
+def blocks(
+    row_tiles: int, bits: int, column_tiles: int, chunks: int, processors: int, integer: bool = False
+) -> tuple[int, int]:
+    """(row tiles of a block, warps of a block) of product8 (``integer``) and product16.
 
-    More row tiles use each activation more often, as long as nearly every multiprocessor still gets a block. More warps
-    have more loads on the way where there are few blocks. Sums of more than 4 tiles (2 with 8 bits, or with several
-    column tiles) do not fit the registers of a thread, nor 16 warps of as many those of a multiprocessor.
+    More row tiles use each activation more often, as long as nearly every multiprocessor still gets a block; more than two
+    were slower with 16-bit activations. More warps have more loads on the way where there are few blocks. Sums of more than
+    4 tiles (2 with 8 bits, or with several column tiles) do not fit the registers of a thread, nor 16 warps of as many
+    those of a multiprocessor.
     """
-    tiles = 4 if bits < 8 and column_tiles == 1 else 1 if bits == 1 and column_tiles == 4 else 2
+    tiles = 4 if integer and bits < 8 and column_tiles == 1 else 1 if bits == 1 and column_tiles == 4 else 2
     while tiles > 1 and -(-row_tiles // tiles) < 0.9 * processors:
         tiles //= 2
-    warps = 16 if tiles * column_tiles <= 2 and -(-row_tiles // tiles) < 2 * processors else 8
+    warps = 16 if tiles * column_tiles <= 2 and -(-row_tiles // tiles) < 1.5 * processors else 8
     while warps > 1 and warps // 2 >= chunks:
         warps //= 2
     return tiles, warps
@@ -146,7 +151,7 @@ def product(
 NAMES = ("BITS", "GROUP_STEPS", "SCALE32", "TYPE", "MT", "NT", "WARPS")
 
 
-@cache
+@lru_cache(LAUNCHES)
 def _few(
     bits: int,
     group_steps: int,
@@ -167,7 +172,7 @@ def _few(
         more = (("TOKENS", split), ("AHEAD", ahead), ("BLOCKS", at_once))
         variant = Variant("split8", (*zip(NAMES, values, strict=True), *more))
         return Launch(variant, (-(-row_tiles // tiles), -(-tokens // split)), (32, warps))
-    tiles, warps = blocks(row_tiles, bits, column_tiles, chunks, processors)
+    tiles, warps = blocks(row_tiles, bits, column_tiles, chunks, processors, integer)
     values = (bits, group_steps, scale32, dtype, tiles, column_tiles, warps)
     constants = (*zip(NAMES, values, strict=True), ("AHEAD", FEW_AHEAD))
     variant = Variant("product8" if integer else "product16", constants)
@@ -199,7 +204,7 @@ def group_shape(tokens: int, bits: int) -> Group:
     return Group(16, 1, 8, 4, 1)
 
 
-@cache
+@lru_cache(LAUNCHES)
 def _grouped(
     bits: int,
     group_steps: int,
@@ -215,7 +220,7 @@ def _grouped(
     column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits)
     tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
-    splits = cuts(made, chunks, processors * at_once)
+    splits = group_cuts(made, chunks, chunk_width(bits) // 128, processors * at_once)
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
     more = (("INTEGER", int(integer)), ("STAGES", stages), ("BLOCKS", at_once))
     variant = Variant("wgemm", (*zip(NAMES, values, strict=True), *more))
@@ -224,7 +229,7 @@ def _grouped(
     return Launch(variant, (made * splits, 1), (32, warps), splits, shared=max(staged, results) + 16 * stages)
 
 
-@cache
+@lru_cache(LAUNCHES)
 def _shared(
     bits: int,
     group_steps: int,
@@ -268,8 +273,22 @@ def _shared(
     return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
 
 
+def group_cuts(made: int, chunks: int, units: int, at_once: int) -> int:
+    """Parts along k of wgemm, as :func:`cuts`; a chunk is ``units`` times 128 columns.
+
+    Blocks begin when others end, so that turns are not whole; a part costs two units to begin, and all of them eight and
+    a half for each to be added: with these numbers the best of all parts that were timed on an H200 come out.
+    """
+
+    def cost(parts: int) -> float:
+        begun = max(1.0, made * parts / at_once) * (units * -(-chunks // parts) + 2)
+        return begun + (8 + parts / 2 if parts > 1 else 0)
+
+    return min((parts for parts in _possible_parts(made, chunks, at_once) if parts in (1, 2, 4, 8, 16)), key=cost)
+
+
 def cuts(made: int, chunks: int, at_once: int) -> int:
-    """Parts along k for ``made`` blocks of ``chunks`` turns each where ``at_once`` run at a time: none of them empty.
+    """Parts along k of gemm for ``made`` blocks of ``chunks`` turns each where ``at_once`` run at a time.
 
     A block that is cut has to fill its pipeline once more, and what it wrote is read again: about 3 and 1 turns.
     """
@@ -277,6 +296,10 @@ def cuts(made: int, chunks: int, at_once: int) -> int:
     def turns(parts: int) -> float:
         return -(-made * parts // at_once) * (-(-chunks // parts) + 3) + (4 + parts if parts > 1 else 0)
 
-    most = min(16, chunks) if made < 2 * at_once else 1  # parts of many blocks fill much memory and gain little
-    possible = [parts for parts in range(1, most + 1) if -(-chunks // -(-chunks // parts)) == parts]
-    return min(possible, key=turns)
+    return min(_possible_parts(made, chunks, at_once), key=turns)
+
+
+def _possible_parts(made: int, chunks: int, at_once: int) -> list[int]:
+    """Up to 16, none of them empty; parts of many blocks would fill much memory and gain little."""
+    most = min(16, chunks) if made < 2 * at_once else 1
+    return [parts for parts in range(1, most + 1) if -(-chunks // -(-chunks // parts)) == parts]

@@ -38,22 +38,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def products() -> dict[str, Variant]:
     """The variants that large matrices on a device of 132 multiprocessors use, and the ones with most registers."""
     made = {}
-    cases = [*product((1, 2, 4, 8), (4, 0), (1, 4, 8, 16, 32, 64, 256), (False, True))]
-    cases += product((1, 2, 4, 8), (1, 2), (16, 64, 256), (False, True))
-    for bits, group_steps, tokens, integer in cases:
+    cases = [*product((1, 2, 4, 8), (4, 0), (1, 2, 4, 8, 16, 32, 64, 256), (False, True), (torch.float16,))]
+    cases += product((1, 2, 4, 8), (1, 2), (1, 2, 16, 64, 256), (False, True), (torch.float16,))
+    cases += product((1, 2, 4, 8), (4, 2, 1), (1, 2), (False,), (torch.float32,))
+    for bits, group_steps, tokens, integer, scales in cases:
         for rows in (2048, 8192, 28672):
-            layout = shape_of(rows, bits, group_steps)
+            layout = shape_of(rows, bits, group_steps, scales)
             variant = cuda_table.product(layout, tokens, 0, integer, processors=132).variant
             made[" ".join((variant.source, *variant.options))] = variant
     return made
 
 
-def shape_of(rows: int, bits: int, group_steps: int) -> cuda_layout.Layout:
-    """A layout of a weight (``rows``, 8192), without its memory."""
+def shape_of(rows: int, bits: int, group_steps: int, dtype: torch.dtype = torch.float16) -> cuda_layout.Layout:
+    """A layout of a weight (``rows``, 8192) with scales of ``dtype``, without its memory."""
     chunks = 8192 // cuda_layout.chunk_width(bits)
     groups = 8192 // (32 * group_steps) if group_steps else 1
     tiles = torch.empty(rows // 16, 8192 * bits // 256, 512, dtype=torch.uint8, device="meta")
-    scales = torch.empty(rows // 16, groups, 8, 2, 2, dtype=torch.float16, device="meta")
+    scales = torch.empty(rows // 16, groups, 8, 2, 2, dtype=dtype, device="meta")
     return cuda_layout.Layout(tiles, scales, rows, 8192, bits, group_steps, chunks, None, 1.0, 0.0)
 
 
@@ -101,7 +102,7 @@ def check_budget(variants: dict[str, Variant], arch: int) -> None:
             f"{name}: {registers} registers for {threads} threads do not fit sm_{arch}"
         )
         # Four column tiles would spill nothing there, for a third more instructions everywhere.
-        allowed = 64 if variant.source == "gemm" and constants["GROUP_STEPS"] == 1 and arch == 120 else 0
+        allowed = 64 if variant.source == "gemm" and constants["GROUP_STEPS"] == 1 and arch >= 100 else 0
         assert spilled <= allowed, f"{name} spills {spilled} bytes on sm_{arch}"
 
 

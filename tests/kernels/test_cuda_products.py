@@ -14,7 +14,7 @@ import torch
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, Case, assert_product, random_case, slow
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
-from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_layout, cuda_table
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table
 from hf_catquant.weight import quantize_activation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
@@ -59,6 +59,7 @@ def cut_in(parts: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if parts is not None:
             patch.setattr(cuda_table, "cuts", lambda *_: parts)
+            patch.setattr(cuda_table, "group_cuts", lambda *_: parts)
         cuda_table._shared.cache_clear()
         cuda_table._grouped.cache_clear()
         yield
@@ -155,6 +156,44 @@ def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
         for at, tokens, have in ((layout, 9, True), (layout, 8, True), (layout, 9, False), (small, 9, True))
     ]
     assert sources == ["wgemm", "product16", "gemm", "gemm"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "tokens", "parts"),
+    [
+        (4096, 16, 8),
+        (8192, 16, 8),
+        (28672, 16, 4),
+        (4096, 64, 8),
+        (8192, 64, 4),
+        (28672, 64, 1),
+        (8192, 128, 2),
+        (8192, 512, 1),
+    ],
+)
+def test_parts_along_k_are_the_fastest_that_were_timed(outputs, tokens, parts):
+    columns = min(outputs, 8192)
+    group = cuda_table.group_shape(tokens, 2)
+    made = outputs // (16 * group.row_groups * group.warps) * -(-tokens // (8 * group.column_tiles))
+    assert cuda_table.group_cuts(made, columns // 128, 1, 132 * group.at_once) == parts
+
+
+def test_what_warp_groups_cannot_serve_goes_on_without_them(folder, monkeypatch, caplog):
+    case, x = stored("ternary", 40, 256, 128), inputs(12, 256, torch.bfloat16)
+    cuda_calls._say.cache_clear()
+    with emulated(folder, warp_groups=True):
+        run = cuda_driver.launch
+
+        def launch(variant, *arguments):
+            if variant.source == "wgemm":
+                raise cuda_compile.Unserved("NVRTC refuses it")
+            run(variant, *arguments)
+
+        monkeypatch.setattr(cuda_driver, "launch", launch)
+        layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
+        out = cuda_calls.multiply(x, layout, None, None)
+    assert_product(out, x.double() @ case.dense.T, x.double().abs() @ case.dense.abs().T)
+    assert "products of warp groups are not used: NVRTC refuses it" in caplog.text
 
 
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS)
@@ -273,7 +312,7 @@ MISTAKES = {
 GROUP_MISTAKES = {
     "unit not waited for": ("wgemm.cu", "            wait_turn(full + slot, turn);\n", ""),
     "place not given back": ("wgemm.cu", "            if (threadIdx.x == 0) arrive(empty + slot);\n", ""),
-    "sums not waited for": ("wgemm.cu", "                wait_wgmma<0>();\n", ""),
+    "sums not waited for": ("wgemm.cu", "    wait_wgmma<0>();\n", ""),
     "rows of the second product": (
         "wgemm.cu",
         "tile + 4 * mt < p.row_tiles ? tile + 4 * mt",

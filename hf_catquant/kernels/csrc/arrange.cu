@@ -6,7 +6,7 @@
 // (product.cuh). What a block of wgemm reads at once, 128 columns of TOKENS rows, follows each other as it lies in shared
 // memory: 128 bytes a row, in the order of swizzled() (wgmma.cuh).
 //
-// A thread makes a run, 16 of them a sum; a block a row, or with INTEGER 0 every gridDim.y-th 2048 columns of it.
+// A thread makes a run, 16 of them a sum; a block 2048 columns of a row, or with INTEGER, where a row has one scale, all of it.
 //
 // Constants: TYPE of x (0 bfloat16, 1 float16, 2 float32); INTEGER; AFFINE: whether the format of the codes has an offset;
 // TOKENS.
@@ -85,13 +85,13 @@ extern "C" __global__ void __launch_bounds__(256) arrange(const Arrangement p) {
     let_next_begin();
     wait_for_inputs();
     const size_t row = blockIdx.x;
-    const int runs = p.padded / 8, turn = 256 * (INTEGER ? 1 : gridDim.y);
+    const int runs = p.padded / 8, begin = INTEGER ? 0 : 256 * blockIdx.y, end = INTEGER ? runs : begin + 256;
     Scale scale = {};
     if (INTEGER) {
         scale = scale_of_row(p, row, of_warp);
         if (threadIdx.x == 0) write(p.scale + row, scale.step);
     }
-    for (int first = INTEGER ? 0 : 256 * (int)blockIdx.y; first < runs; first += turn) {  // all threads of a warp, for the sums
+    for (int first = begin; first < end; first += 256) {  // all threads of a warp, for the sums
         const int run = first + threadIdx.x;
         float sum = run < runs ? arrange_run(p, row, run, scale) : 0.0f;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Adds the sums of gemm.cu's splits, first split first: out[m, n] = x_scale[m] * sum_s partial[s, m, n] + bias[n].
+// Adds the sums of the splits of gemm.cu or wgemm.cu, first split first: out[m, n] = x_scale[m] * sum_s partial[s, m, n] + bias[n].
 //
 // Constants: TYPE of out and bias (0 bfloat16, 1 float16, 2 float32).
 #include "numbers.cuh"

@@ -1,13 +1,13 @@
-// What both products share: out[m, n] = sum_k x[m, k] * w_hat[n, k] + bias[n], with w_hat never written anywhere.
+// What all products share: out[m, n] = sum_k x[m, k] * w_hat[n, k] + bias[n], with w_hat never written anywhere.
 //
 // Constants given by the caller:
 //   BITS         of a code in a tile: 1, 2, 4 or 8
 //   GROUP_STEPS  columns that share a scale, in steps of 32; 0: the whole row
 //   SCALE32      scales are float32, not float16
 //   TYPE         of out and bias, and of x where it is not codes: 0 bfloat16, 1 float16, 2 float32
-//   MT           tiles of 16 rows that a block computes
+//   MT           tiles of 16 rows that a block computes (gemm: a warp; wgemm: of 64 rows, a warp group)
 //   NT           tiles of 8 columns of the tensor-core product: tokens
-//   WARPS        of a block; they take turns along k and add up at the end in a fixed order
+//   WARPS        of a block; with few tokens they take turns along k and add up at the end in a fixed order
 //
 // Weights are the A operand of the tensor cores: 256 or 512 of them an instruction, for 8 columns. A tile is 16 rows by
 // TILE columns, 512 bytes, one 16-byte word group for each of 32 lanes. Lane 4 r + q holds, in its word 2 kp + rh, row
@@ -32,9 +32,9 @@ constexpr u32 MASK = (1u << BITS) - 1;
 struct Product {
     const uint4* tiles;    // [row tiles][chunks * LOADS][32]
     const void* scales;    // [row tiles][groups][8][2] pairs (scale, offset): rows r and r + 8 side by side
-    const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8
+    const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8; of wgemm.cu as arrange.cu writes it
     const float* x_scale;  // (M), of codes
-    const float* x_sums;   // (runs, M rounded up to 128), gemm.cu only
+    const float* x_sums;   // (runs, M rounded up to 128), of gemm.cu and wgemm.cu
     const void* bias;      // (N) or null
     void* out;             // (M, N)
     int tokens, rows, columns, row_tiles, chunks, groups, splits;

@@ -1,4 +1,4 @@
-// The range of activations of a row and their codes, as weight.quantize_activation finds them.
+// The range of activations of a row and their codes, as weight.quantize_activation finds them; NaN makes a whole row NaN.
 //
 //     x_hat = scale * code,   code = clamp(round((x - offset) / scale)) - zero,   offset = -zero * scale
 //

@@ -1,4 +1,4 @@
-// Activations to int8 codes with a scale a row (quantize.cuh), for product8. A block makes one row.
+// Activations to int8 codes with a scale a row (quantize.cuh), for product8 and gemm. A block makes one row.
 //
 // Codes go where product8 reads them: 2 kp + i / 2 + 4 (i % 2) of each eight is byte i of word kp.
 //

@@ -135,6 +135,46 @@ DEVICE void write_block(const float (&y)[MT][4 * NT], const Product& p, uint4* s
 // The group that a unit belongs to.
 DEVICE u32 group_of_unit(int unit) { return BY_ROW ? 0 : GROUP_STEPS > 4 ? unit / (GROUP_STEPS / 4) : unit; }
 
+// The products of a unit: those of 64 rows after those of 64 others, a slab of x at a time.
+DEVICE void multiply_unit(Sum (&sums)[MT][4 * NT], uint4 (&a)[2][4], const Codes& codes, int step, Operand x, u32 magic) {
+#pragma unroll
+    for (int i = 0; i < MT * SLABS; i++) {
+        const int mt = i / SLABS, slab = i % SLABS;
+        if (i > 1) wait_wgmma<1>();  // the registers of the product before the last one are read
+        numbers_of(a[i % 2], codes.word[mt], step + slab * SLAB_STEPS, magic);
+#pragma unroll
+        for (int j = 0; j < 4; j++) settle(a[i % 2][j]);
+        begin_wgmma();
+#pragma unroll
+        for (int j = 0; j < 4; j++) wgmma(sums[mt], a[i % 2][j], x + slab * SLAB + 2 * j, slab > 0 || j > 0);
+        commit_wgmma();
+    }
+}
+
+// Scales the sums of a unit, of the first 64 rows while the tensor cores may still be at the others'. All products end in
+// their unit: ptxas makes each wait for the one before it if some are under way where a loop begins again.
+DEVICE void add_unit(float (&y)[MT][4 * NT], Sum (&sums)[MT][4 * NT], const Product& p, const RawPairs (&pairs)[MT], const float* x) {
+    wait_wgmma<(MT - 1) * SLABS>();
+    settle_all(sums[0]);
+    add_group(y[0], sums[0], p, pairs[0], x);
+    if (MT == 1) return;
+    wait_wgmma<0>();
+    settle_all(sums[MT - 1]);
+    add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], x);
+}
+
+// Where a warp begins: its tiles, and the pairs of its first group.
+DEVICE Cursor start_of_group(const Product& p, int tile, int chunk) {
+    Cursor cursor;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+        const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
+        cursor.codes[mt] = p.tiles + ((size_t)mine * (u32)p.chunks + (u32)chunk) * (LOADS * 32) + threadIdx.x;
+        cursor.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
+    }
+    return cursor;
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wgemm(const Product p) {
     DYNAMIC_SHARED(staged, HELD + STAGES);
     let_next_begin();
@@ -160,14 +200,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wgemm(const Pro
     uint4 a[2][4];
     RawPairs pairs[MT], pairs_next[MT] = {};
     Codes codes, next;
-    Cursor cursor;
+    Cursor cursor = start_of_group(p, tile, begin);
 #pragma unroll
-    for (int mt = 0; mt < MT; mt++) {
-        const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
-        cursor.codes[mt] = p.tiles + ((size_t)mine * (u32)p.chunks + (u32)begin) * (LOADS * 32) + threadIdx.x;
-        cursor.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
+    for (int mt = 0; mt < MT; mt++)
         if (begin < end) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(begin * UNITS));
-    }
     read_codes<1>(next, cursor, begin < end);
     wait_for_inputs();
     Bringer more = bringer(p, token0, begin * UNITS, end * UNITS);
@@ -186,29 +222,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wgemm(const Pro
                 if (unit + 1 < end * UNITS) pairs_next[mt] = read_raw_pairs(p, cursor, mt, group_of_unit(unit + 1));
             }
             wait_turn(full + slot, turn);
-#pragma unroll
-            for (int i = 0; i < MT * SLABS; i++) {
-                const int mt = i / SLABS, slab = i % SLABS;
-                if (i > 1) wait_wgmma<1>();  // the registers of the product before the last one are read
-                numbers_of(a[i % 2], codes.word[mt], 4 * sub % STEPS + slab * SLAB_STEPS, magic);
-                begin_wgmma();
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    wgmma(sums[mt], a[i % 2][j], x + slot * STAGE + slab * SLAB + 2 * j, slab > 0 || j > 0);
-                commit_wgmma();
-            }
+            multiply_unit(sums, a, codes, 4 * sub % STEPS, x + slot * STAGE, magic);
             if (brings) bring(more, p, staged, full, empty);  // to where the unit before the last was
             sync_warp();
-            // One 64 rows' sums are scaled while the tensor cores are at the others'. All products of a unit end in its turn
-            // of the loop: ptxas makes every one wait for the one before if some are under way where a loop begins again.
-            wait_wgmma<(MT - 1) * SLABS>();
-            settle_all(sums[0]);
-            add_group(y[0], sums[0], p, pairs[0], staged_sums + slot * TOKENS);
-            if (MT > 1) {
-                wait_wgmma<0>();
-                settle_all(sums[MT - 1]);
-                add_group(y[MT - 1], sums[MT - 1], p, pairs[MT - 1], staged_sums + slot * TOKENS);
-            }
+            add_unit(y, sums, p, pairs, staged_sums + slot * TOKENS);
             sync_warp();
             if (threadIdx.x == 0) arrive(empty + slot);
             if (++slot == STAGES) slot = 0, turn ^= 1;

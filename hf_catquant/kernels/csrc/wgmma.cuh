@@ -2,8 +2,8 @@
 // run behind the back of the threads that ask for them. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions";
 // compute capability 9.0 alone has them (sm_90a).
 //
-// d: a lane's sums, as mma has them for each 8 tokens; a: as mma has it, 16 rows a warp; b: 16 bytes-wise in SWIZZLED
-// order, 128 bytes a token, the first token on a multiple of 1024 bytes.
+// d: a lane's sums, as mma has them for each 8 tokens; a: as mma has it, 16 rows a warp; b: 128 bytes a token, their pieces in
+// the order of swizzled(), the first token on a multiple of 1024 bytes.
 #pragma once
 #include "codes.cuh"
 
@@ -45,9 +45,10 @@ DEVICE void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" : :
 template <int N>
 DEVICE void wait_wgmma() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory"); }
 
-// Values that the tensor cores have been waited for: nothing of what follows is done with them before.
+// Values that the tensor cores have been waited for, or are about to get: what is done with them stays on its side.
 DEVICE void settle(float& value) { asm volatile("" : "+f"(value) : : "memory"); }
 DEVICE void settle(int& value) { asm volatile("" : "+r"(value) : : "memory"); }
+DEVICE void settle(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : : "memory"); }
 
 // Where the tensor cores find b: rows of 128 bytes, swizzled; eight of them, 1024 bytes, follow each other. Adding n to it
 // goes n pieces of 16 bytes on.

@@ -310,6 +310,7 @@ DEVICE void refuse() { emulator::fail("the kernel refuses its arguments"); }
 namespace emulator {
 
 inline const void* argument;
+static long shared_bytes;  // that the kernel has of its launch; of its own library, which inline variables are not
 
 // Runs a kernel of one struct on a grid of blocks, one after another. Returns null, or what went wrong.
 template <typename T, void (*KERNEL)(const T)>
@@ -332,4 +333,5 @@ const char* launch(Place grid, Place threads_of_block, const void* arguments, co
 #define EMULATE(KERNEL, ARGUMENTS)                                                                                     \
     extern "C" const char* run(int gx, int gy, int bx, int by, const void* arguments, const emulator::Region* legal, int n) { \
         return emulator::launch<ARGUMENTS, KERNEL>({gx, gy, 1}, {bx, by, 1}, arguments, legal, n);                     \
-    }
+    }                                                                                                                  \
+    extern "C" long shared_bytes() { return emulator::shared_bytes; }

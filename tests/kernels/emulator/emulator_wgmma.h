@@ -2,7 +2,9 @@
 // then in shared memory: what is read too early, or overwritten too early, comes out wrong.
 #pragma once
 
-#define DYNAMIC_SHARED(NAME, PIECES) alignas(1024) static uint4 NAME[PIECES]
+#define DYNAMIC_SHARED(NAME, PIECES)           \
+    alignas(1024) static uint4 NAME[PIECES];   \
+    emulator::shared_bytes = sizeof NAME
 
 namespace emulator {
 
@@ -84,6 +86,7 @@ DEVICE void wait_turn(Turnstile* at, int parity) {
     }
 }
 
+// A lane's words of A are taken when a product is asked for: that they stay as they are until it is made is not checked.
 template <typename T>
 DEVICE void settle(T&) {}
 DEVICE void begin_wgmma() {}
