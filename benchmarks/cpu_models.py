@@ -122,7 +122,7 @@ def decode(context: int) -> Task:
 
         def call() -> Tensor:
             logits: Tensor = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
-            cache.crop(context)
+            cache.crop(-1)  # the one that was added
             return logits
 
         return call
