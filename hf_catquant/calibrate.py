@@ -30,6 +30,7 @@ from .journal import Journal
 from .layers import layer_for
 from .layers.experts import ExpertLinear
 from .log import logger
+from .memory import trim
 from .model import Selection, Site, stacks
 from .modules import opened_experts
 from .outputs import answers
@@ -185,6 +186,7 @@ class Calibration:
     def quantize_unit(self, index: int, unit: Unit) -> None:
         """Solve the unit, or take it from the journal, and let both streams pass it."""
         step = f"unit-{index:04d}"
+        trim()  # of what the unit before took, or the probe of the walk
         self.shelf.take(unit.name)
         too_wide = self.walk.is_too_wide(index)
         float_outputs: Outputs = []
