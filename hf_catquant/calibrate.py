@@ -27,6 +27,7 @@ from .fitting import placed, resolve_sites, sample_count
 from .float_parameters import listed_parameters, parameters_of_several
 from .gather import Gather, Streams
 from .journal import Journal
+from .kernels.layout import forget
 from .layers import layer_for
 from .layers.experts import ExpertLinear
 from .log import logger
@@ -34,6 +35,7 @@ from .memory import trim
 from .model import Selection, Site, stacks
 from .modules import opened_experts
 from .outputs import answers
+from .packed_model import quantized_modules
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .stages import joined, stages
@@ -207,6 +209,8 @@ class Calibration:
             self.walk.run_again(index, float_unit)
             return
         outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
+        for layer in quantized_modules(self.model.get_submodule(unit.name)).values():
+            forget(layer.weight_packed)  # it has run, and what kernels read it from is larger than itself
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
 
     def _float_copy(self, unit: Unit) -> nn.Module:
