@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,12 +27,15 @@ from .fitting import placed, resolve_sites, sample_count
 from .float_parameters import listed_parameters, parameters_of_several
 from .gather import Gather, Streams
 from .journal import Journal
+from .kernels.layout import forget
 from .layers import layer_for
 from .layers.experts import ExpertLinear
 from .log import logger
+from .memory import trim
 from .model import Selection, Site, stacks
 from .modules import opened_experts
 from .outputs import answers
+from .packed_model import quantized_modules
 from .reconstruction import Reconstruction
 from .shelf import shelf_of
 from .stages import joined, stages
@@ -185,6 +188,7 @@ class Calibration:
     def quantize_unit(self, index: int, unit: Unit) -> None:
         """Solve the unit, or take it from the journal, and let both streams pass it."""
         step = f"unit-{index:04d}"
+        trim()  # of what the unit before took, or the probe of the walk
         self.shelf.take(unit.name)
         too_wide = self.walk.is_too_wide(index)
         float_outputs: Outputs = []
@@ -205,6 +209,8 @@ class Calibration:
             self.walk.run_again(index, float_unit)
             return
         outputs = self.walk.outputs(index, "quantized") if self.diverged else float_outputs
+        for layer in quantized_modules(self.model.get_submodule(unit.name)).values():
+            forget(layer.weight_packed)  # it has run, and what kernels read it from is larger than itself
         self.walk.record(index, {"float": float_outputs, "quantized": outputs})
 
     def _float_copy(self, unit: Unit) -> nn.Module:
@@ -220,12 +226,12 @@ class Calibration:
     ) -> None:
         start = time.perf_counter()
         self.steps.begin()
-        before = tensors_of(float_unit)
         calls = self.walk.inputs(index, "quantized") if self.diverged else float_calls
         live = self.model.get_submodule(unit.name)
         solved = []
-        for stage in stages(unit, self.swap.sites):
-            solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls))
+        parts = stages(unit, self.swap.sites)
+        for stage in parts:
+            solved += self._stage(unit, stage, Streams(float_unit, live, float_calls, calls), stage is parts[-1])
             live = self.model.get_submodule(unit.name)  # another one, if the unit is the layer itself
         learned = None
         if solved and self.reconstruction is not None:
@@ -233,7 +239,7 @@ class Calibration:
         for name in self._corrections_inside(unit):
             self.corrections.fit_inside(unit, name, Streams(float_unit, live, float_calls, calls))
         state = {"diverged": self.diverged, "learned": learned and asdict(learned)}
-        self.steps.keep(f"unit-{index:04d}", unit.name, before, **state)
+        self.steps.keep(f"unit-{index:04d}", unit.name, tensors_of(float_unit), **state)
         self._progress(index, unit, solved, learned, time.perf_counter() - start)
 
     def _take_over(self, unit: Unit, float_unit: nn.Module, record: dict[str, Any]) -> None:
@@ -269,7 +275,7 @@ class Calibration:
             seconds,
         )
 
-    def _stage(self, unit: Unit, stage: list[Leaf], streams: Streams) -> list[str]:
+    def _stage(self, unit: Unit, stage: list[Leaf], streams: Streams, is_last: bool) -> list[str]:
         """Treat the leaves of one stage; returns the names of the layers that were quantized."""
         lead = stage[0]
         name = joined(unit.name, lead.name)
@@ -286,10 +292,23 @@ class Calibration:
             self.swap.outcome.notes += [rows.note] if rows.note else []
         else:
             each = self.gather.moments(name, lead, schemes, streams, input_range)
+            # Learning, and corrections, look at the float unit once more.
+            if is_last and self.reconstruction is None and not self._corrections_inside(unit):
+                each = self._letting_go(unit, each)
         names = [joined(unit.name, leaf.name) for leaf in stage]
         self._solve_and_put(names, each, input_range)
         self.diverged = True
         return names
+
+    def _letting_go(self, unit: Unit, each: Iterator[Any]) -> Iterator[Any]:
+        """Moments of the last layers of a unit. Both streams run for the first ones only: what they ran with is free then.
+
+        The last layers of a block often have the most inputs, and solving them takes the most memory.
+        """
+        for number, moments in enumerate(each):
+            if not number:
+                self.shelf.done(unit.name)
+            yield moments
 
     def _solve_and_put(self, names: list[str], each: Iterable[Any], input_range: Range | None) -> None:
         """Solve layers that read one tensor in each of their schemes, with the moments of that scheme; the best stays."""

@@ -187,6 +187,7 @@ def _plan_with_data(
     for trial in trials.values():
         highest.see(trial.peak, f"calibrating {trial.name}")
     hidden = _held(calibration)
+    release()  # as the next unit would begin
     streams = resident() - sum(units.packed[name] for name in trials)  # and what was there before them
     for name, size in units.untried(trials, lambda held: _alone(held, hidden, config, count)):
         highest.see(streams + size, f"calibrating {name}")

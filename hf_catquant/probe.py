@@ -145,6 +145,7 @@ class _Probe:
         finally:
             for index, replay in replays.items():
                 replace_module(self.model, plan.units[index].name, replay.original)
+            replays.clear()  # they and what they recall know each other, and through it all that the probe has seen
 
     def _unit_agrees(
         self, unit: Unit, module: nn.Module, inputs: list[Any], replays: dict[int, Replay], batch: dict[str, Tensor]

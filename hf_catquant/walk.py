@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .memory import small_blocks_mapped
 from .modules import replace_module
 from .probe import make_plan
 from .replay import Call, Replay, Rerun, Stop, forget, hooked, own, own_random_numbers, revived, run
@@ -56,7 +57,8 @@ class Walk:
         # Two samples show the wiring as well as a whole batch does, and autograd keeps all they touch.
         size = max((v.shape[0] for v in batches[0].values() if v.dim()), default=0)
         few = {k: v[:2] if v.dim() and v.shape[0] == size else v for k, v in batches[0].items()}
-        self.plan = make_plan(model, few, blocks, leaves, watched)
+        with small_blocks_mapped():
+            self.plan = make_plan(model, few, blocks, leaves, watched)
         self._replays: dict[int, Replay] = {}
         self._recorded: dict[str, dict[int, Outputs]] = {"float": {}, "quantized": {}}
         self._stream, self._batch = "float", 0

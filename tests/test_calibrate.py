@@ -14,6 +14,7 @@ import tiny_models
 from helpers import global_rng_untouched, sqnr
 from hf_catquant import CatConfig, CatQuantConfig, quantize, report
 from hf_catquant.formats import get_format
+from hf_catquant.kernels.layout import held_bytes
 from hf_catquant.layers import QuantizedModule
 from hf_catquant.packed_model import quantized_modules
 from hf_catquant.replay import Replay, hooked
@@ -213,6 +214,12 @@ def test_the_order_of_a_generator_hardly_matters():
         ids = torch.stack([text["input_ids"] for text in TEXTS])
         signals.append(sqnr(teacher(input_ids=ids).logits, model(input_ids=ids).logits))
     assert abs(signals[0] - signals[1]) < 1.5
+
+
+def test_finished_layers_hold_nothing_for_kernels():
+    model = llama(tied=False)
+    quantize(model, request(dataset=TEXTS, weights="ternary"))
+    assert {held_bytes(layer.weight_packed) for layer in quantized_modules(model).values()} == {0}
 
 
 def test_one_line_of_progress_a_block():

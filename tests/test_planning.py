@@ -166,6 +166,57 @@ print(memory.resident() - before)
     assert int(done.stdout) < 16 << 20
 
 
+def test_what_was_freed_below_a_block_in_use_goes_back_when_trimmed():
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("memory", {memory.__file__!r})
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
+if getattr(memory._c_library(), "malloc_trim", None) is None or not memory.map_large_blocks():
+    raise SystemExit("none")
+before, blocks = memory.resident(), [b"x" * (1 << 20) for _ in range(64)]
+last = b"x" * (1 << 19)
+del blocks
+freed = memory.resident()
+memory.trim()
+print(freed - before, memory.resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "none" in done.stderr:
+        pytest.skip("another C library, or system")
+    freed, trimmed = map(int, done.stdout.split())
+    assert freed > 32 << 20
+    assert trimmed < 16 << 20
+
+
+def test_small_blocks_leave_no_trace_in_the_heap_where_they_are_mapped():
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("memory", {memory.__file__!r})
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
+def taken():
+    before, blocks, kept = memory.resident(), [], []
+    for _ in range(32):
+        blocks.append(b"x" * (1 << 20))
+        kept.append(b"x" * 100_000)
+    del blocks
+    return memory.resident() - before, kept
+if not memory.map_large_blocks():
+    raise SystemExit("none")
+with memory.small_blocks_mapped():
+    mapped, first = taken()
+heap, second = taken()
+print(mapped, heap)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "none" in done.stderr:
+        pytest.skip("another C library, or system")
+    mapped, heap = map(int, done.stdout.split())
+    assert mapped < 8 << 20
+    assert heap > 16 << 20
+
+
 @pytest.mark.parametrize(
     ("shape", "runs"), [((7, SLICE // 3), 1), ((12, SLICE // 2), 2), ((5, 3), 1), ((4, 2 * SLICE), 4)]
 )

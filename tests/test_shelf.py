@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModelForAudioClassification, AutoModelForCausalLM
 
 import tiny_models
-from hf_catquant import streaming
+from hf_catquant import CatQuantConfig, quantize, streaming
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import read_header
 from hf_catquant.shelf import Shelf, Source, absent, is_absent, resident, shelf_of
+from hf_catquant.swap import Swap
 from hf_catquant.tasks import auto_class, load_config
 
 
@@ -86,6 +87,31 @@ def test_a_taken_unit_stays_and_a_finished_one_frees_what_was_replaced(tmp_path)
     assert bool(weight.isnan().all())
     assert is_there(model, f"{name}.self_attn.k_proj")  # still part of the model
     assert len(copy.deepcopy(model.get_submodule(name))._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize(("options", "freed"), [({}, True), ({"solver": "reconstruct"}, False)])
+def test_replaced_weights_are_gone_while_the_last_layer_of_a_block_is_solved(tmp_path, monkeypatch, options, freed):
+    model, _ = opened("llama", tmp_path)
+    weights = {name: weight for name, weight in model.named_parameters() if name.endswith("proj.weight")}
+    away: dict[str, set[str]] = {}
+    solve = Swap.solve
+
+    def solve_and_look(self, name, *rest):
+        block = name[: len("model.layers.0.")]
+        away[name] = {n.removeprefix(block) for n, w in weights.items() if n.startswith(block) and is_absent(w)}
+        return solve(self, name, *rest)
+
+    monkeypatch.setattr(Swap, "solve", solve_and_look)
+    data = {"dataset": tiny_models.samples("llama", 8), "batch_size": 4, "solver_options": {}}
+    if not freed:
+        data["solver_options"] = {"block_steps": 1, "model_steps": 0}
+    quantize(model, CatQuantConfig(group_size=16, correction=None, **data, **options))
+    last = {name: found for name, found in away.items() if name.endswith("down_proj")}
+    assert len(last) == 2
+    for found in last.values():
+        assert len(found) == (6 if freed else 0)
+        assert "mlp.down_proj.weight" not in found
+    assert not any(found for name, found in away.items() if name not in last)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (8, 4, 1, 1), (5, 1), (1, 7)])

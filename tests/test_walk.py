@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import tiny_models
 from helpers import slow
-from hf_catquant import CatQuantConfig, quantize, walk
+from hf_catquant import CatQuantConfig, probe, quantize, walk
 from hf_catquant.layers import layer_for
 from hf_catquant.log import logger
 from hf_catquant.model import stacks
@@ -219,6 +219,19 @@ def test_hidden_states_are_released_as_soon_as_nobody_reads_them():
         most = max(most, sum(ref() is not None for ref in alive))
     assert len(alive) == 8 * len(batches)
     assert most <= 2 * len(batches)  # what the next unit reads, and what it just returned
+
+
+def test_what_finding_the_plan_took_is_freed_at_once():
+    """The graph of the probe holds a block's weights, and the garbage collector may not come by for long."""
+    model, batches = make("deep")
+    gc.collect()
+    gc.disable()
+    try:
+        walk_over(model, batches)
+        left = [thing for thing in gc.get_objects() if type(thing) in (probe._Probe, Replay)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 @torch.no_grad()
