@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from gpu_checks import CHECKS
-from gpu_stages import STAGES, sanitize, targets
+from gpu_report import sanitize, targets
+from gpu_stages import STAGES
 from gpu_tools import ROOT, Launches, no_device
 
 from hf_catquant.kernels import cuda, cuda_compile

@@ -23,6 +23,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import gpu  # noqa: E402
 import gpu_checks  # noqa: E402
+import gpu_report  # noqa: E402
 import gpu_stages  # noqa: E402
 import gpu_tools  # noqa: E402
 
@@ -123,7 +124,7 @@ def test_targets_are_compared_with_what_was_measured():
         "bandwidth": [{"copy_tb_s": 4.0}],
         "peers": [{"peer": "gemlite_two", "shape": [4096, 4096], "tokens": 1, "us": 6.0}],
     }
-    met = {row["target"]: row["met"] for row in gpu_stages.targets(held)}
+    met = {row["target"]: row["met"] for row in gpu_report.targets(held)}
     assert met["ternary 4096 x 4096, 1 tokens, 16-bit activations: times bfloat16"]
     assert not met["gemlite_two [4096, 4096], 1 tokens: times as fast"]
     assert sum(met.values()) == 1
