@@ -25,6 +25,7 @@ from .packed_model import quantized_modules
 from .shelf import is_absent, shelf_of
 from .steps import Steps, tensors_of
 from .swap import Outcome, Swap
+from .threads import one_if_small
 from .whole import left_over
 
 
@@ -54,24 +55,32 @@ def quantize_modules(
     training = model.training
     model.eval()
     try:
-        align(model)  # as a model on a shelf is, whose weights are read into memory
-        batches = agreed_batches(model, config, journal)
-        if batches is None:
-            outcome = _without_data(model, selection, journal)
-        else:
-            notes = _mixed_formats(model, selection, config, batches, journal)
-            outcome = Calibration(model, config, selection, batches, notes, journal).run()
-        for name, module in quantized_modules(model).items():  # learning may have settled for another one
-            outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
-        outcome.notes += [*selection.notes, *left_over(model)]
-        if config.budget is not None:
-            outcome.notes += _beyond_budget(model, config)
-        return selection, outcome, batches
+        with one_if_small(model):
+            return selection, *_quantized(model, config, selection, journal)
     except BaseException:
         close_experts(model)
         raise
     finally:
         model.train(training)
+
+
+def _quantized(
+    model: nn.Module, config: CatQuantConfig, selection: Selection, journal: Journal | None
+) -> tuple[Outcome, samples.Batches | None]:
+    """Quantize the selected layers of a model that is in evaluation mode."""
+    align(model)  # as a model on a shelf is, whose weights are read into memory
+    batches = agreed_batches(model, config, journal)
+    if batches is None:
+        outcome = _without_data(model, selection, journal)
+    else:
+        notes = _mixed_formats(model, selection, config, batches, journal)
+        outcome = Calibration(model, config, selection, batches, notes, journal).run()
+    for name, module in quantized_modules(model).items():  # learning may have settled for another one
+        outcome.modules[name]["scale_dtype"] = module.scheme.scale_dtype
+    outcome.notes += [*selection.notes, *left_over(model)]
+    if config.budget is not None:
+        outcome.notes += _beyond_budget(model, config)
+    return outcome, batches
 
 
 def _check_float(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from hf_catquant import CatQuantConfig, folder, installing, mixed, pipeline, quantize_folder, walk
+from hf_catquant import CatQuantConfig, folder, installing, mixed, pipeline, quantize_folder, threads, walk
 from hf_catquant.checkpoint import weight_files
 from hf_catquant.integrity import sha256
 from hf_catquant.journal import open_journal
@@ -104,17 +104,39 @@ def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypa
     assert digests(tmp_path / "True") == digests(tmp_path / "False")
 
 
-def test_one_and_two_threads_give_the_same_bytes(tmp_path):
-    """With products beside the codes of convolutions, whose positions torch's own convolutions add up by threads."""
-    source = tiny_models.folder_of("resnet", str(tmp_path / "float"))
+def bytes_by_threads(tmp_path, name, **fields):
+    """Digests of ``name`` quantized with one thread and with two."""
+    source = tiny_models.folder_of(name, str(tmp_path / "float"))
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            quantize_folder(source, tmp_path / str(threads), request("resnet", low_rank=2))
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            quantize_folder(source, tmp_path / str(count), request(name, **fields))
+            assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    return digests(tmp_path / "1"), digests(tmp_path / "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("wav2vec2", {}),  # weight norms and convolutions
+        ("mobilenet_v2", {}),
+        ("convnext", {"low_rank": 2}),
+        ("bert", {**RECONSTRUCT, "correction": None}),  # gradients of layer norms
+    ],
+)
+def test_one_and_two_threads_give_the_same_bytes(tmp_path, name, fields):
+    one, two = bytes_by_threads(tmp_path, name, **fields)
+    assert one == two
+
+
+def test_a_larger_model_runs_on_all_threads_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    """With products beside the codes of convolutions, whose positions torch's own convolutions add up by threads."""
+    monkeypatch.setattr(threads, "SMALL", 0)
+    one, two = bytes_by_threads(tmp_path, "resnet", low_rank=2)
+    assert one == two
 
 
 def interrupted(source, out, config, monkeypatch, after=2, **more):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_catquant"
 # first row stand alone.
 ROWS = [
     "metrics",
-    "answers formats discrimination version log integrity fields evaluation_table bench_peers memory disk",
+    "answers formats discrimination version log integrity fields evaluation_table bench_peers memory disk threads",
     "checkpoint units",
     "journal_place inventory",
     "rotation outputs journal shelf alignment hub_id whole source_files row_files",

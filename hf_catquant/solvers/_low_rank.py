@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..threads import one_thread
 from ..weight import QuantizedWeight
 from ._common import Moments, check_moments
-from ._threads import one_thread
 from .gptq import aim, drifted, factorise, trust, unit_factor
 
 _ROUNDS = 3

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._threads import one_thread
+from ..threads import one_thread
 
 _RIDGE = 1e-3
 _ELEMENTS = 1 << 25  # of the systems that are held at once: 128 MiB

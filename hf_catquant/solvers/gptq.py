@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, check_group_size, group_count, group_width
+from ..threads import one_thread
 from ..weight import QuantizedWeight, expand_groups
 from ._common import AT_ONCE, Moments, check_moments, check_weight
 from ._descent import ColumnGrid, descend, feed_back
 from ._grid import fit_grid, level_codes
 from ._refit import refit
-from ._threads import one_thread
 
 NEEDS_MOMENTS = True
 
