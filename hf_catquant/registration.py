@@ -22,7 +22,7 @@ from .layers import QuantizedModule
 from .parts import adopted, origins, part_config
 from .quantizer import CatQuantizer, check_unquantized
 from .ties import say_tied, untie
-from .written import as_written, fields_as_written, tensors_to_save
+from .written import as_written, asked_of_save, fields_as_written, tensors_to_save
 
 _MANY_LABELS, _NAMED = 1 << 17, 1 << 20  # classes that any checkpoint may have, and of which names fit into memory
 
@@ -88,17 +88,33 @@ class PartQuantizer(CatQuantizer):
         return model
 
 
+def _is_of_another(model: PreTrainedModel) -> bool:
+    """Whether the config of a float model says what a quantized one holds."""
+    found = vars(model.config).get("quantization_config")
+    # As it is read from a file it is a dict until a model is loaded.
+    return isinstance(found, CatQuantConfig) or (isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD)
+
+
 class _HeldInside:
     """The quantizer of a model that has none of its own but packed layers inside.
 
     ``save_pretrained`` asks a model for its ``hf_quantizer`` and for nothing else. Without one it would write packed weights
     into a checkpoint that says nothing of them, and that loads as a float model with random weights.
+
+    Raises:
+        ValueError: a float model is saved with the config of a quantized one: its checkpoint would be refused.
     """
 
     def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> PartQuantizer:
-        if model is None or not any(isinstance(module, QuantizedModule) for module in model.modules()):
-            raise AttributeError("hf_quantizer")  # as if this class were not
-        return PartQuantizer(model)
+        if model is not None and any(isinstance(module, QuantizedModule) for module in model.modules()):
+            return PartQuantizer(model)
+        if model is not None and _is_of_another(model) and asked_of_save(model):
+            raise ValueError(
+                f"{type(model).__name__} has no quantized layer, but its config is that of a quantized model, with which "
+                "its checkpoint could not be loaded: del model.config.quantization_config, on a copy of the config if the "
+                "quantized model has the same one, and save again"
+            )
+        raise AttributeError("hf_quantizer")  # as if this class were not
 
 
 def check_raw(config: Mapping[str, Any]) -> None:

@@ -93,11 +93,15 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
     no pooler, and a load, which knows the class and the config alone, builds one.
 
     Raises:
-        ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off.
+        ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off, or has
+            other parameters there, as one that was replaced.
     """
     known = {name: value for name, value in provenance.items() if name != ABSENT}
+    usual = _as_built(model)
+    if usual is None:
+        return known
     present, absent = dict(model.named_modules(remove_duplicate=False)), []
-    for name in _missing(model, present):
+    for name in _missing(model, usual, present):
         parent, _, leaf = name.rpartition(".")
         if getattr(present[parent], leaf, model) is not None:
             raise ValueError(
@@ -105,25 +109,57 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
                 "would not load: set what says so there (num_hidden_layers, lists by layer) to what the model has"
             )
         absent.append(name)
+    _check_replaced(model, usual, present)
     return known | ({ABSENT: absent} if absent else {})
 
 
-def _missing(model: nn.Module, present: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with parameters that the class of ``model`` builds from its config beside those that are ``present``."""
+def _as_built(model: nn.Module) -> PreTrainedModel | None:
+    """What the class of ``model`` builds from its config, on the meta device; None if it wants more, or is none of them."""
     if not isinstance(model, PreTrainedModel):
-        return []
+        return None
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # some classes draw numbers all the same
-            usual = type(model)(config)
-    except Exception:  # of the model's own class, which may want more than a config: loading it will tell
-        return []
+            return type(model)(config)
+    except Exception:  # of the model's own class: loading it will tell
+        return None
+
+
+def _missing(model: nn.Module, usual: nn.Module, present: Mapping[str, nn.Module]) -> list[str]:
+    """Modules with parameters that ``usual`` has beside those that are ``present``."""
     packed = tuple(f"{name}." for name in quantized_modules(model))
     names = [
         name for name, part in usual.named_modules() if name not in present and any(True for _ in part.parameters())
     ]
     return [name for name in names if name.rpartition(".")[0] in present and not f"{name}.".startswith(packed)]
+
+
+def _check_replaced(model: nn.Module, usual: nn.Module, present: Mapping[str, nn.Module]) -> None:
+    """Refuse float modules that have other parameters than those of ``usual`` in their place."""
+    packed = quantized_modules(model)
+    around = {name[:at] for name in packed for at, letter in enumerate(name) if letter == "."}
+    for name, part in usual.named_modules():
+        own = present.get(name)
+        if own is None or name in packed or (name in around and not any(True for _ in part.children())):
+            continue  # adapters and opened experts are around packed layers where there was nothing inside
+        wanted, found = _shapes(part), _shapes(own)
+        if wanted != found:
+            kind = type(model).__name__
+            raise ValueError(
+                f"{name or kind} is a {type(own).__name__} with {_in_words(found)}, and {kind} builds a "
+                f"{type(part).__name__} with {_in_words(wanted)} there from model.config, so that a checkpoint would not "
+                "load: set model.config to what the model has, or save with hf_catquant.plain.save_quantized, which takes "
+                "the model as it is and fills one that you build"
+            )
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in module.named_parameters(recurse=False)}
+
+
+def _in_words(shapes: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no parameters"
 
 
 def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -59,6 +60,59 @@ def test_a_replaced_head(tmp_path: Path):
     config = again.config.quantization_config
     assert "classifier" not in {*config.modules, *config.provenance["errors"]}
     assert type(again.classifier) is nn.Linear
+
+
+class Twice(nn.Linear):
+    """A layer with a parameter more."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 5)
+        self.gain = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("place", "put", "found", "wanted"),
+    [
+        ("model.norm", nn.Identity, "Identity with no parameters", r"LlamaRMSNorm with weight \[32\]"),
+        ("lm_head", lambda: nn.Linear(32, 96), r"Linear with weight \[96, 32\], bias \[96\]", r"weight \[96, 32\]"),
+        ("lm_head", lambda: nn.Sequential(nn.Linear(32, 96)), "Sequential with no parameters", "Linear with weight"),
+        ("lm_head", lambda: nn.Linear(32, 7, bias=False), r"Linear with weight \[7, 32\]", r"Linear with weight \[96"),
+        ("lm_head", Twice, r"Twice with weight \[5, 32\], bias \[5\], gain \[1\]", r"Linear with weight \[96"),
+    ],
+)
+def test_what_the_class_would_not_build_is_refused_before_anything_is_written(
+    place, put, found, wanted, tmp_path: Path
+):
+    model = quantized("llama")
+    parent, _, leaf = place.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, put())
+    match = f"^{place} is a {found}, and LlamaForCausalLM builds a .*{wanted}.* there from model.config"
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path / "one")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    save_quantized(model, tmp_path / "two")
+    other = tiny_models.build("llama")
+    setattr(other.get_submodule(parent), leaf, put())
+    assert torch.equal(logits(load_quantized(other, tmp_path / "two")), logits(model))
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_float_model_with_the_config_of_a_quantized_one(is_read: bool, tmp_path: Path):
+    """What from_config makes of it is float; saved so, it would be refused at every load."""
+    model = quantized("llama")
+    model.save_pretrained(tmp_path / "quantized")
+    config = tf.AutoConfig.from_pretrained(tmp_path / "quantized") if is_read else copy.deepcopy(model.config)
+    other = tf.AutoModelForCausalLM.from_config(config)
+    assert getattr(other, "hf_quantizer", None) is None
+    with pytest.raises(
+        ValueError, match=r"no quantized layer, but its config .* del model\.config\.quantization_config"
+    ):
+        other.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+    del other.config.quantization_config
+    other.save_pretrained(tmp_path / "other")
+    assert torch.equal(logits(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "other")), logits(other))
+    saved_and_loaded(model, tmp_path)
 
 
 def test_the_first_block_is_taken_out(tmp_path: Path):
