@@ -28,9 +28,9 @@ from .patches import patches
 
 # Positions of all inputs together up to which patches are faster; measured with the layers of ResNet-50.
 MOST_POSITIONS = 256
-MOST_HELD = (
-    16 << 20
-)  # bytes of float weight that a thread keeps the memory of: the largest layer of ResNet-50 is 9.4 MB
+# Bytes of float weight that a thread keeps the memory of: the largest layer of ResNet-50 is 9.4 MB.
+MOST_HELD = 16 << 20
+LEAST_PRODUCTS = 1 << 21  # of a value and a weight: with fewer, starting oneDNN takes longer than it spares
 
 _held = threading.local()
 
@@ -95,9 +95,35 @@ def conv(
         dequantize_into(weight, None, packed, scale, offset, weights, group_size, columns)
     else:
         weight = dequantize(packed, scale, offset, weights, group_size, columns, x.dtype)
-    function = torch.nn.functional.conv1d if len(kernel_size) == 1 else torch.nn.functional.conv2d
     bias = None if bias is None else bias.to(x.dtype)
-    return function(x, weight.view(shape), bias, list(stride), list(padding), list(dilation), groups).contiguous()
+    return _float_conv(x, weight.view(shape), bias, list(stride), list(padding), list(dilation), groups).contiguous()
+
+
+def _float_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Torch's convolution. By itself torch calls oneDNN for no kernel of one place on one thread, nor for one small input,
+    and its own way takes up to twice as long (ResNet-50).
+    """
+    products = x.numel() // max(1, x.shape[1]) * weight.numel() // math.prod(stride)
+    if x.dtype == torch.float32 and products >= LEAST_PRODUCTS and _has_onednn():
+        x = x.contiguous()
+        if len(stride) == 2:
+            return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+        sizes = ([0, *padding], [1, *stride], [1, *dilation])
+        return torch.mkldnn_convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *sizes, groups).squeeze(2)
+    function = torch.nn.functional.conv1d if len(stride) == 1 else torch.nn.functional.conv2d
+    return function(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _integer_conv(
@@ -157,8 +183,7 @@ def _integers_pay(x: Tensor, digits: int, columns: int, out: torch.Size) -> bool
         return False
     rows, positions = out[1], out.numel() // out[1]
     integers = costs.pack[digits - 1] * columns + costs.store * rows + costs.product * digits * rows * columns
-    kind = 2 if x.dtype == torch.bfloat16 else int(columns > x.shape[1])
-    floats = positions * costs.floats[kind] + costs.dequantize
+    floats = positions * costs.floats[x.dtype == torch.bfloat16] + costs.dequantize
     quantize = costs.quantize * x.numel() if digits == 1 else 0
     return positions * integers < rows * columns * floats + quantize
 

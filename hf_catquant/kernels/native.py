@@ -39,20 +39,20 @@ class ConvCosts(NamedTuple):
     """What a convolution takes on one thread, in nanoseconds: measured with the layers of ResNet-50.
 
     In integers a position costs ``pack[digits - 1]`` a column, ``store`` an out channel and ``product`` a digit and a
-    value of the weight. With float weights it costs ``floats`` a value of the weight (kernels of one place, larger ones,
-    and bfloat16); every value of the weight is dequantized for ``dequantize``, and every value of the input quantized
-    for ``quantize``, where that is asked.
+    value of the weight. With float weights it costs ``floats`` a value of the weight (float32, and bfloat16); every value of
+    the weight is dequantized for ``dequantize``, and every value of the input quantized for ``quantize``, where that is
+    asked. Processors differ by a factor that all costs have in common, and by less in their ratios.
     """
 
     pack: tuple[float, float, float]
     store: float
     product: float
-    floats: tuple[float, float, float]
+    floats: tuple[float, float]
     dequantize: float
     quantize: float
 
 
-_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0052, (0.024, 0.0175, 0.013), 0.4, 0.4)}
+_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0048, (0.0175, 0.0105), 0.5, 0.4)}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"

@@ -74,6 +74,39 @@ def test_both_ways_give_what_the_reference_gives(dtype, activations, patches, mo
     assert len(taken) == (len(GEOMETRIES) if patches else 0)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of torch's flags
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_by_onednn_and_without(is_grouped, monkeypatch, generator):
+    """Torch's choice depends on the number of threads and on the sizes; ours is the same result with less time."""
+    monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: False)
+    monkeypatch.setattr(native, "dense_from", 0)
+    onednn, taken = torch.mkldnn_convolution, []
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda *a: taken.append(1) or onednn(*a))
+    for spatial, channels, rows, kernel_size, *steps in GEOMETRIES:
+        groups = channels if is_grouped else 1
+        rows *= groups
+        case = random_case("int3", rows, channels // groups * torch.Size(kernel_size).numel(), 8)
+        plain = torch.randn(2, channels, *spatial, generator=generator)
+        last = torch.randn(2, *spatial, channels, generator=generator).movedim(-1, 1)
+        for x, bias in (
+            (plain, torch.ones(rows)),
+            (last, None),
+            (plain.transpose(0, 1).contiguous().transpose(0, 1), None),
+        ):
+            arguments = (*case.stored, None, None, bias, "int3", 8, None, kernel_size, *steps, groups)
+            expected = reference.conv(x, *arguments)
+            for least in (0, 1 << 62):
+                monkeypatch.setattr(cpu_conv, "LEAST_PRODUCTS", least)
+                found = cpu_conv.conv(x, *arguments)
+                assert found.is_contiguous()
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert len(taken) == 3 * len(GEOMETRIES)
+    monkeypatch.setattr(cpu_conv, "LEAST_PRODUCTS", 0)
+    with torch.backends.mkldnn.flags(enabled=False):
+        cpu_conv.conv(x, *arguments)
+    assert len(taken) == 3 * len(GEOMETRIES)
+
+
 def test_a_range_of_every_row_is_not_one_of_every_patch(monkeypatch):
     monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
