@@ -104,6 +104,27 @@ def _chosen(config: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in usual or usual[name] != value}
 
 
+def check_biases(model: nn.Module, names: Mapping[str, str], checksums: Mapping[str, int]) -> None:
+    """Refuse a checkpoint with a bias that the model, prepared, would not read: without it it computes something else.
+
+    Args:
+        model: prepared.
+        names: of its packed layers, by their name in the checkpoint.
+        checksums: of the tensors that the checkpoint has.
+
+    Raises:
+        ValueError: naming the bias.
+    """
+    layers = quantized_modules(model)
+    for stored, name in names.items():
+        if f"{stored}.bias" in checksums and name in layers and layers[name].bias is None:
+            raise ValueError(
+                f"the checkpoint has {stored}.bias, and {type(model).__name__} builds {name} without a bias: it was saved from "
+                "a model that was changed, or the config.json was changed after the save; build that model yourself, or save "
+                "it with hf_catquant.plain.save_quantized"
+            )
+
+
 def check_loaded(name: str, module: nn.Module) -> None:
     """Refuse buffers that no file filled.
 

@@ -28,7 +28,7 @@ from .entries import check_provenance, check_tensors, verify_entries
 from .fields import check_depth, check_tables
 from .integrity import verify_files
 from .journal import Journal
-from .load_checks import check_given, check_loaded, check_room, stays_float32, warn_of_changes
+from .load_checks import check_biases, check_given, check_loaded, check_room, stays_float32, warn_of_changes
 from .log import logger
 from .modules import holds, open_experts, opened_experts
 from .op_checks import COMPUTE
@@ -36,7 +36,7 @@ from .packed_model import dequantize_modules, prepare, quantized_modules, rememb
 from .pipeline import quantize_modules
 from .report import provenance, stored_bytes
 from .resolve import check_complete, is_stored_class, renamed, resolve_corrections, resolve_names, tied_elsewhere
-from .saving import update_config
+from .saving import check_merged, update_config
 from .sentinels import check_files
 from .ties import adopt_orphans, say_tied, tie_again, untie
 from .written import (
@@ -132,6 +132,7 @@ class CatQuantizer(HfQuantizer):
         config.corrections = renamed(config.corrections, sites)
         config.modules |= tied_elsewhere(model, config.modules, config.checksums)
         prepare(model, config.modules)
+        check_biases(model, names, config.checksums)
         for name, entry in config.corrections.items():
             attach(model, name, empty_correction(entry, torch.device("meta")))
         if checkpoint_files is not None:
@@ -218,6 +219,7 @@ class CatQuantizer(HfQuantizer):
         return self._to_save(model, given), {}
 
     def _to_save(self, model: PreTrainedModel, given: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        check_merged(model)
         adopt_orphans(model)
         state = tensors_to_save(model, given)
         say_tied(model)

@@ -51,9 +51,9 @@ class PartQuantizer(CatQuantizer):
             self._lend(model, part_config(model, as_written(model, state), fields))
         return state
 
-    def _lend(self, model: PreTrainedModel, entries: CatQuantConfig) -> None:
-        """Give ``model`` a config with ``entries`` until it is written, or as long as this quantizer lasts, which is no
-        longer than one ``save_pretrained``: not every rank writes it.
+    def _lend(self, model: PreTrainedModel, entries: CatQuantConfig | None) -> None:
+        """Give ``model`` a config with ``entries``, or with none, until it is written, or as long as this quantizer lasts,
+        which is no longer than one ``save_pretrained``: not every rank writes it.
 
         A part shares its config with the whole, and configs of parts are those of the parts: none of them may change by a
         save.
@@ -70,7 +70,9 @@ class PartQuantizer(CatQuantizer):
             give_back()
             return kind.save_pretrained(config, *args, **kwargs)
 
-        lent.quantization_config = entries
+        vars(lent).pop("quantization_config", None)
+        if entries is not None:
+            lent.quantization_config = entries
         members = {"save_pretrained": save_pretrained, "__module__": kind.__module__}
         lent.__class__ = type(kind.__name__, (kind,), members)
         model.config = lent
@@ -88,6 +90,23 @@ class PartQuantizer(CatQuantizer):
         return model
 
 
+class FloatQuantizer(PartQuantizer):
+    """Of a float model with the config of a quantized one, as a float part of it has, or what ``from_config`` makes of it.
+
+    It is written without the entries, with which no load would take it.
+    """
+
+    def __init__(self) -> None:
+        HfQuantizer.__init__(self, CatQuantConfig(solver="rtn", correction=None))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the model, or those that ``save_pretrained`` was given."""
+        given = asked_of_save(model).get("state_dict")
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are saved, and no config
+            self._lend(model, None)
+        return model.state_dict() if given is None else given, {}
+
+
 def _is_of_another(model: PreTrainedModel) -> bool:
     """Whether the config of a float model says what a quantized one holds."""
     found = vars(model.config).get("quantization_config")
@@ -100,20 +119,13 @@ class _HeldInside:
 
     ``save_pretrained`` asks a model for its ``hf_quantizer`` and for nothing else. Without one it would write packed weights
     into a checkpoint that says nothing of them, and that loads as a float model with random weights.
-
-    Raises:
-        ValueError: a float model is saved with the config of a quantized one: its checkpoint would be refused.
     """
 
     def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> PartQuantizer:
         if model is not None and any(isinstance(module, QuantizedModule) for module in model.modules()):
             return PartQuantizer(model)
         if model is not None and _is_of_another(model) and asked_of_save(model):
-            raise ValueError(
-                f"{type(model).__name__} has no quantized layer, but its config is that of a quantized model, with which "
-                "its checkpoint could not be loaded: del model.config.quantization_config, on a copy of the config if the "
-                "quantized model has the same one, and save again"
-            )
+            return FloatQuantizer()
         raise AttributeError("hf_quantizer")  # as if this class were not
 
 

@@ -69,11 +69,11 @@ def entries_now(config: CatQuantConfig, model: nn.Module) -> Entries:
     return {name: made[name] for name in (*(name for name in config.modules or {} if name in made), *made)}
 
 
-def check_entries(modules: Entries, model: nn.Module) -> None:
-    """Refuse to save a model with adapters, with no packed layer, or with one that could not be loaded.
+def check_merged(model: nn.Module) -> None:
+    """Refuse to save a model with adapters.
 
     Raises:
-        ValueError: naming it and the way out.
+        ValueError: naming a layer that has one, and the way out.
     """
     wrapped = adapted(model)
     if wrapped:
@@ -82,6 +82,15 @@ def check_entries(modules: Entries, model: nn.Module) -> None:
             "the model with them could not be loaded: save them with save_pretrained of the PeftModel, or merge them with "
             "merge_and_unload and save what it returns"
         )
+
+
+def check_entries(modules: Entries, model: nn.Module) -> None:
+    """Refuse to save a model with adapters, with no packed layer, or with one that could not be loaded.
+
+    Raises:
+        ValueError: naming it and the way out.
+    """
+    check_merged(model)
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no quantized layer any more: call model.dequantize(), which takes the quantization "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from .as_built import as_built, check_as_built
 from .correction import corrections
 from .entries import ABSENT, CHANGED, check_absent
 from .fields import field_checksums
@@ -93,11 +93,11 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
     no pooler, and a load, which knows the class and the config alone, builds one.
 
     Raises:
-        ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off, or has
-            other parameters there, as one that was replaced.
+        ValueError: a module that the class builds is not None in ``model`` but gone, as layers that were cut off, or
+            another one, as :func:`hf_catquant.as_built.check_as_built` says.
     """
     known = {name: value for name, value in provenance.items() if name != ABSENT}
-    usual = _as_built(model)
+    usual = as_built(model)
     if usual is None:
         return known
     present, absent = dict(model.named_modules(remove_duplicate=False)), []
@@ -109,21 +109,8 @@ def say_absent(provenance: Mapping[str, Any], model: nn.Module) -> dict[str, Any
                 "would not load: set what says so there (num_hidden_layers, lists by layer) to what the model has"
             )
         absent.append(name)
-    _check_replaced(model, usual, present)
+    check_as_built(model, usual)
     return known | ({ABSENT: absent} if absent else {})
-
-
-def _as_built(model: nn.Module) -> PreTrainedModel | None:
-    """What the class of ``model`` builds from its config, on the meta device; None if it wants more, or is none of them."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    config = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # some classes draw numbers all the same
-            return type(model)(config)
-    except Exception:  # of the model's own class: loading it will tell
-        return None
 
 
 def _missing(model: nn.Module, usual: nn.Module, present: Mapping[str, nn.Module]) -> list[str]:
@@ -133,33 +120,6 @@ def _missing(model: nn.Module, usual: nn.Module, present: Mapping[str, nn.Module
         name for name, part in usual.named_modules() if name not in present and any(True for _ in part.parameters())
     ]
     return [name for name in names if name.rpartition(".")[0] in present and not f"{name}.".startswith(packed)]
-
-
-def _check_replaced(model: nn.Module, usual: nn.Module, present: Mapping[str, nn.Module]) -> None:
-    """Refuse float modules that have other parameters than those of ``usual`` in their place."""
-    packed = quantized_modules(model)
-    around = {name[:at] for name in packed for at, letter in enumerate(name) if letter == "."}
-    for name, part in usual.named_modules():
-        own = present.get(name)
-        if own is None or name in packed or (name in around and not any(True for _ in part.children())):
-            continue  # adapters and opened experts are around packed layers where there was nothing inside
-        wanted, found = _shapes(part), _shapes(own)
-        if wanted != found:
-            kind = type(model).__name__
-            raise ValueError(
-                f"{name or kind} is a {type(own).__name__} with {_in_words(found)}, and {kind} builds a "
-                f"{type(part).__name__} with {_in_words(wanted)} there from model.config, so that a checkpoint would not "
-                "load: set model.config to what the model has, or save with hf_catquant.plain.save_quantized, which takes "
-                "the model as it is and fills one that you build"
-            )
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in module.named_parameters(recurse=False)}
-
-
-def _in_words(shapes: Mapping[str, list[int]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no parameters"
 
 
 def leave_out(model: PreTrainedModel, provenance: Mapping[str, Any], stored: Collection[str]) -> None:

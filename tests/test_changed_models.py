@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -13,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import tiny_models
-from hf_catquant import CatConfig, CatQuantConfig, quantize, report
+from hf_catquant import CatConfig, CatQuantConfig, quantize, report, written
 from hf_catquant.correction import corrections
 from hf_catquant.packed_model import quantized_modules
 from hf_catquant.plain import load_quantized, save_quantized
@@ -76,6 +75,12 @@ class Twice(nn.Linear):
         ("model.norm", nn.Identity, "Identity with no parameters", r"LlamaRMSNorm with weight \[32\]"),
         ("lm_head", lambda: nn.Linear(32, 96), r"Linear with weight \[96, 32\], bias \[96\]", r"weight \[96, 32\]"),
         ("lm_head", lambda: nn.Sequential(nn.Linear(32, 96)), "Sequential with no parameters", "Linear with weight"),
+        (
+            "model.layers.1.self_attn.q_proj",
+            lambda: nn.Linear(32, 32),
+            r"Linear .*bias \[32\]",
+            r"weight \[32, 32\]",
+        ),
         ("lm_head", lambda: nn.Linear(32, 7, bias=False), r"Linear with weight \[7, 32\]", r"Linear with weight \[96"),
         ("lm_head", Twice, r"Twice with weight \[5, 32\], bias \[5\], gain \[1\]", r"Linear with weight \[96"),
     ],
@@ -96,22 +101,134 @@ def test_what_the_class_would_not_build_is_refused_before_anything_is_written(
     assert torch.equal(logits(load_quantized(other, tmp_path / "two")), logits(model))
 
 
+def with_biases(model: tf.PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32)
+
+
+def without_bias(model: tf.PreTrainedModel) -> None:
+    model.classifier = nn.Linear(32, 5, bias=False)
+
+
+def with_another_layer(model: tf.PreTrainedModel) -> None:
+    model.extra = nn.Linear(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "match"),
+    [
+        (
+            "llama",
+            with_biases,
+            {},
+            r"q_proj is a .*packed weight \[32, 32\], bias \[32\].* builds a Linear with weight",
+        ),
+        ("bert", without_bias, {}, r"classifier is a .*packed weight \[5, 32\], and .* builds a Linear .*bias \[5\]"),
+        (
+            "bert",
+            None,
+            {"num_labels": 3},
+            r"classifier is a .*packed weight \[5, 32\].* builds a Linear with weight \[3, 32\]",
+        ),
+        ("llama", None, {"vocab_size": 90}, r"embed_tokens is a .*packed weight \[96, 32\].* with weight \[90, 32\]"),
+        ("llama", None, {"num_hidden_layers": 1}, r"layers\.1\..* is a .*builds nothing there"),
+        ("llama", with_another_layer, {}, r"extra is a .*builds nothing there"),
+    ],
+)
+def test_packed_layers_that_the_class_would_not_build(name, before, after, match, tmp_path: Path):
+    """A bias that it does not build would be dropped at the load, and the rest would not load."""
+    model = tiny_models.build(name)
+    if before is not None:
+        before(model)
+    quantize(model, CatQuantConfig(**FIELDS))
+    for field, value in after.items():
+        setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=match):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_bias_that_the_class_does_not_build_is_not_dropped_at_the_load(tmp_path: Path, monkeypatch):
+    """Of a checkpoint that a save without the look at what the class builds has written."""
+    model = tiny_models.build("llama")
+    with_biases(model)
+    quantize(model, CatQuantConfig(**FIELDS))
+    monkeypatch.setattr(written, "check_as_built", lambda *_: None)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint has model\.layers\.0\.self_attn\.q_proj\.bias, and Llama.* without a bias"
+    ):
+        tf.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "hubert"])
+def test_what_only_training_reads_may_be_there_without_its_field(name, tmp_path: Path):
+    model = quantized(name)
+    model.config.mask_time_prob = 0.0
+    model.save_pretrained(tmp_path)
+    batch = tiny_models.batch(name)
+    with torch.no_grad():
+        first, second = (each(**batch).logits for each in (model, type(model).from_pretrained(tmp_path)))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "swin"])
+def test_a_part_with_a_mask_token(name, tmp_path: Path):
+    """The whole builds it with more than a config, and a load of the part without; it reads it of masked images only."""
+    kind = getattr(
+        tf, type(tiny_models.build(name)).__name__.replace("ForImageClassification", "ForMaskedImageModeling")
+    )
+    model = kind(tiny_models.build(name).config).eval()
+    quantize(model, CatQuantConfig(**FIELDS))
+    part = getattr(model, name)
+    part.save_pretrained(tmp_path)
+    batch = tiny_models.batch(name)
+    with torch.no_grad():
+        first, second = (each(**batch).last_hidden_state for each in (part, type(part).from_pretrained(tmp_path)))
+    assert torch.equal(first, second)
+
+
+class Sized(tf.LlamaForCausalLM):
+    """A model that is built with more than a config."""
+
+    def __init__(self, config: tf.LlamaConfig, extra: int = 3) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, extra)
+
+
+def test_a_class_that_takes_more_than_a_config_is_not_judged(tmp_path: Path):
+    model = Sized(tiny_models.build("llama").config, extra=7).eval()
+    quantize(model, CatQuantConfig(**FIELDS))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Sized.from_pretrained(tmp_path, extra=7)), logits(model))
+
+
 @pytest.mark.parametrize("is_read", [False, True])
-def test_a_float_model_with_the_config_of_a_quantized_one(is_read: bool, tmp_path: Path):
-    """What from_config makes of it is float; saved so, it would be refused at every load."""
+def test_a_float_model_with_the_config_of_a_quantized_one_is_saved_as_float(is_read: bool, tmp_path: Path):
+    """What from_config makes of it is float; with the entries of the other it would be refused at every load."""
     model = quantized("llama")
     model.save_pretrained(tmp_path / "quantized")
-    config = tf.AutoConfig.from_pretrained(tmp_path / "quantized") if is_read else copy.deepcopy(model.config)
+    config = tf.AutoConfig.from_pretrained(tmp_path / "quantized") if is_read else model.config
     other = tf.AutoModelForCausalLM.from_config(config)
+    held = other.config.quantization_config
     assert getattr(other, "hf_quantizer", None) is None
-    with pytest.raises(
-        ValueError, match=r"no quantized layer, but its config .* del model\.config\.quantization_config"
-    ):
-        other.save_pretrained(tmp_path / "other")
-    assert not (tmp_path / "other" / "model.safetensors").exists()
-    del other.config.quantization_config
     other.save_pretrained(tmp_path / "other")
-    assert torch.equal(logits(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "other")), logits(other))
+    assert other.config.quantization_config is held
+    assert "quantization_config" not in (tmp_path / "other" / "config.json").read_text()
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert torch.equal(logits(again), logits(other))
+    other.save_pretrained(tmp_path / "given", state_dict={n: v + 1 for n, v in other.state_dict().items()})
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "given")
+    assert torch.equal(again.lm_head.weight, other.lm_head.weight + 1)
+    saved_and_loaded(model, tmp_path)
+
+
+def test_a_float_part_of_a_quantized_model_is_saved_as_float(tmp_path: Path):
+    model = tiny_models.build("llama")
+    quantize(model, CatQuantConfig(**FIELDS, modules_to_not_convert=["model"]))
+    model.model.save_pretrained(tmp_path / "part")
+    again = tf.LlamaModel.from_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        assert torch.equal(again(IDS)[0], model.model(IDS)[0])
     saved_and_loaded(model, tmp_path)
 
 

@@ -33,7 +33,7 @@ ROWS = [
     "entries lora modules sentinels",
     "config",
     "packed_model resolve",
-    "model",
+    "model as_built",
     "generate model_inputs padding load_checks streaming sizes float_parameters saving ties written",
     "collate",
     "decoder_inputs processors",
