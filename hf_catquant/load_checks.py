@@ -120,8 +120,8 @@ def check_biases(model: nn.Module, names: Mapping[str, str], checksums: Mapping[
         if f"{stored}.bias" in checksums and name in layers and layers[name].bias is None:
             raise ValueError(
                 f"the checkpoint has {stored}.bias, and {type(model).__name__} builds {name} without a bias: it was saved "
-                "from a model that was changed, or the config.json was changed after the save; build that model yourself, or "
-                "save it with hf_catquant.plain.save_quantized"
+                "from a model that was changed, or the config.json was changed after the save; build that model yourself, "
+                "or save it with hf_catquant.plain.save_quantized"
             )
 
 
