@@ -34,6 +34,7 @@ HEAD = ("bits", "what", "stored bits a weight", "seeds", "result", "agreement %"
 # Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
 Scheme = tuple[str, int, str, tuple[str, dict[str, int]] | None]
 LONGER = (", 800 steps a block", {"block_steps": 800})
+OWN = ((200, 4), (1000, 4), (1000, 8))  # steps and texts of a batch, of AutoRound's own recipe for 2 bits
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,9 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
     runs: dict[str, Any] = {f"AutoRound, {steps} steps": (peer, (bits, steps, 4)) for steps in (200, 1000)}
     if bits == 2:
         runs["AutoRound, 1000 steps of 8 texts"] = (peer, (bits, 1000, 8))
+        runs |= {
+            f"AutoRound's for 2 bits, {steps} steps of {n} texts": (its_own, (bits, steps, n)) for steps, n in OWN
+        }
     for solver in ("gptq", "reconstruct"):
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
@@ -137,7 +141,7 @@ def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tup
     model = run(bench, subject, *how)
     seconds, peak = round(time.perf_counter() - start, 1), memory.peak()
     row = bench.evaluate(model.eval()).rows[1]
-    stored = stored_bits(bits, subject.group_size)
+    stored = stored_bits(bits, subject.group_size) if run is peer else bits + 16 / subject.group_size
     if run is ours:
         stored = weight_bits([asdict(layer) for layer in report(model).layers])
     print(f"{bench.case.model}, {bits} bits, {name}: {row.metric:.3f}", flush=True)
@@ -176,13 +180,18 @@ def autoround(
     group_size: int,
     batch_size: int = 4,
     seed: int = 42,
+    is_own: bool = False,
 ) -> Any:
-    """AutoRound with its defaults (of which the seed is one) but for the group size, the rows, the steps and the batches."""
+    """AutoRound with its defaults (of which the seed is one) but for the group size, the rows, the steps and the batches.
+
+    ``is_own`` is what its makers recommend for 2 bits: scales without zero points, and ``enable_alg_ext``.
+    """
     from auto_round import AutoRound
 
     options = {"bits": bits, "group_size": group_size, "sym": False, "iters": steps, "seed": seed}
     options |= {"seqlen": rows[0]["input_ids"].shape[1], "nsamples": len(rows), "device_map": "cpu"}
     options |= {"batch_size": batch_size}
+    options |= {"sym": True, "enable_alg_ext": True} if is_own else {}
     options |= {"enable_torch_compile": False, "amp": False}
     return AutoRound(model, tokenizer, dataset=rows, **options).quantize()[0].float()
 
@@ -191,6 +200,12 @@ def peer(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int,
     """AutoRound on the layers that it takes; its seed is 42 plus ``seed``, so that the first is its default."""
     rows = rows_of(bench, subject)
     return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, batch_size, 42 + seed)
+
+
+def its_own(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int, seed: int) -> Any:
+    """As :func:`peer`, by what AutoRound's makers recommend for 2 bits."""
+    rows, sizes = rows_of(bench, subject), (subject.group_size, batch_size, 42 + seed)
+    return autoround(bench.load(), bench.processor, rows, bits, steps, *sizes, is_own=True)
 
 
 def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int) -> Any:
@@ -227,7 +242,8 @@ def write_page() -> None:
         "Made by `python benchmarks/autoround.py --data FOLDER`: the linears that AutoRound takes, asymmetric, everything",
         "else in float. Both calibrate on the same texts; hf_catquant without a correction. A result has its 95 % interval,",
         "that of several seeds (`--seeds`) is their mean, with the least and the greatest; agreement is that of the first",
-        "choice with the float model's, memory the peak of the process. AutoRound learns from",
+        "choice with the float model's, memory the peak of the process. AutoRound's recipe for 2 bits has scales without",
+        "zero points and `enable_alg_ext`, as its makers recommend. AutoRound learns from",
         "batches of 4 texts unless said (its default is 8) and needs a tokenizer: it",
         "refuses the image and speech models (`tokenizer should not be None`).",
     ]
