@@ -86,7 +86,7 @@ class Calibration:
         self.shelf = shelf_of(model)
         options = solvers.options(config.solver, config.solver_options)
         learns = options is not None
-        groups, held_out = set_apart(data.batches) if learns else (data.batches, range(0))
+        groups, held_out = set_apart(data.batches, config.seed) if learns else (data.batches, range(0))
         batches = [placed(batch, model) for batch in groups]
         self.swap = Swap(model, config.solver, selection)
         self.swap.outcome.notes += notes

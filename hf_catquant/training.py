@@ -22,31 +22,50 @@ PATIENCE = 4  # looks in a row without a better one that end the training
 RETREAT = 2  # such looks in a row that make it go back to the best state
 BACK_OFF = 0.4  # what the rates are multiplied by then
 STEP = 3  # forwards that a step takes, its gradient included
-HELD_OUT = 4  # one batch of so many is kept from learning
-FEW, HELD_OUT_OF_FEW = 8, 8  # of fewer batches one sample of so many: learning needs the others more
+HELD_OUT = 4  # one sample of so many is kept from learning
+FEW, HELD_OUT_OF_FEW = 8, 8  # of fewer batches one of so many: learning needs the others more
 
 
-def set_apart(batches: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], range]:
-    """The batches, and the indices of those, at their end, that are kept from learning.
+def set_apart(batches: list[dict[str, Tensor]], seed: int) -> tuple[list[dict[str, Tensor]], range]:
+    """The batches that are learned from, then those that are kept from learning, and the indices of these.
 
-    Of few batches one may be split: its last samples become a batch of their own. At least one sample is kept.
+    Every batch gives its share of samples, drawn at random: data may be sorted, by class or by length, and its last ones
+    would stand for one class then. What is left of neighbours that are padded alike is filled up to the size that batches
+    had. At least one sample is kept.
 
     Args:
-        batches: tensors (B, ...) by name; at least two samples in all.
+        batches: tensors (B, ...) by name; at least two samples in all. They are taken out of the list, so that no sample is
+            in memory twice.
+        seed: of the draw.
     """
-    count = len(batches)
-    if count >= FEW:
-        return batches, range(count - count // HELD_OUT, count)
-    wanted = max(1, sum(map(sample_count, batches)) // HELD_OUT_OF_FEW)
-    first = count
-    while wanted and sample_count(batches[first - 1]) <= wanted:
-        first -= 1
-        wanted -= sample_count(batches[first])
-    if wanted == 0:
-        return batches, range(first, count)
-    *before, split = batches[:first]
-    parts = ({name: t[:-wanted] for name, t in split.items()}, {name: t[-wanted:] for name, t in split.items()})
-    return [*before, *parts, *batches[first:]], range(first, count + 1)
+    sizes, draws = list(map(sample_count, batches)), torch.Generator().manual_seed(seed)
+    total, most = sum(sizes), max(sizes)
+    wanted = total // HELD_OUT if len(batches) >= FEW else max(1, total // HELD_OUT_OF_FEW)
+    learned: list[dict[str, Tensor]] = []
+    kept: list[dict[str, Tensor]] = []
+    seen = 0
+    for size in sizes:
+        batch, order = batches.pop(0), torch.randperm(size, generator=draws)
+        share = wanted * (seen + size) // total - wanted * seen // total
+        seen += size
+        _fill(learned, batch, order[share:], most)
+        _fill(kept, batch, order[:share], most)
+    return [*learned, *kept], range(len(learned), len(learned) + len(kept))
+
+
+def _fill(found: list[dict[str, Tensor]], batch: dict[str, Tensor], chosen: Tensor, most: int) -> None:
+    """Add the ``chosen`` samples of a batch to the last of ``found``, up to ``most``, and to a new one."""
+    rows = chosen.sort().values
+    part = {name: tensor[rows.to(tensor.device)] for name, tensor in batch.items()}
+    if found and sample_count(found[-1]) < most and _kinds(found[-1]) == _kinds(part):
+        last = found.pop()
+        part = {name: torch.cat([last[name], tensor]) for name, tensor in part.items()}
+    for start in range(0, sample_count(part), most):
+        found.append({name: tensor[start : start + most] for name, tensor in part.items()})
+
+
+def _kinds(batch: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape[1:], tensor.dtype) for name, tensor in batch.items()}
 
 
 def forwards(steps: int, batches: int, held_out: int) -> int:

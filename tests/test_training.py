@@ -189,9 +189,9 @@ def test_parameters_are_as_they_were():
 @pytest.mark.parametrize(
     ("sizes", "parts", "held_out"),
     [
-        ([16] * 9, [16] * 9, [7, 8]),
+        ([16] * 9, [16] * 6 + [12, 16, 16, 4], [7, 8, 9]),
         ([16] * 7, [16] * 6 + [2, 14], [7]),
-        ([16, 16, 1], [16, 13, 3, 1], [2, 3]),
+        ([16, 16, 1], [16, 13, 4], [2]),
         ([8, 8, 2], [8, 8, 2], [2]),
         ([16], [14, 2], [1]),
         ([2], [1, 1], [1]),
@@ -199,9 +199,29 @@ def test_parameters_are_as_they_were():
     ],
 )
 def test_some_samples_are_always_kept_from_learning(sizes, parts, held_out):
-    rows = iter(torch.arange(sum(sizes)).split(sizes))
-    batches, kept = set_apart([{"a": row, "b": row.unsqueeze(1)} for row in rows])
+    rows = list(torch.arange(sum(sizes)).split(sizes))
+    given = [{"a": row, "b": row.unsqueeze(1)} for row in rows]
+    batches, kept = set_apart(given, 0)
+    assert not given
     assert [len(batch["a"]) for batch in batches] == parts
     assert list(kept) == held_out
     for key in ("a", "b"):
-        assert torch.equal(torch.cat([batch[key].flatten() for batch in batches]), torch.arange(sum(sizes)))
+        found = torch.cat([batch[key].flatten() for batch in batches])
+        assert torch.equal(found.sort().values, torch.arange(sum(sizes)))
+    again, _ = set_apart([{"a": row} for row in rows], 0)
+    assert all(torch.equal(one["a"], two["a"]) for one, two in zip(batches, again, strict=True))
+
+
+def test_what_is_kept_is_drawn_from_all_of_sorted_data():
+    """Data in folders of classes, and data whose classes take turns."""
+    for classes in (torch.arange(10).repeat_interleave(16), torch.arange(4).repeat(40)):
+        batches, kept = set_apart([{"a": rows} for rows in classes.split(16)], 0)
+        found = torch.cat([batches[index]["a"] for index in kept])
+        assert found.unique().equal(classes.unique())
+        assert found.bincount().max() <= 2 * len(found) / len(classes.unique())
+
+
+def test_kept_samples_of_different_lengths_stay_apart():
+    batches, kept = set_apart([{"a": torch.zeros(8, length)} for length in (5, 5, 7)], 0)
+    assert [tuple(batches[index]["a"].shape) for index in kept] == [(2, 5), (1, 7)]
+    assert [tuple(batch["a"].shape) for batch in batches[: kept.start]] == [(8, 5), (6, 5), (7, 7)]
