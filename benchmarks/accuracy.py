@@ -27,6 +27,8 @@ import autoround
 import cat_curves
 import cat_places
 import choose
+import encoder
+import larger_llama
 import matplotlib.pyplot as plt
 import peers
 import plugin
@@ -147,7 +149,13 @@ TABLES = (
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
     Table("plugin.py", field="peer", rows=plugin.peers_of),
-    Table("encoder.py", ("minilm",), takes_model=False),
+    Table(
+        "encoder.py",
+        ("minilm",),
+        takes_model=False,
+        field="what",
+        rows=lambda model: [name for name, *_ in encoder.rows()],
+    ),
     Table("batch_norm.py", ("resnet",), takes_model=False),
     Table("solver_time.py", ("minilm", "resnet")),
     *(
@@ -174,7 +182,7 @@ TABLES = (
         for name, wanted in autoround.SEVERAL.items()
         for seed in (1, 2)
     ),
-    Table("larger_llama.py", ("stories",), takes_model=False),
+    Table("larger_llama.py", ("stories",), takes_model=False, field="what", rows=lambda model: larger_llama.WAYS),
 )
 
 
@@ -227,7 +235,7 @@ def is_drawn(model: str, table: Table) -> bool:
     """Whether the results of another benchmark hold all rows of this model."""
     found = [r for r in read(table.results()) if r.get("model", model) == model]
     found = [r for r in found if all(r[name] == value for name, value in table.where)]
-    if not table.takes_model:
+    if not table.takes_model and table.field == "model":  # its results name no model
         return bool(found)
     whole = [
         r for r in found if r.get("peak_bytes", 0) is not None

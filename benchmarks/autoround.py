@@ -88,7 +88,11 @@ SUBJECTS = {
 
 # Rows in 2 bits that accuracy.py runs with several seeds.
 SEVERAL = {
-    "stories260K": ("AutoRound, 1000 steps of 8 texts", "hf_catquant ternary, reconstruct, 800 steps a block"),
+    "stories260K": (
+        "AutoRound, 1000 steps of 8 texts",
+        "AutoRound's for 2 bits, 1000 steps of 8 texts",
+        "hf_catquant ternary, reconstruct, 800 steps a block",
+    ),
     "minilm-l6-sst2": (
         "AutoRound, 1000 steps",
         "hf_catquant ternary, group 192, rotated, reconstruct, 800 steps a block",
