@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 import tiny_models
 from hf_catquant import CatQuantConfig, quantize
 from hf_catquant.outputs import answers
+from hf_catquant.training import set_apart
 
 A, B = torch.ones(2, 3), torch.zeros(2, 4)
 
@@ -91,17 +92,19 @@ class Two(nn.Module):
 @pytest.mark.parametrize(("name", "width"), [("logits", 5), ("logits", 1), ("start", 5)])
 def test_the_whole_model_learns_every_answer(name, width):
     """What is told of the held-out batches is the sum that this works out for itself, and every answer gains."""
-    xs = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))
+    xs = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+    batches, _ = set_apart([{"index": rows} for rows in torch.arange(256).split(8)], 0)
+    apart = xs[torch.cat([batch["index"] for batch in batches])]  # those that are kept from learning last
     parts, found = [], []
-    wanted = {key: value.detach() for key, value in Two(name, width)(xs).items() if key != "loss"}
+    wanted = {key: value.detach() for key, value in Two(name, width)(apart).items() if key != "loss"}
     for steps in (0, 160):
         model = Two(name, width)
         how: dict[str, Any] = {"solver": "reconstruct", "solver_options": {"model_steps": steps, "model_rate": 1}}
-        how |= {"dataset": [{"x": x} for x in xs], "num_samples": 128, "edge_weights": None, "correction": None}
+        how |= {"dataset": [{"x": x} for x in xs], "num_samples": 256, "edge_weights": None, "correction": None}
         quantize(model.eval(), CatQuantConfig("ternary", 16, **how, batch_size=8))
         with torch.no_grad():
-            found = model(xs)
-        rows = slice(96, None)  # the last quarter
+            found = model(apart)
+        rows = slice(192, None)  # a quarter
         parts.append({key: relative(found[key], wanted[key], rows) for key in wanted})
         if name == "logits" and width > 1:
             log_p, log_q = (t[name][rows].log_softmax(-1) for t in (wanted, found))
@@ -110,8 +113,7 @@ def test_the_whole_model_learns_every_answer(name, width):
     assert told["held_out_before"] == pytest.approx(sum(parts[0].values()), rel=0.01)
     assert told["held_out_after"] == pytest.approx(sum(parts[1].values()), rel=0.01)
     gains = {key: parts[1][key] / loss for key, loss in parts[0].items()}
-    assert gains[name] < 0.9
-    assert width == 1 or gains["boxes"] < 0.9  # one number over-fits 96 samples, and the boxes pay
+    assert max(gains.values()) < 0.9  # of fewer samples some answers gain less
 
 
 def relative(found: Tensor, wanted: Tensor, rows: slice) -> float:
