@@ -155,7 +155,7 @@ def write_page() -> None:
         "same test rows; lost / won are rows that float has right and the last model wrong, and the reverse. Seconds are",
         "those of the whole command on a machine that did other work beside it. Rows are of several days, which",
         "`realdata.json` has; measured again, with other code or threads, a row with the fewest bits has moved by up to 3",
-        "points (ResNet-18, int2 weights and inputs: 56.71 here, 59.57 in `cat.md`), DeiT-Tiny in ternary by 1.7, others by",
+        "points (ResNet-18, int2 weights and inputs: 56.71 here, 59.57 in `cat.md`), DeiT-Tiny in ternary by 2.6, others by",
         "a point. Until 2026-11-27 `reconstruct` kept its last batches from learning, since then a share of every batch.",
         "",
         *table(HEAD, map(cells, results)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,8 +14,6 @@ from .modules import holds, open_experts
 from .packed_model import quantized_modules
 
 _OF_LAYERS = ("weight", "bias")  # parameters that no forward goes without; others may be for training only
-
-Shapes = dict[str, list[int]]
 
 
 def as_built(model: nn.Module) -> PreTrainedModel | None:
@@ -92,13 +89,13 @@ def _float_shapes(module: nn.Module) -> tuple[list[int], list[int] | None]:
     return [] if kind is None else list(kind.matrix_shape(module)), None if bias is None else list(bias.shape)
 
 
-def _shapes(module: nn.Module) -> Shapes:
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in module.named_parameters(recurse=False)}
 
 
 def _shown(module: nn.Module) -> str:
     """The kind of a module and its parameters, in words."""
-    shapes: Mapping[str, list[int]] = _shapes(module)
+    shapes = _shapes(module)
     if isinstance(module, QuantizedModule):
         shapes = {"packed weight": [module.rows_, module.columns], **shapes}
     held = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no parameters"

@@ -104,18 +104,18 @@ def test_streamed_or_whole_the_bytes_are_the_same(tmp_path, name, kept, monkeypa
     assert digests(tmp_path / "True") == digests(tmp_path / "False")
 
 
-def bytes_by_threads(tmp_path, name, **fields):
-    """Digests of ``name`` quantized with one thread and with two."""
+def bytes_by_threads(tmp_path, name, counts=(1, 2), **fields):
+    """Digests of ``name`` quantized with each of these numbers of threads."""
     source = tiny_models.folder_of(name, str(tmp_path / "float"))
     before = torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in counts:
             torch.set_num_threads(count)
             quantize_folder(source, tmp_path / str(count), request(name, **fields))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    return digests(tmp_path / "1"), digests(tmp_path / "2")
+    return [digests(tmp_path / str(count)) for count in counts]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,14 @@ def bytes_by_threads(tmp_path, name, **fields):
 def test_one_and_two_threads_give_the_same_bytes(tmp_path, name, fields):
     one, two = bytes_by_threads(tmp_path, name, **fields)
     assert one == two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"low_rank": 2}, {"activations": "int4"}, {**RECONSTRUCT, "correction": None}])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_any_architecture_gives_the_same_bytes_with_any_number_of_threads(tmp_path, name, fields):
+    one, *others = bytes_by_threads(tmp_path, name, (1, 2, 4), **fields)
+    assert all(other == one for other in others)
 
 
 def test_a_larger_model_runs_on_all_threads_and_gives_the_same_bytes(tmp_path, monkeypatch):
