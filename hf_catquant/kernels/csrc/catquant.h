@@ -32,6 +32,7 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_TILE 64       /* columns that an AMX tile holds; blocks of x are padded with zeros to a multiple of it */
 #define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
 #define CQ_MAX_ROWS 16   /* rows of x in a chunk */
+#define CQ_WINDOW_ROWS 48 /* rows of a convolution that are packed together: whole chunks of 12, 6 and 4 */
 #define CQ_MAX_PARTS 3
 #define CQ_LARGE_PAGE (2 << 20)
 #define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
@@ -80,6 +81,13 @@ typedef struct {
     int64_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
 } cq_window;
 
+/* Integers of x under a range that is given: (images, channels, lines, width), of the images from `image` and the lines
+ * from `top`, with CQ_MAX_ROWS bytes before and after them. */
+typedef struct {
+    int8_t *integers;
+    int64_t image, images, top, lines;
+} cq_lines;
+
 /* Rows of x as the products read them. Digit p of row m, tile t: x + (t * parts * rows + p * rows + m) * CQ_TILE. */
 typedef struct {
     int rows, parts, filled; /* rows: as padded with zeros; filled: those that are there */
@@ -96,14 +104,20 @@ typedef struct {
      * not. `scratch` holds two rows of floats. */
     int (*pack)(const cq_layout *w, const cq_activation *how, const void *x, int dtype, int64_t row_stride,
                 int64_t first, cq_chunk *out, float *scratch);
-    /* The same of the rows of a convolution, for `chunks` chunks of CQ_MAX_ROWS rows together at most; ranges are given
-     * or those of floats. `scratch` holds CQ_MAX_ROWS rows of floats. */
-    int (*pack_window)(const cq_layout *w, const cq_activation *how, const void *x, int dtype, const cq_window *window,
-                       int64_t first, cq_chunk *chunk, int chunks, float *scratch);
+    /* The same of the rows of a convolution, for `chunks` chunks of CQ_WINDOW_ROWS rows together at most. `scratch`
+     * holds CQ_MAX_ROWS rows of floats. */
+    int (*pack_window)(const cq_layout *w, const void *x, int dtype, const cq_window *window, int64_t first,
+                       cq_chunk *chunk, int chunks, void *scratch);
+    /* The same of integers that are multiples of `scale`. */
+    void (*pack_lines)(const cq_layout *w, float scale, const cq_lines *held, const cq_window *window, int64_t first,
+                       cq_chunk *chunk, int chunks, void *scratch);
     /* result[m * 16 + lane] of one run of rows, without bias. */
     void (*run)(const cq_layout *w, int64_t run, const cq_chunk *chunk, float *result);
-    /* tile (16, 16), in place. */
-    void (*transpose)(float *tile);
+    /* The integers of values under a range that is given; 0 if a value is not finite. */
+    int (*integers)(const void *x, int dtype, int64_t count, const cq_activation *how, int8_t *out);
+    /* result (rows, 16) plus shift (16,), lane by lane: row m of `lane` goes to out[lane * stride + m]. */
+    void (*store_lanes)(const float *result, int rows, const float *shift, int lanes, void *out, int64_t stride,
+                        int dtype);
     void (*store)(const float *result, const void *bias, int bias_dtype, void *out, int dtype, int count);
     /* One row of w_hat from its codes; scale and offset (groups,) float32, offset may be NULL. */
     void (*dequantize)(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,

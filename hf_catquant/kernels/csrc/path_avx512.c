@@ -165,12 +165,13 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk;
 }
 
-static void transpose(float *tile)
+/* Rows of 16 floats to columns; of the rows that are not there, zeros. */
+ALWAYS void load_transposed(const float *rows, int count, __m512 column[16])
 {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
-        a[i] = _mm512_loadu_ps(tile + 16 * i);
+        a[i] = i < count ? _mm512_loadu_ps(rows + 16 * i) : _mm512_setzero_ps();
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
@@ -187,14 +188,35 @@ static void transpose(float *tile)
         __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
         __m512 even8 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
         __m512 odd8 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-        _mm512_storeu_ps(tile + 16 * c, _mm512_shuffle_f32x4(even, even8, 0x88));
-        _mm512_storeu_ps(tile + 16 * (4 + c), _mm512_shuffle_f32x4(odd, odd8, 0x88));
-        _mm512_storeu_ps(tile + 16 * (8 + c), _mm512_shuffle_f32x4(even, even8, 0xdd));
-        _mm512_storeu_ps(tile + 16 * (12 + c), _mm512_shuffle_f32x4(odd, odd8, 0xdd));
+        column[c] = _mm512_shuffle_f32x4(even, even8, 0x88);
+        column[4 + c] = _mm512_shuffle_f32x4(odd, odd8, 0x88);
+        column[8 + c] = _mm512_shuffle_f32x4(even, even8, 0xdd);
+        column[12 + c] = _mm512_shuffle_f32x4(odd, odd8, 0xdd);
     }
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, run, transpose, store, dequantize_row, widen, rotate_row, project, dot, affine};
+static void store_lanes(const float *result, int rows, const float *shift, int count, void *out, int64_t stride,
+                        int dtype)
+{
+    __m512 column[16];
+    __mmask16 there = (__mmask16)((1u << rows) - 1);
+    load_transposed(result, rows, column);
+    if (dtype == CQ_FLOAT32) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < 16; ++lane)
+            if (lane < count)
+                _mm512_mask_storeu_ps((float *)out + lane * stride, there,
+                                      _mm512_add_ps(column[lane], _mm512_set1_ps(shift[lane])));
+        return;
+    }
+    for (int lane = 0; lane < count; ++lane) {
+        float line[CQ_LANES];
+        _mm512_storeu_ps(line, _mm512_add_ps(column[lane], _mm512_set1_ps(shift[lane])));
+        narrow(line, dtype, rows, (uint16_t *)out + lane * stride);
+    }
+}
+
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes, store, dequantize_row, widen, rotate_row, project, dot, affine};
 
 void cq_avx512_peak(int64_t rounds)
 {
