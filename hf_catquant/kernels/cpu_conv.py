@@ -12,6 +12,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,24 @@ MOST_POSITIONS = 256
 # Bytes of float weight that a thread keeps the memory of: the largest layer of ResNet-50 is 9.4 MB.
 MOST_HELD = 16 << 20
 LEAST_PRODUCTS = 1 << 21  # of a value and a weight: with fewer, starting oneDNN takes longer than it spares
+MOST_PLANS = 4096
 
 _held = threading.local()
+
+
+class _Plan(NamedTuple):
+    """What the shapes of a call decide, once they were checked: 50 microseconds that a small layer would feel."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    weight: torch.Size
+    out: torch.Size
+    columns: int
+    window: native.Window
+
+
+_plans: dict[Any, _Plan] = {}
 
 
 def conv(
@@ -53,50 +70,77 @@ def conv(
     groups: int,
 ) -> Tensor:
     """Convolution of x_hat (B, C, *spatial) with w_hat (N, C / groups * prod(kernel_size)), zero padding."""
-    check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
-    check_input(x, packed, bias, activations, input_scale)
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    plan = _plan_of(x, packed, scale, offset, input_scale, bias, weights, group_size, activations, *geometry)
     if x.dtype == torch.float64:
         shift = None if bias is None else bias.float()
-        where = (kernel_size, stride, padding, dilation, groups)
         stored = (packed, scale, offset, input_scale, input_offset, shift, weights, group_size, activations)
-        return conv(x.float(), *stored, *where).double()
-    sides = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
-    geometry = (kernel_size, stride, padding, dilation)
+        return conv(x.float(), *stored, *geometry).double()
+    ranges, stored = (input_scale, input_offset, bias), (weights, group_size, activations)
     if groups == 1:
-        found = _integer_conv(
-            x,
-            packed,
-            scale,
-            offset,
-            input_scale,
-            input_offset,
-            bias,
-            weights,
-            group_size,
-            activations,
-            *geometry,
-            spatial,
-        )
+        found = _integer_conv(x, packed, scale, offset, *ranges, *stored, plan)
         if found is not None:
             return found
-    if groups == 1 and _few(x, math.prod(spatial), activations, input_scale, input_offset):
+    if groups == 1 and _few(x, math.prod(plan.out[2:]), activations, input_scale, input_offset):
         rows = patches(x, kernel_size, stride, padding, dilation)
-        out = linear(rows, packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
-        maps = out.new_empty((x.shape[0], packed.shape[0], *spatial))  # no view: the caller may write into it
+        out = linear(rows, packed, scale, offset, *ranges, *stored)
+        maps = out.new_empty(plan.out)  # no view: the caller may write into it
         maps.flatten(2).copy_(out.transpose(1, 2))
         return maps
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
-    shape = torch.Size((packed.shape[0], x.shape[1] // groups, *kernel_size))
-    columns = shape[1:].numel()
-    if shape.numel() and readable(packed, scale, offset):
-        weight = _buffer(shape.numel(), x.dtype)
-        dequantize_into(weight, None, packed, scale, offset, weights, group_size, columns)
+    if plan.weight.numel() and readable(packed, scale, offset):
+        weight = _buffer(plan.weight.numel(), x.dtype)
+        dequantize_into(weight, None, packed, scale, offset, weights, group_size, plan.columns)
     else:
-        weight = dequantize(packed, scale, offset, weights, group_size, columns, x.dtype)
+        weight = dequantize(packed, scale, offset, weights, group_size, plan.columns, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return _float_conv(x, weight.view(shape), bias, list(stride), list(padding), list(dilation), groups).contiguous()
+    steps = (plan.stride, plan.padding, plan.dilation)
+    return _float_conv(x, weight.view(plan.weight), bias, *steps, groups).contiguous()
+
+
+def _plan_of(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    activations: str | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> _Plan:
+    """The plan of such tensors, made and kept if there is none.
+
+    Raises:
+        RuntimeError: they do not agree with each other, as :mod:`..op_checks` says.
+    """
+    tensors = (x, packed, scale, offset, bias)
+    kinds = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+    geometry = tuple(tuple(values) for values in (kernel_size, stride, padding, dilation))
+    key = (kinds, input_scale is None, weights, group_size, activations, geometry, groups)
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan
+    check_conv(x, packed, scale, offset, weights, group_size, kernel_size, groups)
+    check_input(x, packed, bias, activations, input_scale)
+    sides = zip(x.shape[2:], *geometry, strict=True)
+    spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
+    shape = torch.Size((packed.shape[0], x.shape[1] // groups, *kernel_size))
+    sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
+    steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))
+    window = native.Window(*x.shape[:2], *(side for pair in (*sizes, *steps) for side in pair))
+    out = torch.Size((x.shape[0], packed.shape[0], *spatial))
+    plan = _Plan(list(stride), list(padding), list(dilation), shape, out, shape[1:].numel(), window)
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
 
 
 def _float_conv(
@@ -137,34 +181,25 @@ def _integer_conv(
     weights: str,
     group_size: int,
     activations: str | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    spatial: Sequence[int],
+    plan: _Plan,
 ) -> Tensor | None:
     """The convolution in integers, None if the library does not serve it or float weights are faster."""
-    dtype, rows = DTYPES.get(x.dtype), packed.shape[0]
-    shape = torch.Size((x.shape[0], rows, *spatial))
-    if dtype is None or not shape.numel() or not (bias is None or readable_bias(bias, rows)):
+    dtype = DTYPES.get(x.dtype)
+    if dtype is None or not plan.out.numel() or not (bias is None or readable_bias(bias, packed.shape[0])):
         return None
     how = activation.row_range(None, x.dtype)
     if activations is not None:  # a range has to be one for all, with zero, which is around x, on a level
         how = None if input_scale is None else activation.given_range(activations, input_scale, input_offset)
-    columns = x.shape[1] * math.prod(kernel_size)
-    if how is None or not _integers_pay(x, how.digits, columns, shape):
+    if how is None or not _integers_pay(x, how.digits, plan.columns, plan.out):
         return None
-    address = layout_of(packed, scale, offset, weights, group_size, columns)
+    address = layout_of(packed, scale, offset, weights, group_size, plan.columns)
     if address is None:
         return None
-    x, out = x.contiguous(), x.new_empty(shape)
-    sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
-    steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))
-    window = native.Window(*x.shape[:2], *(side for pair in (*sizes, *steps) for side in pair))
+    x, out = x.contiguous(), x.new_empty(plan.out)
     state = native.loaded().cq_conv(
         address,
         how.address,
-        ctypes.addressof(window),
+        ctypes.addressof(plan.window),
         x.data_ptr(),
         dtype,
         *((None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])),

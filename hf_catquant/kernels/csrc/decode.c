@@ -28,15 +28,11 @@ static void fill_tables(void)
 
 static void decode_bytes(const uint64_t *table, int digits, const uint8_t *packed, int64_t count, uint8_t *codes)
 {
-    for (int64_t k = 0; k < count; k += digits, ++packed, codes += digits) {
-        int64_t left = count - k < digits ? count - k : digits;
-        uint8_t eight[8];
-        memcpy(eight, &table[*packed], 8); /* little-endian, as every path here */
-        if (left == digits)
-            memcpy(codes, eight, (size_t)digits);
-        else
-            memcpy(codes, eight, (size_t)left);
-    }
+    int64_t k = 0;
+    for (; k + 8 <= count; k += digits, ++packed) /* what is too much is written again */
+        memcpy(codes + k, &table[*packed], 8);    /* little-endian, as every path here */
+    for (; k < count; k += digits, ++packed)
+        memcpy(codes + k, &table[*packed], (size_t)(count - k < digits ? count - k : digits));
 }
 
 /* Codes of `bits` bits, in loops that compilers vectorize. */
@@ -54,9 +50,14 @@ static inline void decode_bits(const int bits, const uint8_t *restrict packed, i
 static void decode_int3(const uint8_t *packed, int64_t count, uint8_t *codes)
 {
     for (int64_t k = 0; k < count; k += 8, packed += 3) {
-        uint32_t word = packed[0] | (uint32_t)packed[1] << 8 | (uint32_t)packed[2] << 16;
-        for (int64_t d = 0; d < 8 && k + d < count; ++d)
-            codes[k + d] = word >> (3 * d) & 7;
+        uint64_t eight = packed[0] | (uint64_t)packed[1] << 8 | (uint64_t)packed[2] << 16;
+        eight = (eight | eight << 20) & 0x00000fff00000fff; /* four codes each, then two, then one */
+        eight = (eight | eight << 10) & 0x003f003f003f003f;
+        eight = (eight | eight << 5) & 0x0707070707070707;
+        if (count - k >= 8)
+            memcpy(codes + k, &eight, 8); /* little-endian, as every path here */
+        else
+            memcpy(codes + k, &eight, (size_t)(count - k));
     }
 }
 

@@ -216,7 +216,32 @@ static void store_lanes(const float *result, int rows, const float *shift, int c
     }
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes, store, dequantize_row, widen, rotate_row, project, dot, affine};
+/* dequantize_row(), the same bits: a value is looked up among those of its group, where a register holds them all. */
+static void dequantize(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,
+                       int64_t group_width, const cq_format *format, void *out, int dtype)
+{
+    if (format->radix > CQ_LANES || dtype != CQ_FLOAT32) {
+        dequantize_row(codes, scale, offset, columns, group_width, format, out, dtype);
+        return;
+    }
+    const __m512i code = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 level = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_mullo_epi32(code, _mm512_set1_epi32(format->step)),
+                                                             _mm512_set1_epi32(format->zero)));
+    float *to = out;
+    for (int64_t k = 0, g = 0; k < columns; k += group_width, ++g) {
+        int64_t end = columns - k < group_width ? columns : k + group_width;
+        __m512 values = _mm512_mul_ps(level, _mm512_set1_ps(scale[g]));
+        if (offset != NULL)
+            values = _mm512_add_ps(values, _mm512_set1_ps(offset[g]));
+        for (int64_t i = k; i < end; i += CQ_LANES) {
+            __mmask16 there = end - i < CQ_LANES ? (__mmask16)((1u << (end - i)) - 1) : 0xffff;
+            __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + i));
+            _mm512_mask_storeu_ps(to + i, there, _mm512_permutexvar_ps(index, values));
+        }
+    }
+}
+
+const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes, store, dequantize, widen, rotate_row, project, dot, affine};
 
 void cq_avx512_peak(int64_t rounds)
 {
