@@ -33,6 +33,7 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
 #define CQ_MAX_ROWS 16   /* rows of x in a chunk */
 #define CQ_WINDOW_ROWS 48 /* rows of a convolution that are packed together: whole chunks of 12, 6 and 4 */
+#define CQ_MARGIN 32 /* twice CQ_MAX_ROWS: integers two apart may be read together */
 #define CQ_MAX_PARTS 3
 #define CQ_LARGE_PAGE (2 << 20)
 #define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
@@ -82,7 +83,7 @@ typedef struct {
 } cq_window;
 
 /* Integers of x under a range that is given: (images, channels, lines, width), of the images from `image` and the lines
- * from `top`, with CQ_MAX_ROWS bytes before and after them. */
+ * from `top`, with CQ_MARGIN bytes before and after them. */
 typedef struct {
     int8_t *integers;
     int64_t image, images, top, lines;

@@ -105,7 +105,7 @@ static cq_lines lines_under(const cq_window *g, int64_t first, int64_t last)
 static size_t bytes_of_lines(const cq_window *g, const cq_lines *held)
 {
     size_t values = (size_t)(held->images * g->channels * held->lines * g->width);
-    return (values + 2 * CQ_MAX_ROWS + 63) / 64 * 64;
+    return (values + 2 * CQ_MARGIN + 63) / 64 * 64;
 }
 
 /* Fills them in; 0 if a value is not finite. */
@@ -197,7 +197,7 @@ static int hold(job *j, held_rows *held)
         more = bytes_of_lines(j->window, &held->lines);
     }
     held->memory = cq_scratch(0, size + more);
-    held->lines.integers = (int8_t *)held->memory + size + CQ_MAX_ROWS;
+    held->lines.integers = (int8_t *)held->memory + size + CQ_MARGIN;
     if (held->memory == NULL)
         state = CQ_NO_MEMORY;
     else if (is_given && !fill_lines(j, &held->lines))

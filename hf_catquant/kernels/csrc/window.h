@@ -31,25 +31,42 @@ ALWAYS_INLINE void values_at(const void *x, const int64_t from[CQ_MAX_ROWS], int
 
 typedef int8_t bytes __attribute__((vector_size(CQ_MAX_ROWS)));
 
-/* Where rows have one place of the kernel in the first channel. */
+#if defined(__clang__)
+#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a)){__VA_ARGS__})
+#endif
+#define EVERY_SECOND(a, b) PICKED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+
+/* Where rows have one place of the kernel in the first channel: row m of a piece at start + step * m. A line or an image
+ * that ends begins another piece. */
 typedef struct {
     int64_t from[CQ_MAX_ROWS]; /* 0 where that is outside */
-    int64_t start;             /* of the first row, where they lie beside each other */
-    int beside;
-    column mask;
+    int64_t start[2];
+    int pieces, step; /* pieces: 1 or 2, or 0 if there are more, or other steps than 1 and 2 */
+    column mask[2];
 } cq_place;
 
-static inline void find_place(const int64_t at[CQ_MAX_ROWS], cq_place *out)
+static inline void find_place(const int64_t at[CQ_MAX_ROWS], int step, cq_place *out)
 {
-    out->start = 0;
-    out->beside = 1;
-    for (int m = CQ_MAX_ROWS - 1; m >= 0; --m)
-        out->start = at[m] >= 0 ? at[m] - m : out->start;
+    int piece = -1;
+    memset(out, 0, sizeof *out);
+    out->step = step;
     for (int m = 0; m < CQ_MAX_ROWS; ++m) {
-        out->mask[m] = at[m] >= 0 ? -1 : 0;
-        out->from[m] = at[m] >= 0 ? at[m] : 0;
-        out->beside &= at[m] < 0 || at[m] == out->start + m;
+        if (at[m] < 0)
+            continue;
+        out->from[m] = at[m];
+        if (piece < 0 || (piece < 2 && at[m] != out->start[piece] + step * m)) {
+            if (++piece < 2)
+                out->start[piece] = at[m] - step * m;
+        }
+        if (piece < 2)
+            out->mask[piece][m] = -1;
     }
+    out->pieces = piece > 1 || step > 2 ? 0 : piece == 1 ? 2 : 1;
+    if (out->pieces == 0)
+        for (int m = 0; m < CQ_MAX_ROWS; ++m)
+            out->mask[0][m] = at[m] >= 0 ? -1 : 0;
 }
 
 /* The channels of one place: out[c * places * CQ_MAX_ROWS + m] is x[at[m] + c * plane], zero where at[m] is -1. All x has
@@ -57,36 +74,76 @@ static inline void find_place(const int64_t at[CQ_MAX_ROWS], cq_place *out)
 ALWAYS_INLINE void gather_place(const void *x, int64_t total, const cq_place *place, int64_t channels, int64_t plane,
                                 int64_t places, float *restrict out, const int dtype)
 {
+    int64_t end = place->step * CQ_MAX_ROWS;
     for (int64_t c = 0; c < channels; ++c, out += places * CQ_MAX_ROWS) {
-        int64_t first = place->start + c * plane;
-        column values;
-        if (place->beside && first >= 0 && first + CQ_MAX_ROWS <= total)
+        column sum = {0};
+        int pieces = place->pieces;
+        for (int i = 0; i < pieces; ++i) {
+            int64_t first = place->start[i] + c * plane;
+            if (first < 0 || first + end > total)
+                pieces = 0;
+        }
+        for (int i = 0; i < pieces; ++i) {
+            int64_t first = place->start[i] + c * plane;
+            column values, more;
             values_beside(x, first, dtype, &values);
-        else
-            values_at(x, place->from, c * plane, dtype, &values);
-        values &= place->mask;
-        memcpy(out, &values, sizeof values);
+            if (place->step == 2) {
+                values_beside(x, first + CQ_MAX_ROWS, dtype, &more);
+                values = EVERY_SECOND(values, more);
+            }
+            sum |= values & place->mask[i];
+        }
+        if (pieces == 0) {
+            values_at(x, place->from, c * plane, dtype, &sum);
+            sum &= place->mask[0] | place->mask[1];
+        }
+        memcpy(out, &sum, sizeof sum);
     }
 }
 
+/* The integers of a channel in CQ_MAX_ROWS rows, before what is outside is masked. */
+ALWAYS_INLINE bytes integers_at(const int8_t *x, const cq_place *place, const bytes mask[2], const int pieces,
+                                const int step)
+{
+    bytes sum = {0};
+    for (int i = 0; i < pieces; ++i) {
+        bytes values, more;
+        memcpy(&values, x + place->start[i], sizeof values);
+        if (step == 2) {
+            memcpy(&more, x + place->start[i] + CQ_MAX_ROWS, sizeof more);
+            values = EVERY_SECOND(values, more);
+        }
+        sum |= values & mask[i];
+    }
+    if (pieces == 0) {
+        int8_t some[CQ_MAX_ROWS];
+        for (int m = 0; m < CQ_MAX_ROWS; ++m)
+            some[m] = x[place->from[m]];
+        memcpy(&sum, some, sizeof sum);
+        sum &= mask[0];
+    }
+    return sum;
+}
+
 /* The same of integers, for the rows of all groups: out[(c * places * GROUPS + g) * CQ_MAX_ROWS + m]. A channel is read for
- * all of them at once, as it is a page of its own. CQ_MAX_ROWS bytes before x and after it are there. */
+ * all of them at once, as it is a page of its own. CQ_MARGIN bytes before x and after it are there. */
 static void gather_integers(const int8_t *x, const cq_place place[GROUPS], int groups, int64_t channels, int64_t plane,
                             int64_t places, int8_t *restrict out)
 {
-    bytes mask[GROUPS];
+    bytes mask[GROUPS][2], values;
     for (int g = 0; g < groups; ++g)
-        for (int m = 0; m < CQ_MAX_ROWS; ++m)
-            mask[g][m] = (int8_t)place[g].mask[m];
+        for (int i = 0; i < 2; ++i)
+            for (int m = 0; m < CQ_MAX_ROWS; ++m)
+                mask[g][i][m] = (int8_t)place[g].mask[i][m];
     for (int64_t c = 0; c < channels; ++c, x += plane, out += places * GROUPS * CQ_MAX_ROWS)
         for (int g = 0; g < groups; ++g) {
-            bytes values;
-            if (place[g].beside)
-                memcpy(&values, x + place[g].start, sizeof values);
-            else
-                for (int m = 0; m < CQ_MAX_ROWS; ++m)
-                    ((int8_t *)&values)[m] = x[place[g].from[m]];
-            values &= mask[g];
+            switch (place[g].pieces == 0 ? 0 : 2 * place[g].step + place[g].pieces) {
+            case 3: values = integers_at(x, &place[g], mask[g], 1, 1); break;
+            case 4: values = integers_at(x, &place[g], mask[g], 2, 1); break;
+            case 5: values = integers_at(x, &place[g], mask[g], 1, 2); break;
+            case 6: values = integers_at(x, &place[g], mask[g], 2, 2); break;
+            default: values = integers_at(x, &place[g], mask[g], 0, 0);
+            }
             memcpy(out + g * CQ_MAX_ROWS, &values, sizeof values);
         }
 }
@@ -116,7 +173,7 @@ static void rows_at(const cq_window *g, const cq_lines *held, const cq_corners *
         int inside = down >= 0 && down < g->height && right >= 0 && right < g->width;
         at[m] = inside ? line * g->width + right : -1;
     }
-    find_place(at, out);
+    find_place(at, (int)g->stride_x, out);
 }
 
 /* Columns (columns, CQ_MAX_ROWS) of rows `first` and on; those that are not there are zero. */
@@ -239,11 +296,6 @@ ALWAYS_INLINE void pack_block(const cq_layout *w, int b, const float *columns, c
     }
 }
 
-#if defined(__clang__)
-#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICKED(a, b, ...) __builtin_shuffle(a, b, (bytes){__VA_ARGS__})
-#endif
 /* a and b by turns, byte by byte or several at a time: their first halves, their second halves. */
 #define LOW_1(a, b) PICKED(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH_1(a, b) PICKED(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
