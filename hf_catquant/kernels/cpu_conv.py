@@ -190,7 +190,7 @@ def _integer_conv(
     how = activation.row_range(None, x.dtype)
     if activations is not None:  # a range has to be one for all, with zero, which is around x, on a level
         how = None if input_scale is None else activation.given_range(activations, input_scale, input_offset)
-    if how is None or not _integers_pay(x, how.digits, plan.columns, plan.out):
+    if how is None or not _integers_pay(x, how.digits, plan):
         return None
     address = layout_of(packed, scale, offset, weights, group_size, plan.columns)
     if address is None:
@@ -211,13 +211,15 @@ def _integer_conv(
     return out if state == native.OK else None
 
 
-def _integers_pay(x: Tensor, digits: int, columns: int, out: torch.Size) -> bool:
-    """Whether integers take less time than the float weight for x and a result of the shape ``out`` (B, N, *spatial)."""
+def _integers_pay(x: Tensor, digits: int, plan: _Plan) -> bool:
+    """Whether integers take less time for x than the float weight."""
     costs = native.conv_costs
     if costs is None:
         return False
-    rows, positions = out[1], out.numel() // out[1]
-    integers = costs.pack[digits - 1] * columns + costs.store * rows + costs.product * digits * rows * columns
+    rows, columns = plan.out[1], plan.columns
+    positions, places = plan.out.numel() // rows, plan.weight[2:].numel()
+    integers = costs.pack[digits - 1] * columns + costs.place * places + costs.store * rows
+    integers += costs.product * digits * rows * columns
     floats = positions * costs.floats[x.dtype == torch.bfloat16] + costs.dequantize
     quantize = costs.quantize * x.numel() if digits == 1 else 0
     return positions * integers < rows * columns * floats + quantize

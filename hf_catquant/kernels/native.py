@@ -38,13 +38,15 @@ _DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scala
 class ConvCosts(NamedTuple):
     """What a convolution takes on one thread, in nanoseconds: measured with the layers of ResNet-50.
 
-    In integers a position costs ``pack[digits - 1]`` a column, ``store`` an out channel and ``product`` a digit and a
-    value of the weight. With float weights it costs ``floats`` a value of the weight (float32, and bfloat16); every value of
-    the weight is dequantized for ``dequantize``, and every value of the input quantized for ``quantize``, where that is
-    asked. Processors differ by a factor that all costs have in common, and by less in their ratios.
+    In integers a position costs ``pack[digits - 1]`` a column, ``place`` a place of the kernel, ``store`` an out channel
+    beyond what floats take, and ``product`` a digit and a value of the weight. With float weights it costs ``floats`` a value
+    of the weight (float32, and bfloat16); every value of the weight is dequantized and put in oneDNN's order for
+    ``dequantize``, and every value of the input quantized for ``quantize`` beyond what integers take, where that is asked.
+    Processors differ by a factor that all costs have in common, and by less in their ratios.
     """
 
     pack: tuple[float, float, float]
+    place: float
     store: float
     product: float
     floats: tuple[float, float]
@@ -52,7 +54,7 @@ class ConvCosts(NamedTuple):
     quantize: float
 
 
-_CONV_COSTS = {"avx512": ConvCosts((0.5, 0.7, 0.9), 2.0, 0.0048, (0.0175, 0.0105), 0.5, 0.4)}
+_CONV_COSTS = {"avx512": ConvCosts((0.14, 0.35, 0.45), 2.2, 0.3, 0.0031, (0.0095, 0.0055), 0.65, 0.3)}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"

@@ -216,28 +216,49 @@ static void store_lanes(const float *result, int rows, const float *shift, int c
     }
 }
 
+ALWAYS void look_up(const uint8_t *codes, int64_t count, __m512 values, float *out)
+{
+    for (int64_t k = 0; k < count; k += 16) {
+        __mmask16 there = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : 0xffff;
+        __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + k));
+        _mm512_mask_storeu_ps(out + k, there, _mm512_permutexvar_ps(index, values));
+    }
+}
+
+ALWAYS void look_up_halves(const uint8_t *codes, int64_t count, __m512 values, int dtype, uint16_t *out)
+{
+    float wide[16];
+    uint16_t half[16];
+    _mm512_storeu_ps(wide, values);
+    narrow(wide, dtype, 16, half);
+    __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)half));
+    for (int64_t k = 0; k < count; k += 32) {
+        __mmask32 there = count - k < 32 ? (__mmask32)((1u << (count - k)) - 1) : 0xffffffff;
+        __m512i index = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, codes + k));
+        _mm512_mask_storeu_epi16(out + k, there, _mm512_permutexvar_epi16(index, table));
+    }
+}
+
 /* dequantize_row(), the same bits: a value is looked up among those of its group, where a register holds them all. */
 static void dequantize(const uint8_t *codes, const float *scale, const float *offset, int64_t columns,
                        int64_t group_width, const cq_format *format, void *out, int dtype)
 {
-    if (format->radix > CQ_LANES || dtype != CQ_FLOAT32) {
+    if (format->radix > CQ_LANES) {
         dequantize_row(codes, scale, offset, columns, group_width, format, out, dtype);
         return;
     }
     const __m512i code = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512 level = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_mullo_epi32(code, _mm512_set1_epi32(format->step)),
                                                              _mm512_set1_epi32(format->zero)));
-    float *to = out;
     for (int64_t k = 0, g = 0; k < columns; k += group_width, ++g) {
         int64_t end = columns - k < group_width ? columns : k + group_width;
         __m512 values = _mm512_mul_ps(level, _mm512_set1_ps(scale[g]));
         if (offset != NULL)
             values = _mm512_add_ps(values, _mm512_set1_ps(offset[g]));
-        for (int64_t i = k; i < end; i += CQ_LANES) {
-            __mmask16 there = end - i < CQ_LANES ? (__mmask16)((1u << (end - i)) - 1) : 0xffff;
-            __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + i));
-            _mm512_mask_storeu_ps(to + i, there, _mm512_permutexvar_ps(index, values));
-        }
+        if (dtype == CQ_FLOAT32)
+            look_up(codes + k, end - k, values, (float *)out + k);
+        else
+            look_up_halves(codes + k, end - k, values, dtype, (uint16_t *)out + k);
     }
 }
 
