@@ -76,14 +76,14 @@ def conv(
         shift = None if bias is None else bias.float()
         stored = (packed, scale, offset, input_scale, input_offset, shift, weights, group_size, activations)
         return conv(x.float(), *stored, *geometry).double()
-    ranges, stored = (input_scale, input_offset, bias), (weights, group_size, activations)
+    arguments = (packed, scale, offset, input_scale, input_offset, bias, weights, group_size, activations)
     if groups == 1:
-        found = _integer_conv(x, packed, scale, offset, *ranges, *stored, plan)
+        found = _integer_conv(x, *arguments, plan)
         if found is not None:
             return found
     if groups == 1 and _few(x, math.prod(plan.out[2:]), activations, input_scale, input_offset):
         rows = patches(x, kernel_size, stride, padding, dilation)
-        out = linear(rows, packed, scale, offset, *ranges, *stored)
+        out = linear(rows, *arguments)
         maps = out.new_empty(plan.out)  # no view: the caller may write into it
         maps.flatten(2).copy_(out.transpose(1, 2))
         return maps

@@ -39,8 +39,8 @@ class ConvCosts(NamedTuple):
     """What a convolution takes on one thread, in nanoseconds: measured with the layers of ResNet-50.
 
     In integers a position costs ``pack[digits - 1]`` a column, ``place`` a place of the kernel, ``store`` an out channel
-    beyond what floats take, and ``product`` a digit and a value of the weight. With float weights it costs ``floats`` a value
-    of the weight (float32, and bfloat16); every value of the weight is dequantized and put in oneDNN's order for
+    beyond what floats take, and ``product`` a digit and a value of the weight. With float weights it costs ``floats`` a
+    value of the weight (float32, and bfloat16); every value of the weight is dequantized and put in oneDNN's order for
     ``dequantize``, and every value of the input quantized for ``quantize`` beyond what integers take, where that is asked.
     Processors differ by a factor that all costs have in common, and by less in their ratios.
     """

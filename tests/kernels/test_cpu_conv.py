@@ -44,12 +44,76 @@ def test_integers_give_what_the_reference_gives(dtype, activations, path, monkey
             torch.testing.assert_close(out.float(), expected, rtol=0, atol=max(room, 1e-5))
 
 
+# (images, spatial sizes, kernel_size, stride, padding, dilation): lines and images that end within 16 positions, places
+# two and three apart, kernels that see padding alone; of some every thread packs its own rows, of others all share them.
+LARGER = [
+    (3, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1)),
+    (5, (7, 7), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, (28, 27), (3, 3), (2, 2), (1, 1), (1, 1)),
+    (1, (40, 33), (1, 1), (2, 2), (0, 0), (1, 1)),
+    (2, (23, 22), (2, 3), (3, 3), (0, 2), (2, 1)),
+    (2, (5, 70), (5, 1), (1, 1), (4, 0), (2, 1)),
+    (4, (3, 9), (3, 3), (1, 2), (3, 3), (1, 1)),
+    (2, (150,), (3,), (2,), (1,), (1,)),
+]
+
+
+@pytest.mark.parametrize("path", native.available_paths())
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads_gives_what_the_reference_gives(dtype, activations, path, monkeypatch, generator):
+    monkeypatch.setattr(native, "path_number", native.PATHS[path])
+    monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
+    monkeypatch.setattr(cpu_conv, "dequantize_into", None)
+    for images, spatial, kernel_size, *steps in LARGER:
+        case = random_case("ternary", 37, 5 * torch.Size(kernel_size).numel(), 8)
+        x = torch.randn(images, 5, *spatial, generator=generator).to(dtype)
+        ranges = (None, None) if activations is None else fit_static_range(x, FORMATS[activations])
+        bias = torch.randn(37, generator=generator)
+        arguments = (*case.stored, *ranges, bias, "ternary", 8, activations, kernel_size, *steps, 1)
+        found = []
+        for threads in (1, 3, 8):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(cpu_conv.conv(x, *arguments))
+        expected = reference.conv(x.float(), *arguments)
+        room = 8 * torch.finfo(dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(found[0].float(), expected, rtol=0, atol=max(room, 1e-5))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 def test_values_that_are_not_finite_take_the_float_weight(monkeypatch):
     monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
     x[0, 1, 2, 2] = float("inf")
-    arguments = (*case.stored, None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
-    torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments), equal_nan=True)
+    for given in ((None, None, None, "int4", 8, None), (torch.tensor(0.1), None, None, "int4", 8, "int8")):
+        arguments = (*case.stored, *given, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+        torch.testing.assert_close(cpu_conv.conv(x, *arguments), reference.conv(x, *arguments), equal_nan=True)
+
+
+def test_plans_are_of_all_that_is_checked(monkeypatch):
+    """A call whose shapes were checked once does not spare another one its error."""
+    case, x = random_case("int4", 4, 27, 8), torch.randn(1, 3, 5, 5)
+    rest = (None, None, None, "int4", 8, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    packed, scale, offset = case.stored
+    cpu_conv.conv(x, *case.stored, *rest)
+    for wrong in (
+        (x[:, :2], *case.stored, *rest),
+        (x, packed[:, 1:], scale, offset, *rest),
+        (x, packed, scale[:, 1:], offset, *rest),
+        (x, packed, scale, None, *rest),
+        (x, packed.to("meta"), scale, offset, *rest),
+        (x, packed, scale.to("meta"), offset, *rest),
+        (x.to(torch.int32), *case.stored, *rest),
+        (x, *case.stored, torch.tensor(0.1), *rest[1:]),
+        (x, *case.stored, None, None, torch.zeros(3), *rest[3:]),
+        (x, *case.stored, *rest[:5], "int7", *rest[6:]),
+    ):
+        with pytest.raises(RuntimeError):
+            cpu_conv.conv(*wrong)
+    monkeypatch.setattr(cpu_conv, "MOST_PLANS", 1)
+    cpu_conv.conv(x[:, :, :4], *case.stored, *rest)
+    assert len(cpu_conv._plans) == 1
 
 
 @pytest.mark.parametrize("patches", [True, False])

@@ -203,13 +203,21 @@ static void check_rows(const weight *w, int path)
     free(out);
 }
 
-/* A 3 x 2 kernel over (2, channels, 5, 6), padded and dilated, against its definition. */
-static void check_conv(int path, int format, int dtype, int quantized)
+/* Kernels of 3 x 2: few positions, padded and dilated; many, two apart; many side by side, of which every thread packs its
+ * own; with whole lines of padding. */
+static const cq_window windows[] = {
+    {2, 4, 5, 6, 5, 3, 3, 2, 1, 2, 1, 1, 1, 2},
+    {3, 4, 17, 20, 9, 10, 3, 2, 2, 2, 1, 0, 1, 1},
+    {3, 4, 17, 20, 17, 21, 3, 2, 1, 1, 1, 1, 1, 1},
+    {1, 4, 3, 40, 9, 39, 3, 2, 1, 1, 4, 0, 1, 1},
+};
+
+/* A convolution against its definition. */
+static void check_conv(int path, int format, int dtype, int quantized, cq_window g)
 {
-    static const cq_window g = {2, 4, 5, 6, 5, 3, 3, 2, 1, 2, 1, 1, 1, 2};
     weight w = make(format, 1, 21, g.channels * g.kernel_height * g.kernel_width, 8);
-    int64_t positions = g.out_height * g.out_width, inputs = 2 * g.channels * g.height * g.width;
-    size_t size = dtype == CQ_FLOAT32 ? 4 : 2, count = (size_t)(2 * w.rows * positions);
+    int64_t positions = g.out_height * g.out_width, inputs = g.batch * g.channels * g.height * g.width;
+    size_t size = dtype == CQ_FLOAT32 ? 4 : 2, count = (size_t)(g.batch * w.rows * positions);
     char *x = exactly((size_t)inputs * size), *out = exactly(count * size), *again = exactly(count * size);
     float *bias = exactly((size_t)w.rows * 4);
     cq_activation how = {.parts = quantized             ? 1
@@ -231,7 +239,7 @@ static void check_conv(int path, int format, int dtype, int quantized)
     for (int64_t n = 0; n < w.rows; ++n)
         bias[n] = draw_float();
     cq_conv(w.layout, &how, &g, x, dtype, bias, CQ_FLOAT32, out, path, 1);
-    cq_conv(w.layout, &how, &g, x, dtype, bias, CQ_FLOAT32, again, path, 3);
+    cq_conv(w.layout, &how, &g, x, dtype, bias, CQ_FLOAT32, again, path, 7);
     if (memcmp(out, again, count * size) != 0)
         fail("threads change the convolution", &w, path, 2, 0);
     double eps = dtype == CQ_FLOAT32 ? 0x1p-23 : 0x1p-7, worst = 0;
@@ -365,9 +373,11 @@ int main(void)
         printf("%s\n", path_names[path]);
         check_floats(path);
         for (int format = 0; format < CQ_FORMATS; ++format) {
-            check_conv(path, format, CQ_FLOAT32, 0);
-            check_conv(path, format, CQ_BFLOAT16, 0);
-            check_conv(path, format, CQ_FLOAT32, 1);
+            for (size_t i = 0; i < sizeof windows / sizeof *windows; ++i) {
+                check_conv(path, format, CQ_FLOAT32, 0, windows[i]);
+                check_conv(path, format, CQ_BFLOAT16, 0, windows[i]);
+                check_conv(path, format, CQ_FLOAT32, 1, windows[i]);
+            }
             for (size_t s = 0; s < sizeof shapes / sizeof *shapes; ++s) {
                 weight w = make(format, (int)s % 2, shapes[s][0], shapes[s][1], shapes[s][2]);
                 for (size_t c = 0; c < sizeof counts / sizeof *counts; ++c) {
