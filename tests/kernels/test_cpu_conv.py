@@ -54,7 +54,8 @@ LARGER = [
     (2, (23, 22), (2, 3), (3, 3), (0, 2), (2, 1)),
     (2, (5, 70), (5, 1), (1, 1), (4, 0), (2, 1)),
     (4, (3, 9), (3, 3), (1, 2), (3, 3), (1, 1)),
-    (2, (150,), (3,), (2,), (1,), (1,)),
+    (1, (3, 100), (1, 1), (1, 1), (2, 0), (1, 1)),
+    (2, (350,), (3,), (2,), (1,), (1,)),
 ]
 
 
@@ -66,10 +67,10 @@ def test_any_number_of_threads_gives_what_the_reference_gives(dtype, activations
     monkeypatch.setattr(cpu_conv, "_integers_pay", lambda *a: True)
     monkeypatch.setattr(cpu_conv, "dequantize_into", None)
     for images, spatial, kernel_size, *steps in LARGER:
-        case = random_case("ternary", 37, 5 * torch.Size(kernel_size).numel(), 8)
-        x = torch.randn(images, 5, *spatial, generator=generator).to(dtype)
+        case = random_case("ternary", 197, 37 * torch.Size(kernel_size).numel(), 8)  # enough products for threads
+        x = torch.randn(images, 37, *spatial, generator=generator).to(dtype)
         ranges = (None, None) if activations is None else fit_static_range(x, FORMATS[activations])
-        bias = torch.randn(37, generator=generator)
+        bias = torch.randn(197, generator=generator)
         arguments = (*case.stored, *ranges, bias, "ternary", 8, activations, kernel_size, *steps, 1)
         found = []
         for threads in (1, 3, 8):

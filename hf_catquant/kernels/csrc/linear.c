@@ -15,8 +15,10 @@
 #define OWN_BYTES (3 << 17)
 /* Rows of x for each thread from which threads pack for themselves. */
 #define ROWS_A_THREAD 32
-/* Products that are worth another thread: about ten microseconds of one. */
+/* Products that are worth another thread: about ten microseconds of one. Tests have fewer. */
+#if !defined(PRODUCTS_A_THREAD)
 #define PRODUCTS_A_THREAD (1 << 21)
+#endif
 
 /* Rows of x with 1, 2 and 3 digits from which tiles, which cost the same for 1 to 16 rows, beat dot products. */
 static const int rows_for_tiles[CQ_MAX_PARTS] = {9, 7, 5};
