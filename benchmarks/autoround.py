@@ -24,7 +24,7 @@ import torch
 from common import ROOT, Bench, chosen, made, put, read, span, table, weight_bits, write
 from torch import Tensor
 
-from hf_catquant import CatQuantConfig, memory, quantize, report
+from hf_catquant import CatQuantConfig, generate_samples, memory, quantize, report
 from hf_catquant.evaluation_table import Row
 
 RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
@@ -32,8 +32,10 @@ PAGE = ROOT / "docs" / "autoround.md"
 HEAD = ("bits", "what", "stored bits a weight", "seeds", "result", "agreement %", "KL", "s", "peak GB")
 
 # Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
-Scheme = tuple[str, int, str, tuple[str, dict[str, int]] | None]
+Scheme = tuple[str, int, str, tuple[str, dict[str, float]] | None]
 LONGER = (", 800 steps a block", {"block_steps": 800})
+WHOLE = (", 400 and 1200 steps", {"block_steps": 400, "model_steps": 1200, "model_rate": 0.6})
+OWN_LENGTH = 256  # tokens of a text that the float model writes
 OWN = ((200, 4), (1000, 4), (1000, 8))  # steps and texts of a batch, of AutoRound's own recipe for 2 bits
 
 
@@ -49,6 +51,7 @@ class Subject:
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
         ternary: of hf_catquant in ternary, with what a row says of it; with options it is learned only.
+        own: texts that the float model writes, for one row of each that calibrates on them as well.
         about: what the page says.
     """
 
@@ -59,6 +62,7 @@ class Subject:
     groups: tuple[int, ...]
     ternary: tuple[tuple[str, Scheme], ...]
     about: str
+    own: int = 0
 
 
 SUBJECTS = {
@@ -69,7 +73,9 @@ SUBJECTS = {
         32,
         (32, 64),
         (("", ("ternary_symmetric", -1, "auto", None)), ("", ("ternary_symmetric", -1, "auto", LONGER))),
-        "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70.",
+        "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70. Own texts are those that the float model "
+        "wrote, the same for both.",
+        own=340,
     ),
     "minilm-l6-sst2": Subject(
         ("bert.embeddings", "bert.pooler", "classifier"),
@@ -91,7 +97,9 @@ SEVERAL = {
     "stories260K": (
         "AutoRound, 1000 steps of 8 texts",
         "AutoRound's for 2 bits, 1000 steps of 8 texts",
+        "AutoRound's for 2 bits, 1000 steps of 8 texts, 340 own texts",
         "hf_catquant ternary, reconstruct, 800 steps a block",
+        "hf_catquant ternary, reconstruct, 400 and 1200 steps, 340 own texts",
     ),
     "minilm-l6-sst2": (
         "AutoRound, 1000 steps",
@@ -125,16 +133,21 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
     if bits == 2:
         runs["AutoRound, 1000 steps of 8 texts"] = (peer, (bits, 1000, 8))
         runs |= {
-            f"AutoRound's for 2 bits, {steps} steps of {n} texts": (its_own, (bits, steps, n)) for steps, n in OWN
+            f"AutoRound's for 2 bits, {steps} steps of {n} texts": (its_own, (bits, steps, n, 0)) for steps, n in OWN
         }
+    if bits == 2 and subject.own:
+        mark = f", {subject.own} own texts"
+        runs[f"AutoRound's for 2 bits, 1000 steps of 8 texts{mark}"] = (its_own, (bits, 1000, 8, subject.own))
+        scheme = (*subject.ternary[0][1][:3], WHOLE)
+        runs[f"hf_catquant ternary, reconstruct{WHOLE[0]}{mark}"] = (ours, (scheme, "reconstruct", subject.own))
     for solver in ("gptq", "reconstruct"):
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
-            runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto", None), solver))
+            runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto", None), solver, 0))
         for mark, scheme in subject.ternary if bits == 2 else ():
             if solver == "reconstruct" or scheme[3] is None:
                 said = "" if scheme[3] is None else scheme[3][0]
-                runs[f"hf_catquant ternary{mark}, {solver}{said}"] = (ours, (scheme, solver))
+                runs[f"hf_catquant ternary{mark}, {solver}{said}"] = (ours, (scheme, solver, 0))
     return runs
 
 
@@ -154,8 +167,19 @@ def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tup
     return {**what, **cost, **kept(row), **made(), "auto-round": version("auto-round")}
 
 
-def rows_of(bench: Bench, subject: Subject) -> list[dict[str, Tensor]]:
+def with_own(bench: Bench, own: int) -> list[dict[str, Tensor]]:
+    """The calibration texts and ``own`` more, written by the float model: ``input_ids`` (length,) int64 of each."""
+    samples = [
+        *bench.collected(bench.calibration, batch_size=1),
+        *generate_samples(bench.teacher, own, length=OWN_LENGTH),
+    ]
+    return [{name: value.flatten() for name, value in sample.items()} for sample in samples]
+
+
+def rows_of(bench: Bench, subject: Subject, own: int = 0) -> list[dict[str, Tensor]]:
     """The calibration texts as AutoRound takes them: ``input_ids`` and ``attention_mask``, (1, tokens) int64 each."""
+    if own:
+        return runs_of([sample["input_ids"] for sample in with_own(bench, own)], subject.tokens)
     texts = [sample[bench.case.column] for sample in bench.calibration]
     if subject.padded:
         options = {"padding": "max_length", "truncation": True, "max_length": subject.tokens, "return_tensors": "pt"}
@@ -206,15 +230,16 @@ def peer(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int,
     return autoround(bench.load(), bench.processor, rows, bits, steps, subject.group_size, batch_size, 42 + seed)
 
 
-def its_own(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int, seed: int) -> Any:
+def its_own(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: int, own: int, seed: int) -> Any:
     """As :func:`peer`, by what AutoRound's makers recommend for 2 bits."""
-    rows, sizes = rows_of(bench, subject), (subject.group_size, batch_size, 42 + seed)
+    rows, sizes = rows_of(bench, subject, own), (subject.group_size, batch_size, 42 + seed)
     return autoround(bench.load(), bench.processor, rows, bits, steps, *sizes, is_own=True)
 
 
-def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int) -> Any:
+def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, own: int, seed: int) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
     weights, group_size, rotation, learning = scheme
+    samples = with_own(bench, own) if own else bench.calibration
     config = CatQuantConfig(
         weights=weights,
         group_size=group_size,
@@ -223,9 +248,9 @@ def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, seed: int)
         solver_options={} if learning is None else dict(learning[1]),
         seed=seed,
         correction=None,
-        dataset=bench.calibration,
-        processor=bench.processor,
-        num_samples=len(bench.calibration),
+        dataset=samples,
+        processor=None if own else bench.processor,
+        num_samples=len(samples),
         batch_size=bench.case.batch_size,
         modules_to_not_convert=list(subject.skipped),
     )
