@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -120,8 +121,24 @@ def machine() -> str:
 
 
 def made() -> dict[str, str]:
-    """When and on what: part of every result."""
-    return {"date": date.today().isoformat(), "machine": machine()}
+    """When, on what and by which code: part of every result."""
+    return {"date": date.today().isoformat(), "machine": machine(), "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of the package's code, with a "+" where that was changed since; "" outside of a clone."""
+    head = _git("rev-parse", "--short=10", "HEAD")
+    if head is None or head.returncode:
+        return ""
+    changed = _git("diff", "--quiet", "HEAD", "--", "hf_catquant")
+    return head.stdout.strip() + ("+" if changed is not None and changed.returncode else "")
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str] | None:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
 
 
 def read(path: Path) -> list[dict]:
