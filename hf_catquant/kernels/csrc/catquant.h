@@ -29,11 +29,11 @@ enum { CQ_SCALAR, CQ_AVX2, CQ_AVX512, CQ_AMX, CQ_NEON, CQ_PATHS };
 enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 
 #define CQ_LANES 16
-#define CQ_TILE 64       /* columns that an AMX tile holds; blocks of x are padded with zeros to a multiple of it */
-#define CQ_MAX_BLOCK 512 /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
-#define CQ_MAX_ROWS 16   /* rows of x in a chunk */
+#define CQ_TILE 64        /* columns that an AMX tile holds; blocks of x are padded with zeros to a multiple of it */
+#define CQ_MAX_BLOCK 512  /* columns of a block: 512 * 255 * 128 stays below 2^24, so sums are exact in float32 too */
+#define CQ_MAX_ROWS 16    /* rows of x in a chunk */
 #define CQ_WINDOW_ROWS 48 /* rows of a convolution that are packed together: whole chunks of 12, 6 and 4 */
-#define CQ_MARGIN 32 /* twice CQ_MAX_ROWS: integers two apart may be read together */
+#define CQ_MARGIN 32      /* twice CQ_MAX_ROWS: integers two apart may be read together */
 #define CQ_MAX_PARTS 3
 #define CQ_LARGE_PAGE (2 << 20)
 #define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */

@@ -119,7 +119,8 @@ static int fill_lines(const job *j, const cq_lines *held)
         beside = planes;
     for (int64_t p = 0; p < planes; p += beside) {
         const char *x = j->x + ((first + p) * g->height + held->top) * g->width * size_of(j->dtype);
-        if (p + beside < planes) /* the lines of the next channel are on another page, where no processor looks ahead */
+        /* The lines of the next channel are on another page, where no processor looks ahead. */
+        if (p + beside < planes)
             for (int64_t at = 0; at < held->lines * g->width * size_of(j->dtype); at += 64)
                 __builtin_prefetch(x + g->height * g->width * size_of(j->dtype) + at);
         if (!j->path->integers(x, j->dtype, beside * held->lines * g->width, j->how,
@@ -199,11 +200,12 @@ static int hold(job *j, held_rows *held)
         more = bytes_of_lines(j->window, &held->lines);
     }
     held->memory = cq_scratch(0, size + more);
-    held->lines.integers = (int8_t *)held->memory + size + CQ_MARGIN;
-    if (held->memory == NULL)
+    if (held->memory == NULL) {
         state = CQ_NO_MEMORY;
-    else if (is_given && !fill_lines(j, &held->lines))
-        state = CQ_NOT_FINITE;
+    } else if (is_given) {
+        held->lines.integers = (int8_t *)held->memory + size + CQ_MARGIN;
+        state = fill_lines(j, &held->lines) ? CQ_OK : CQ_NOT_FINITE;
+    }
     if (state != CQ_OK)
         atomic_store(&j->state, state);
     return state == CQ_OK;
@@ -244,7 +246,8 @@ static void amx_task(void *context, int64_t index)
     job *j = context;
     int64_t span = index / j->chunk_spans, part = index % j->chunk_spans, pairs = (j->w->runs + 1) / 2;
     int64_t from = pairs * span / j->spans, to = pairs * (span + 1) / j->spans;
-    int64_t first = j->held.chunks * part / j->chunk_spans, count = j->held.chunks * (part + 1) / j->chunk_spans - first;
+    int64_t first = j->held.chunks * part / j->chunk_spans,
+            count = j->held.chunks * (part + 1) / j->chunk_spans - first;
     cq_chunk chunk[HELD_BYTES / (16 * CQ_TILE) + 2];
     for (int64_t c = 0; c < count; ++c)
         chunk[c] = chunk_at(j, &j->held, first + c);

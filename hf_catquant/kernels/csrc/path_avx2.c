@@ -145,4 +145,6 @@ static int chunk_rows(int parts, int64_t rows)
     return chunk == 3 ? 4 : chunk;
 }
 
-const cq_path cq_avx2_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes_plain, store, dequantize_row, widen, rotate_row, project, dot, affine};
+const cq_path cq_avx2_path = {chunk_rows,     pack_chunk,        pack_window, pack_lines,     run,
+                              given_integers, store_lanes_plain, store,       dequantize_row, widen,
+                              rotate_row,     project,           dot,         affine};

@@ -95,8 +95,8 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
             __m512 value = _mm512_setzero_ps();
 #pragma GCC unroll 16
             for (int p = 0; p < parts; ++p) {
-                __m512i part = planes ? _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + p * rows + m])
-                                      : sum[p * rows + m];
+                __m512i part =
+                    planes ? _mm512_set1_epi32(chunk->zero_sum[(int64_t)b * all + p * rows + m]) : sum[p * rows + m];
 #pragma GCC unroll 16
                 for (int c = planes ? 0 : 1; c < chains; ++c) {
                     __m512i more = sum[c * all + p * rows + m];
@@ -130,9 +130,10 @@ typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
     BODY(name, format, 1, 1) \
     BODY(name, format, 1, 2) \
     BODY(name, format, 1, 4) \
-    BODY(name, format, 1, 8) BODY(name, format, 1, 12) BODY(name, format, 2, 1) BODY(name, format, 2, 2) \
-        BODY(name, format, 2, 4) BODY(name, format, 2, 6) BODY(name, format, 3, 1) BODY(name, format, 3, 2) \
-            BODY(name, format, 3, 3) BODY(name, format, 3, 4)
+    BODY(name, format, 1, 8) \
+    BODY(name, format, 1, 12) BODY(name, format, 2, 1) BODY(name, format, 2, 2) BODY(name, format, 2, 4) \
+        BODY(name, format, 2, 6) BODY(name, format, 3, 1) BODY(name, format, 3, 2) BODY(name, format, 3, 3) \
+            BODY(name, format, 3, 4)
 #define TABLE(name) \
     { \
         {[1] = name##_1_1, [2] = name##_1_2, [4] = name##_1_4, [8] = name##_1_8, [12] = name##_1_12}, \
@@ -178,7 +179,8 @@ ALWAYS void load_transposed(const float *rows, int count, __m512 column[16])
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += i % 4 == 1 ? 3 : 1) { /* a[4 * j + c]: column c of each four, of rows 4 * j to 4 * j + 3 */
+    for (int i = 0; i < 16;
+         i += i % 4 == 1 ? 3 : 1) { /* a[4 * j + c]: column c of each four, of rows 4 * j to 4 * j + 3 */
         __m512d left = _mm512_castps_pd(b[i / 4 * 4 + i % 2]), right = _mm512_castps_pd(b[i / 4 * 4 + 2 + i % 2]);
         a[i / 4 * 4 + 2 * (i % 2)] = _mm512_castpd_ps(_mm512_unpacklo_pd(left, right));
         a[i / 4 * 4 + 2 * (i % 2) + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(left, right));
@@ -248,8 +250,8 @@ static void dequantize(const uint8_t *codes, const float *scale, const float *of
         return;
     }
     const __m512i code = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 level = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_mullo_epi32(code, _mm512_set1_epi32(format->step)),
-                                                             _mm512_set1_epi32(format->zero)));
+    const __m512 level = _mm512_cvtepi32_ps(
+        _mm512_sub_epi32(_mm512_mullo_epi32(code, _mm512_set1_epi32(format->step)), _mm512_set1_epi32(format->zero)));
     for (int64_t k = 0, g = 0; k < columns; k += group_width, ++g) {
         int64_t end = columns - k < group_width ? columns : k + group_width;
         __m512 values = _mm512_mul_ps(level, _mm512_set1_ps(scale[g]));
@@ -262,7 +264,9 @@ static void dequantize(const uint8_t *codes, const float *scale, const float *of
     }
 }
 
-const cq_path cq_avx512_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes, store, dequantize, widen, rotate_row, project, dot, affine};
+const cq_path cq_avx512_path = {chunk_rows,     pack_chunk,  pack_window, pack_lines, run,
+                                given_integers, store_lanes, store,       dequantize, widen,
+                                rotate_row,     project,     dot,         affine};
 
 void cq_avx512_peak(int64_t rounds)
 {

@@ -73,4 +73,6 @@ static int chunk_rows(int parts, int64_t rows)
     return rows < 4 ? (int)rows : 4;
 }
 
-const cq_path cq_scalar_path = {chunk_rows, pack_chunk, pack_window, pack_lines, run, given_integers, store_lanes_plain, store, dequantize_row, widen, rotate_row, project, dot, affine};
+const cq_path cq_scalar_path = {chunk_rows,     pack_chunk,        pack_window, pack_lines,     run,
+                                given_integers, store_lanes_plain, store,       dequantize_row, widen,
+                                rotate_row,     project,           dot,         affine};

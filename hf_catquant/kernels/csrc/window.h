@@ -17,7 +17,8 @@ ALWAYS_INLINE void values_beside(const void *x, int64_t from, const int dtype, c
     memcpy(out, values, sizeof *out);
 }
 
-ALWAYS_INLINE void values_at(const void *x, const int64_t from[CQ_MAX_ROWS], int64_t move, const int dtype, column *out)
+ALWAYS_INLINE void values_at(const void *x, const int64_t from[CQ_MAX_ROWS], int64_t move, const int dtype,
+                             column *out)
 {
     uint32_t word[CQ_MAX_ROWS];
     uint16_t half[CQ_MAX_ROWS];
