@@ -118,7 +118,7 @@ def _plan_of(
     """The plan of such tensors, made and kept if there is none.
 
     Raises:
-        RuntimeError: they do not agree with each other, as :mod:`..op_checks` says.
+        RuntimeError: they do not agree with each other, as :mod:`..op_checks` says, or x is smaller than the kernel.
     """
     tensors = (x, packed, scale, offset, bias)
     kinds = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
@@ -131,6 +131,13 @@ def _plan_of(
     check_input(x, packed, bias, activations, input_scale)
     sides = zip(x.shape[2:], *geometry, strict=True)
     spatial = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
+    torch._check(
+        min(spatial) > 0,
+        lambda: (
+            f"x of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than a kernel of {tuple(kernel_size)} "
+            f"with dilation {tuple(dilation)}: pass a larger input"
+        ),
+    )
     shape = torch.Size((packed.shape[0], x.shape[1] // groups, *kernel_size))
     sizes = (_sides(x.shape[2:], 1), _sides(spatial, 1), _sides(kernel_size, 1))
     steps = (_sides(stride, 1), _sides(padding, 0), _sides(dilation, 1))

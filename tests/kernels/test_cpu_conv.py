@@ -109,6 +109,7 @@ def test_plans_are_of_all_that_is_checked(monkeypatch):
         (x, *case.stored, torch.tensor(0.1), *rest[1:]),
         (x, *case.stored, None, None, torch.zeros(3), *rest[3:]),
         (x, *case.stored, *rest[:5], "int7", *rest[6:]),
+        (x[..., :1, :1], *case.stored, *rest[:7], (1, 1), (0, 0), (1, 1), 1),
     ):
         with pytest.raises(RuntimeError):
             cpu_conv.conv(*wrong)
