@@ -47,7 +47,7 @@ ALWAYS __m512i add_products(__m512i sum, __m512i values, const int8_t *four)
 }
 
 /* Bytes ahead that are fetched: about the latency of memory times the rate of one core. */
-#define AHEAD 2048
+#define AHEAD 6144
 
 ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, float *result, const int format,
                      const int parts, const int rows)
