@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "accuracy.png"
 CURVE = ROOT / "docs" / "w2a2.png"
 STEPS = "--solver-options"
-OWN_TEXTS = ("--generate", "340", STEPS, "model_steps=1200", "model_rate=0.6")
+OWN_TEXTS = ("--generate", "340", STEPS, "block_steps=400", "model_steps=1200", "model_rate=0.6")
 TRANSFORMERS = ("minilm", "deit", "kwt1", "stories")
 ABLATED = ("minilm", "kwt1", "stories")
 RANK_1, RANK_1_OF = "all steps, low rank 1", ("--weights", "int2", "--group-size", "192")
@@ -86,6 +86,7 @@ class Table:
     rows: Callable[[str], Iterable[str]] = lambda model: [model]
     more: tuple[str, ...] = ()
     where: tuple[tuple[str, Any], ...] = ()  # fields of the results that count, where there are others
+    needs: tuple[str, ...] = ()  # fields that rows of before they were measured lack
 
     def results(self) -> Path:
         """The file that it writes."""
@@ -105,6 +106,7 @@ PLAN = (
     Setting("ternary_symmetric", "reconstruct", ("deit", "kwt1"), rotation="hadamard"),
     Setting("ternary_symmetric", models=("mobilenet",), group_size=384),
     Setting("ternary_symmetric", "reconstruct", ("stories",), 192, more=OWN_TEXTS),
+    Setting("ternary_symmetric", "rtn", ("stories",), 192),  # what the share that is won back is counted from
     Setting("ternary_symmetric", models=("resnet",)),
     Setting("ternary", "reconstruct", ("minilm",), 192, rotation="hadamard"),
     Setting("int2", "gptq", ("resnet",), 64, "int2"),
@@ -129,7 +131,7 @@ PLAN = (
     *(Setting("int3", models=TRANSFORMERS, rotation=how, first=True) for how in ("none", "hadamard")),
 )
 TABLES = (
-    Table("peers.py", field="peer", rows=lambda model: peers.PEERS),
+    Table("peers.py", field="peer", rows=lambda model: peers.PEERS, needs=("peak_bytes",)),
     Table(
         "ablation.py",
         ABLATED,
@@ -166,6 +168,7 @@ TABLES = (
             rows=lambda model, bits=bits: autoround.plan(bits, autoround.SUBJECTS[model]),
             more=("--bits", str(bits)),
             where=(("bits", bits), ("seed", 0)),
+            needs=("agreement", "peak_bytes"),
         )
         for bits in (2, 3, 4)
     ),
@@ -178,6 +181,7 @@ TABLES = (
             rows=lambda model: autoround.SEVERAL[model],
             more=("--bits", "2", "--seeds", str(seed), "--rows", *wanted),
             where=(("bits", 2), ("seed", seed)),
+            needs=("agreement", "peak_bytes"),
         )
         for name, wanted in autoround.SEVERAL.items()
         for seed in (1, 2)
@@ -237,9 +241,7 @@ def is_drawn(model: str, table: Table) -> bool:
     found = [r for r in found if all(r[name] == value for name, value in table.where)]
     if not table.takes_model and table.field == "model":  # its results name no model
         return bool(found)
-    whole = [
-        r for r in found if r.get("peak_bytes", 0) is not None
-    ]  # older rows of peers were measured without memory
+    whole = [r for r in found if all(r.get(name) is not None for name in table.needs)]
     return set(table.rows(model)) <= {r[table.field] for r in whole}
 
 

@@ -123,8 +123,8 @@ def write_page() -> None:
         "Made by `python benchmarks/encoder.py --data FOLDER`: all-MiniLM-L6-v2, 22 M parameters; the 10.6 M of its",
         "linears are those of few bits, embeddings are int8. 256 paragraphs of WikiText-2's validation calibrate; the",
         "cosine between the float and the quantized embedding of 256 paragraphs of its test part judges. Seed 0, no",
-        "correction. Other libraries first, which keep embeddings in float; then the steps of gptq one after the other, the",
-        "whole engine without each of them, and what can follow it. Memory is the peak of the process.",
+        "correction. Other libraries first, which keep embeddings in float; then the steps of gptq one after the other, and",
+        "what can follow them. Memory is the peak of the process.",
         "",
     ]
     found = sorted(results, key=lambda r: order.index(r["what"]))

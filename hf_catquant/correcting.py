@@ -11,7 +11,7 @@ from .answers import problem_of
 from .cluster_fit import LEAST_ROWS, UnusableTeacher
 from .config import CatQuantConfig
 from .correction import ClusterAffine, attach, detach
-from .fitting import Pairs, Widths, output_of, resolve_sites, sample_count, several_runs, tensor_of
+from .fitting import Pairs, Widths, not_run, output_of, resolve_sites, sample_count, several_runs, tensor_of
 from .gather import Gather, Streams
 from .judge import NOT_JUDGED, Judge
 from .log import logger
@@ -51,6 +51,7 @@ class Corrections:
         if config.correction is not None and not self.names:
             self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
         self._leave_out_several_runs()
+        self._leave_out_what_does_not_run()
         # Now, while all modules are where they are: units that are finished hide what is in them.
         sites = [*self.names, self.logits]
         self._widths = {name: Widths.of(model.get_submodule(name)) for name in sites if name is not None}
@@ -75,6 +76,15 @@ class Corrections:
                 raise ValueError(f"no correction at {name}: {note}")
             self.names.remove(name)
             self.left_out(f"correction at {name}: off, {note}")
+
+    def _leave_out_what_does_not_run(self) -> None:
+        """A list of layers, or a block that this data does not need, returns nothing to correct; refused by name, too."""
+        asked = self.config.correction.at if self.config.correction is not None else ()
+        for name in [name for name in self.names if not self.walk.plan.runs.get(name)]:
+            if name in ([asked] if isinstance(asked, str) else asked):
+                raise ValueError(not_run(name))
+            self.names.remove(name)
+            self.left_out(f"correction at {name}: off, the model does not run it on the calibration data")
 
     def inside(self, unit: str, *, waits: bool) -> list[str]:
         """Those that sit inside ``unit``, and on all of it unless that ``waits`` for the whole model."""

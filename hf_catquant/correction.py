@@ -68,7 +68,7 @@ class CatConfig:
             (
                 "seed",
                 "an integer from 0 to 2**32 - 1",
-                self.seed == 0 or (is_count(self.seed) and self.seed < 1 << 32),
+                isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 32,
             ),
         )
         for name, rule, holds in rules:

@@ -103,8 +103,16 @@ def output_of(model: nn.Module, name: str, batch: dict[str, Tensor]) -> Any:
     with hooked(model.get_submodule(name), after=lambda m, a, k, output: caught.append(output)):
         run(model, batch)
     if not caught:
-        raise ValueError(f"CatConfig(at={name!r}): the model does not run this module on the calibration data")
+        raise ValueError(not_run(name))
     return caught[-1]
+
+
+def not_run(name: str) -> str:
+    """Why a module that never runs has no correction."""
+    return (
+        f"CatConfig(at={name!r}): the model does not run this module on the calibration data; name one that it runs, "
+        "a layer of a list instead of the list"
+    )
 
 
 def several_runs(runs: int) -> str:

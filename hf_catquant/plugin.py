@@ -26,7 +26,7 @@ from .fitting import (
 from .judge import NOT_JUDGED, Judge
 from .logits import logits_site
 from .model import stacks
-from .request_checks import check_seed
+from .request_checks import check_count, check_seed
 
 
 @torch.no_grad()
@@ -57,12 +57,14 @@ def fit_correction(
         The report of each fit by module name.
 
     Raises:
-        ValueError, TypeError: ``config`` or ``seed`` breaks a rule, the data cannot be used, a site is not in the model or
-            runs more than once in a forward, or no module returns the logits.
+        ValueError, TypeError: ``config``, ``num_samples``, ``batch_size`` or ``seed`` breaks a rule, the data cannot be
+            used, a site is not in the model or runs more than once in a forward, or no module returns the logits.
     """
     wanted = CatConfig.of(config)
     if wanted is None:
         raise ValueError("config must say which correction to fit, got None: leave it out for the default one")
+    check_count("num_samples", num_samples, 2)
+    check_count("batch_size", batch_size, 1)
     check_seed("seed", seed)
     data = samples.collect(
         dataset, teacher, processor=processor, num_samples=num_samples, batch_size=batch_size, seed=seed

@@ -141,6 +141,9 @@ def train(
         found = None
     # What is learned is not yet what it was when the draft was written, so its losses come from there.
     before, start = (mean_loss(batches), mean_loss(judges)) if found is None else found[1]["losses"]
+    if not math.isfinite(start):
+        logger.warning("nothing is learned: the loss is %s before the first step", start)
+        return Progress(before, before, start if held_out else None, start if held_out else None, 0)
     run = _Run(groups, start)
     if found is not None:
         run.go_on(*found)

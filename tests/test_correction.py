@@ -181,6 +181,7 @@ def test_a_broken_file_attaches_nothing(tmp_path):
         ({"shrinkage": -1}, "shrinkage must be"),
         ({"at": ()}, "at must be"),
         ({"seed": -1}, "seed must be"),
+        ({"seed": False}, "seed must be"),
     ],
 )
 def test_config_rules(fields, message):

@@ -131,6 +131,27 @@ def test_what_runs_several_times_has_no_correction(solver):
     assert list(corrections(model)) == ["head"]
 
 
+def test_a_module_that_never_runs_is_refused_before_anything_is_quantized(caplog):
+    """A list of layers holds modules that run and is none: it used to end in an IndexError after all layers were solved."""
+    torch.manual_seed(0)
+    teacher, rows = Twice().eval(), list(torch.randn(16, 8))
+    named = CatConfig(1, alpha=1.0, at="layers")
+    config = CatQuantConfig("int2", 8, dataset=[{"x": row} for row in rows], correction=named)
+    with pytest.raises(ValueError, match=r"CatConfig\(at='layers'\): the model does not run this module on the cal"):
+        quantize(copy.deepcopy(teacher), config)
+    assert "layers.0" not in caplog.text
+    with pytest.raises(ValueError, match=r"CatConfig\(at='layers'\): the model does not run this module on the cal"):
+        fit_correction(copy.deepcopy(teacher), teacher, rows, named)
+
+
+def test_counts_of_samples_are_integers():
+    model, teacher, rows = plain_pair()
+    with pytest.raises(ValueError, match=r"num_samples must be an integer of at least 2, got '5'"):
+        fit_correction(model, teacher, rows, FIXED, num_samples="5")
+    with pytest.raises(ValueError, match=r"batch_size must be an integer of at least 1, got 2\.5"):
+        fit_correction(model, teacher, rows, FIXED, batch_size=2.5)
+
+
 def test_a_seed_has_32_bits():
     model, teacher, rows = plain_pair()
     with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*32 - 1, got 18446744073709551616"):

@@ -238,7 +238,9 @@ def test_a_model_without_logits_learns_its_output():
         ("reconstruct", {"block_steps": -1}, "block_steps must be an integer of at least 0, got -1"),
         ("reconstruct", {"block_steps": 2.5}, "block_steps must be an integer of at least 0, got 2.5"),
         ("reconstruct", {"code_rate": float("nan")}, "code_rate must be a number of at least 0, got nan"),
-        ("reconstruct", {"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ("reconstruct", {"temperature": 0}, "temperature must be a number of at least 0.001, got 0"),
+        ("reconstruct", {"temperature": 1e-300}, "temperature must be a number of at least 0.001, got 1e-300"),
+        ("gptq", {1: 3, "z": 2}, "solver 'gptq' has no option 1, z; it has none"),
         ("reconstruct", {"code_rate": True}, "code_rate must be a number of at least 0, got True"),
     ],
 )

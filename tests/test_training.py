@@ -79,6 +79,21 @@ def test_after_two_looks_without_a_better_one_it_starts_over_more_slowly():
     torch.testing.assert_close(first, torch.full((6,), expected), rtol=1e-3, atol=1e-5)
 
 
+def test_a_loss_that_is_not_a_number_ends_it_with_a_warning(caplog):
+    weight, _ = regression()
+    taken: list[bool] = []
+
+    def loss_of(batch: int, learns: bool) -> Tensor:
+        taken.append(learns)
+        return weight.sum() * float("nan")
+
+    with learning([weight]):
+        done = train([{"params": [weight], "lr": 0.1}], loss_of, [0], [1], 100, 0)
+    assert not any(taken)
+    assert done.steps == 0
+    assert "nothing is learned: the loss is nan before the first step" in caplog.text
+
+
 class Memory:
     """A draft in memory, of which some writing is the last before the process dies."""
 

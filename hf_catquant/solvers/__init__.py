@@ -49,7 +49,7 @@ def options(name: str, values: dict[str, Any]) -> Any:
     """
     kind = getattr(get(name), "Options", None)
     known = [] if kind is None else [field.name for field in fields(kind)]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         raise ValueError(f"solver {name!r} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     return None if kind is None else kind(**values)

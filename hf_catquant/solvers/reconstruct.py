@@ -13,6 +13,7 @@ from .gptq import solve
 __all__ = ["NEEDS_MOMENTS", "Options", "solve"]
 
 NEEDS_MOMENTS = True
+LEAST_TEMPERATURE = 0.001  # with less, the square of logits / T leaves float32
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,7 @@ class Options:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 <= value < 1e9:
                 rule = "an integer of at least 0" if whole else "a number of at least 0"
                 raise ValueError(f"solver_options: {entry.name} must be {rule}, got {value!r}")
-        if self.temperature == 0:
-            raise ValueError("solver_options: temperature must be a number above 0, got 0")
+        if self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"solver_options: temperature must be a number of at least {LEAST_TEMPERATURE}, got {self.temperature!r}"
+            )
