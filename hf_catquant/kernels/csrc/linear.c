@@ -15,6 +15,8 @@
 #define OWN_BYTES (3 << 17)
 /* Rows of x for each thread from which threads pack for themselves. */
 #define ROWS_A_THREAD 32
+/* Bytes of a weight that a second-level cache does not hold. */
+#define LARGE_WEIGHT (1 << 20)
 /* Products that are worth another thread: about ten microseconds of one. Tests have fewer. */
 #if !defined(PRODUCTS_A_THREAD)
 #define PRODUCTS_A_THREAD (1 << 21)
@@ -320,7 +322,10 @@ static int start(job *j, int path, int threads)
     atomic_init(&j->state, CQ_OK);
     threads = useful < threads ? (int)useful : threads;
     j->chunks = (j->rows + j->chunk_rows - 1) / j->chunk_rows;
-    return !j->amx && j->rows >= ROWS_A_THREAD * threads ? multiply_blocks(j, threads) : multiply(j, threads);
+    /* Each thread that packs for itself reads all of the weight: a large one only where rows are many. */
+    int is_large = j->window == NULL && threads > 1 && w->bytes > LARGE_WEIGHT;
+    int is_own = !j->amx && j->rows >= (is_large ? 16 : 1) * ROWS_A_THREAD * threads;
+    return is_own ? multiply_blocks(j, threads) : multiply(j, threads);
 }
 
 /* Rows of x (row_stride elements apart, columns side by side) times the layout, plus bias (or NULL), into out (rows,
