@@ -28,7 +28,7 @@ FORMS = {
     "split8": struct.Struct("7P7i2f0P"),
     "gemm": struct.Struct("7P7i2f0P"),
     "wgemm": struct.Struct("7P7i2f0P"),
-    "arrange": struct.Struct("4P3i2f0P"),
+    "arrange": struct.Struct("3P2i2f0P"),
     "sums": struct.Struct("2P3i0P"),
     "partials": struct.Struct("4P3i0P"),
     "rows": struct.Struct("3P2i2f0P"),
@@ -75,8 +75,8 @@ def _multiply(
     plan = cuda_table.product(layout, tokens, dtype, activations is not None, processors, warp_groups)
     x, scale, x_sums = _prepared(x, layout, plan, activations)
     made = out if plan.splits == 1 else out.new_empty(plan.splits, tokens, layout.rows, dtype=torch.float32)
-    row_tiles, columns = layout.tiles.shape[0], x.shape[1]
-    sizes = (tokens, layout.rows, columns, row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
+    row_tiles = layout.tiles.shape[0]
+    sizes = (tokens, layout.rows, x.shape[1], row_tiles, layout.chunks, layout.scales.shape[1], plan.splits)
     levels = (layout.level_step, layout.level_zero)
     arguments = (layout.tiles, layout.scales, x, scale, x_sums, bias, made, *sizes, *levels)
     _launch(plan.variant, device, plan.grid, plan.threads, arguments, plan.shared)
@@ -98,7 +98,7 @@ def _prepared(
     """x (M, K), or its codes, as the kernel of ``plan`` reads it, the scales of codes, and the sums of x."""
     fmt = None if activations is None else get_format(activations)
     if plan.variant.source == "wgemm":
-        return arrange(x, layout, fmt, 8 * dict(plan.variant.constants)["NT"])
+        return *arrange(x, layout, fmt, 8 * dict(plan.variant.constants)["NT"]), None
     scale = None
     if fmt is not None:
         x, scale = quantize_rows(x, fmt, layout.padded)
@@ -133,39 +133,42 @@ def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
     tokens, columns = x.shape
     codes = torch.empty(tokens, padded, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    variant = Variant("rows", (("TYPE", TYPES[x.dtype]), ("AFFINE", int(fmt.affine))))
+    threads, holds = cuda_table.row_threads(padded // 8, tokens)
+    values = (TYPES[x.dtype], int(fmt.affine), threads, holds)
+    variant = Variant("rows", tuple(zip(("TYPE", "AFFINE", "THREADS", "HOLDS"), values, strict=True)))
     arguments = (x, codes, scale, columns, padded, fmt.levels[0], fmt.levels[-1])
-    _launch(variant, x.device, (tokens, 1), (cuda_table.ROW_THREADS, 1), arguments)
+    _launch(variant, x.device, (tokens, 1), (threads, 1), arguments)
     return codes, scale
 
 
-def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tuple[Tensor, Tensor | None, Tensor]:
+def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tuple[Tensor, Tensor | None]:
     """x (M, K) in the order of a product of warp groups.
 
     Args:
         x: float16 or bfloat16, or any dtype together with ``fmt``.
-        layout: of the weight, whose padded columns (P) the result has.
+        layout: of the weight, whose padded columns, rounded up to 256, the result has.
         fmt: of the int8 codes that x becomes, None for x as it is.
         at_once: rows of x of a block of the product.
 
     Returns:
-        x or its codes (M rounded up to ``at_once``, P); the scales of codes (M,) float32; sums of x over each 128 columns
-        (P / 128, M rounded up to 128) float32.
+        For each block of rows and 256 columns x or its codes, and its sums over each 128 of them in float32, as
+        arrange.cu writes them, (blocks, bytes) uint8; the scales of codes (M,) float32.
     """
     tokens, columns = x.shape
-    dtype = x.dtype if fmt is None else torch.int8
-    made = torch.empty(tokens + -tokens % at_once, layout.padded, dtype=dtype, device=x.device)
+    stages = -(-layout.padded // cuda_table.STAGE_COLUMNS)
+    nbytes = at_once * (cuda_table.STAGE_COLUMNS * (2 if fmt is None else 1) + 2 * 4)
+    made = torch.empty(-(-tokens // at_once), stages * nbytes, dtype=torch.uint8, device=x.device)
     scale = None if fmt is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
-    width = tokens + -tokens % 128
-    sums = torch.empty(layout.padded // 128, width, dtype=torch.float32, device=x.device)
+    runs = stages * cuda_table.STAGE_COLUMNS // 8
+    threads, holds = (cuda_table.ROW_THREADS, 0) if fmt is None else cuda_table.row_threads(runs, tokens)
     affine = fmt is not None and fmt.affine
-    values = (TYPES[x.dtype], int(fmt is not None), int(affine), at_once)
-    constants = tuple(zip(("TYPE", "INTEGER", "AFFINE", "TOKENS"), values, strict=True))
+    names = ("TYPE", "INTEGER", "AFFINE", "TOKENS", "THREADS", "HOLDS")
+    values = (TYPES[x.dtype], int(fmt is not None), int(affine), at_once, threads, holds)
     levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
-    arguments = (x, made, sums, scale, columns, layout.padded, width, *levels)
-    grid = (tokens, 1 if fmt is not None else -(-layout.padded // (8 * cuda_table.ROW_THREADS)))
-    _launch(Variant("arrange", constants), x.device, grid, (cuda_table.ROW_THREADS, 1), arguments)
-    return made, scale, sums
+    grid = (tokens, 1 if fmt is not None else -(-runs // threads))
+    variant = Variant("arrange", tuple(zip(names, values, strict=True)))
+    _launch(variant, x.device, grid, (threads, 1), (x, made, scale, columns, stages, *levels))
+    return made, scale
 
 
 def dense(

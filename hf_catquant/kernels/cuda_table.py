@@ -30,6 +30,8 @@ PROJECT_ROWS, PROJECT_WIDTH, PROJECT_RANK = 64, 8192, 256
 PROJECT_THREADS = 1024  # of a block: many reads have to be under way; and a thread has eight columns
 CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a thread of the usual widths
 ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
+MOST_HELD = 4  # runs of eight activations that a thread keeps while it looks for their range
+STAGE_COLUMNS = 256  # that wgemm has copied at once
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 FEW_AHEAD = 1  # chunks under way to a warp of product8 and product16 while it multiplies another
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
@@ -105,6 +107,19 @@ def blocks_of_rows(rows: int, segments: int, threads: int, processors: int) -> i
     at_once = processors * max(1, RESIDENT_THREADS // threads)
     turns = -(-rows * segments // at_once)
     return -(-rows // turns)
+
+
+def row_threads(runs: int, rows: int) -> tuple[int, int]:
+    """(threads of a block that quantizes a row of ``runs`` times eight values, runs that a thread keeps, 0 for none).
+
+    Few rows leave multiprocessors idle: more threads read a row at once. Many rows want no thread without work.
+    """
+    few = rows <= 128
+    threads = 1024
+    while threads > 64 and threads // 2 * (1 if few else MOST_HELD) >= runs:
+        threads //= 2
+    held = -(-runs // threads)
+    return threads, held if held <= MOST_HELD else 0
 
 
 class Launch(NamedTuple):
@@ -189,18 +204,18 @@ class Group(NamedTuple):
     at_once: int
 
 
-def group_shape(tokens: int, bits: int) -> Group:
+def group_shape(tokens: int, bits: int, integer: bool) -> Group:
     """Few tokens want many loads under way, many tokens want each number that is made of a code used often.
 
-    Chunks of 1 and 8 bits take more registers, so that fewer blocks, or fewer rows, fit a multiprocessor.
+    What fits the registers, as NVRTC finds: codes of 4 and 8 bits take more of them.
     """
-    large = bits in (1, 8)
+    large = bits >= 4
     if tokens <= 16:
-        return Group(2, 2, 4, 5, 3 if large else 4)
+        return Group(2, 1, 4, 4, 4) if large else Group(2, 2, 4, 4, 3)
     if tokens <= 32:
-        return Group(4, 2, 4, 5, 2 if large else 3)
-    if tokens <= 64:
-        return Group(8, 1, 8, 4, 1) if large else Group(8, 2, 4, 4, 2)
+        return Group(4, 1, 4, 3, 3) if large else Group(4, 2, 4, 3, 2)
+    if tokens <= 64 or not integer or bits == 8:
+        return Group(8, 1, 8, 3, 1)
     return Group(16, 1, 8, 4, 1)
 
 
@@ -217,14 +232,15 @@ def _grouped(
     processors: int,
 ) -> Launch:
     """wgemm: warp groups of 64 or 128 weight rows by 16 to 128 rows of x."""
-    column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits)
+    column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits, integer)
     tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
-    splits = group_cuts(made, chunks, chunk_width(bits) // 128, processors * at_once)
+    splits = group_cuts(made, -(-chunks * chunk_width(bits) // STAGE_COLUMNS), processors * at_once)
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
     more = (("INTEGER", int(integer)), ("STAGES", stages), ("BLOCKS", at_once))
     variant = Variant("wgemm", (*zip(NAMES, values, strict=True), *more))
-    staged = stages * ((1 if integer else 2) * 128 + 4) * held  # x of so many units, and its sums
+    stage = held * ((1 if integer else 2) * STAGE_COLUMNS + 2 * 4)  # x and its sums; each begins on whole 1024 bytes
+    staged = stages * (stage + -stage % 1024)
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
     return Launch(variant, (made * splits, 1), (32, warps), splits, shared=max(staged, results) + 16 * stages)
 
@@ -273,18 +289,18 @@ def _shared(
     return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
 
 
-def group_cuts(made: int, chunks: int, units: int, at_once: int) -> int:
-    """Parts along k of wgemm, as :func:`cuts`; a chunk is ``units`` times 128 columns.
+def group_cuts(made: int, stages: int, at_once: int) -> int:
+    """Parts along k of wgemm for ``made`` blocks of ``stages`` turns each, as :func:`cuts`.
 
-    Blocks begin when others end, so that turns are not whole; a part costs two units to begin, and all of them eight and
-    a half for each to be added: with these numbers the best of all parts that were timed on an H200 come out.
+    Blocks begin when others end, so that turns are not whole; a part costs a stage to begin, and all of them four and
+    a quarter for each to be added.
     """
 
     def cost(parts: int) -> float:
-        begun = max(1.0, made * parts / at_once) * (units * -(-chunks // parts) + 2)
-        return begun + (8 + parts / 2 if parts > 1 else 0)
+        begun = max(1.0, made * parts / at_once) * (-(-stages // parts) + 1)
+        return begun + (4 + parts / 4 if parts > 1 else 0)
 
-    return min((parts for parts in _possible_parts(made, chunks, at_once) if parts in (1, 2, 4, 8, 16)), key=cost)
+    return min((parts for parts in _possible_parts(made, stages, at_once) if parts in (1, 2, 4, 8, 16)), key=cost)
 
 
 def cuts(made: int, chunks: int, at_once: int) -> int:

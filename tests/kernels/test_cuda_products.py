@@ -135,7 +135,7 @@ WARP_GROUPS = (  # format, weight rows, columns, group, rows of x, activations, 
     ("int8", 70, 520, -1, 17, None, torch.float16, None),
     ("int2", 40, 1300, 256, 12, "int8", torch.float32, 3),
     ("ternary", 17, 300, 96, 12, None, torch.float16, None),  # groups padded apart
-    ("ternary_symmetric", 20, 256, 128, 16, None, torch.bfloat16, 2),
+    ("ternary_symmetric", 20, 512, 128, 16, None, torch.bfloat16, 2),
 )
 
 
@@ -156,26 +156,6 @@ def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
         for at, tokens, have in ((layout, 9, True), (layout, 8, True), (layout, 9, False), (small, 9, True))
     ]
     assert sources == ["wgemm", "product16", "gemm", "gemm"]
-
-
-@pytest.mark.parametrize(
-    ("outputs", "tokens", "parts"),
-    [
-        (4096, 16, 8),
-        (8192, 16, 8),
-        (28672, 16, 4),
-        (4096, 64, 8),
-        (8192, 64, 4),
-        (28672, 64, 1),
-        (8192, 128, 2),
-        (8192, 512, 1),
-    ],
-)
-def test_parts_along_k_are_the_fastest_that_were_timed(outputs, tokens, parts):
-    columns = min(outputs, 8192)
-    group = cuda_table.group_shape(tokens, 2)
-    made = outputs // (16 * group.row_groups * group.warps) * -(-tokens // (8 * group.column_tiles))
-    assert cuda_table.group_cuts(made, columns // 128, 1, 132 * group.at_once) == parts
 
 
 def test_what_warp_groups_cannot_serve_goes_on_without_them(folder, monkeypatch, caplog):
@@ -204,16 +184,20 @@ def test_arranged_codes_are_those_of_rows(columns, fmt, folder):
     layout = cuda_layout.build(*case.stored, "ternary", -1, columns)
     with emulated(folder):
         codes, scale = cuda_calls.quantize_rows(x, FORMATS[fmt], layout.padded)
-        found, scales, sums = cuda_calls.arrange(x, layout, FORMATS[fmt], 16)
-    units = layout.padded // 128
-    pieces = found.view(units, 16, 8, 16)[:, :5]  # unit, row, piece, byte
+        found, scales = cuda_calls.arrange(x, layout, FORMATS[fmt], 16)
+    stages = -(-layout.padded // 256)
+    made = found.view(stages, 2 * 16 * 128 + 2 * 16 * 4)  # of a block: two units, then the sums of both
+    pieces = made[:, : 2 * 16 * 128].contiguous().view(torch.int8).view(2 * stages, 16, 8, 16)[:, :5]  # unit, row, piece, byte
     order = torch.arange(8)[None] ^ torch.arange(5)[:, None]
     pieces = pieces.gather(2, order[None, :, :, None].expand_as(pieces))
-    words = pieces.view(units, 5, 4, 2, 4, 4)  # unit, row, step, word of a run, run, byte
-    straight = words.permute(1, 0, 2, 4, 3, 5).reshape(5, layout.padded)
-    assert torch.equal(straight, codes)
+    words = pieces.view(2 * stages, 5, 4, 2, 4, 4)  # unit, row, step, word of a run, run, byte
+    straight = words.permute(1, 0, 2, 4, 3, 5).reshape(5, 256 * stages)
+    assert torch.equal(straight[:, : layout.padded], codes)
+    assert not straight[:, layout.padded :].any()
     assert torch.equal(scales, scale)
-    assert torch.equal(sums[:, :5], codes.view(5, units, 128).float().sum(2).T)
+    sums = made[:, 2 * 16 * 128 :].contiguous().view(torch.float32).view(2 * stages, 4, 2, 2)  # unit, pair, tile, one
+    sums = sums.transpose(1, 2).reshape(2 * stages, 16)  # those of two column tiles lay side by side
+    assert torch.equal(sums[:, :5].T, straight.view(5, 2 * stages, 128).float().sum(2))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
@@ -310,21 +294,19 @@ MISTAKES = {
     "sums of x": ("sums.cu", "FLUSH * run + i", "run + i", 70),
 }
 GROUP_MISTAKES = {
-    "unit not waited for": ("wgemm.cu", "            wait_turn(full + slot, turn);\n", ""),
-    "place not given back": ("wgemm.cu", "            if (threadIdx.x == 0) arrive(empty + slot);\n", ""),
-    "sums not waited for": ("wgemm.cu", "    wait_wgmma<0>();\n", ""),
+    "stage not waited for": ("wgemm.cu", "                wait_turn(full + next, next_turn);\n", ""),
+    "place not given back": ("wgemm.cu", "        if (threadIdx.x == 0) arrive(empty + slot);\n", ""),
+    "sums not waited for": ("wgemm.cu", "            wait_wgmma<0>();\n", ""),
+    "sums of the other item": ("wgemm.cu", "add_item(y[mt], sums[item % 2]", "add_item(y[mt], sums[(item + 1) % 2]"),
+    "codes of the next stage": ("wgemm.cu", "2 / UNITS * (stage + 1) + held", "2 / UNITS * stage + held"),
     "rows of the second product": (
         "wgemm.cu",
         "tile + 4 * mt < p.row_tiles ? tile + 4 * mt",
         "tile + mt < p.row_tiles ? tile + mt",
     ),
-    "sums of later units": ("wgemm.cu", "    b.sums += sums_width(p.tokens);\n", ""),
-    "piece of a token": (
-        "arrange.cu",
-        "write(out + 4 * (first + c ^ token & 7), pack",
-        "write(out + 4 * (first + c), pack",
-    ),
-    "run of a step": ("arrange.cu", "* 8) + q;", "* 8) + (q ^ 1);"),
+    "sums of the second unit": ("wgemm.cu", " + unit * TOKENS);", ");"),
+    "piece of a token": ("arrange.cu", "at.first + i ^ at.token", "at.first + i"),
+    "run of a step": ("arrange.cu", "+ run % 4, step", "+ (run % 4 ^ 1), step"),
 }
 
 
