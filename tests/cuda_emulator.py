@@ -29,6 +29,7 @@ ARGUMENTS = {
     "split8": "Product",
     "gemm": "Product",
     "wgemm": "Product",
+    "wdense": "Product",
     "arrange": "Arrangement",
     "sums": "XSums",
     "partials": "Partials",
@@ -40,8 +41,8 @@ ARGUMENTS = {
 }
 PROCESSORS = 3  # of the device that is emulated: few, so that small matrices use every launch there is
 OUTPUTS = {
-    **dict.fromkeys(("product16", "product8", "split8", "gemm", "wgemm", "untile"), (6,)),
-    "arrange": (1, 2, 3),
+    **dict.fromkeys(("product16", "product8", "split8", "gemm", "wgemm", "wdense", "untile"), (6,)),
+    "arrange": (1, 2),
     "sums": (1,),
     "rotate": (1,),
     "partials": (3,),

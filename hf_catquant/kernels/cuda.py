@@ -28,7 +28,7 @@ from ..formats import get_format
 from ..log import logger
 from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_rotate, check_weight
 from ..weight import quantize_activation
-from . import cuda_table, reference
+from . import cuda_driver, cuda_table, reference
 from .cuda_calls import correct, dense, expand, multiply
 from .cuda_calls import rotate as rotate_rows
 from .cuda_compile import Unserved
@@ -100,7 +100,7 @@ def linear(
     layout = None
     if x.dtype != torch.float32 or activations is not None:
         layout = _layout(*stored)
-    if layout is not None and _in_tiles(x, activations, input_scale):
+    if layout is not None and _in_tiles(x, layout, activations, input_scale):
         return multiply(x, layout, bias, activations)
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
@@ -118,11 +118,12 @@ def _layout(packed: Tensor, *others: Any) -> Layout | None:
     return layouts.of(packed, *others)
 
 
-def _in_tiles(x: Tensor, activations: str | None, input_scale: Tensor | None) -> bool:
+def _in_tiles(x: Tensor, layout: Layout, activations: str | None, input_scale: Tensor | None) -> bool:
     """Whether a product from tiles serves x (..., K)."""
-    if activations is None:
-        return x.dtype != torch.float32 and x.numel() // x.shape[-1] <= cuda_table.EXACT_TOKENS
-    return input_scale is None
+    if activations is not None:
+        return input_scale is None
+    rows, warp_groups = x.numel() // x.shape[-1], cuda_driver.has_warp_groups(x.device)
+    return x.dtype != torch.float32 and cuda_table.serves(layout, rows, warp_groups)
 
 
 @served

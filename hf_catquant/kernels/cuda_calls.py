@@ -28,6 +28,7 @@ FORMS = {
     "split8": struct.Struct("7P7i2f0P"),
     "gemm": struct.Struct("7P7i2f0P"),
     "wgemm": struct.Struct("7P7i2f0P"),
+    "wdense": struct.Struct("7P7i2f0P"),
     "arrange": struct.Struct("3P2i2f0P"),
     "sums": struct.Struct("2P3i0P"),
     "partials": struct.Struct("4P3i0P"),
@@ -97,8 +98,9 @@ def _prepared(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (M, K), or its codes, as the kernel of ``plan`` reads it, the scales of codes, and the sums of x."""
     fmt = None if activations is None else get_format(activations)
-    if plan.variant.source == "wgemm":
-        return *arrange(x, layout, fmt, 8 * dict(plan.variant.constants)["NT"]), None
+    if plan.variant.source in ("wgemm", "wdense"):
+        at_once, paired = 8 * dict(plan.variant.constants)["NT"], plan.variant.source == "wdense"
+        return *arrange(x, layout, fmt, at_once, paired), None
     scale = None
     if fmt is not None:
         x, scale = quantize_rows(x, fmt, layout.padded)
@@ -141,7 +143,9 @@ def quantize_rows(x: Tensor, fmt: Format, padded: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tuple[Tensor, Tensor | None]:
+def arrange(
+    x: Tensor, layout: Layout, fmt: Format | None, at_once: int, paired: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """x (M, K) in the order of a product of warp groups.
 
     Args:
@@ -149,6 +153,7 @@ def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tupl
         layout: of the weight, whose padded columns, rounded up to 256, the result has.
         fmt: of the int8 codes that x becomes, None for x as it is.
         at_once: rows of x of a block of the product.
+        paired: in the order of columns that wdense.cu looks up.
 
     Returns:
         For each block of rows and 256 columns x or its codes, and its sums over each 128 of them in float32, as
@@ -162,8 +167,8 @@ def arrange(x: Tensor, layout: Layout, fmt: Format | None, at_once: int) -> tupl
     runs = stages * cuda_table.STAGE_COLUMNS // 8
     threads, holds = (cuda_table.ROW_THREADS, 0) if fmt is None else cuda_table.row_threads(runs, tokens)
     affine = fmt is not None and fmt.affine
-    names = ("TYPE", "INTEGER", "AFFINE", "TOKENS", "THREADS", "HOLDS")
-    values = (TYPES[x.dtype], int(fmt is not None), int(affine), at_once, threads, holds)
+    names = ("TYPE", "INTEGER", "AFFINE", "PAIRED", "TOKENS", "THREADS", "HOLDS")
+    values = (TYPES[x.dtype], int(fmt is not None), int(affine), int(paired), at_once, threads, holds)
     levels = (0.0, 0.0) if fmt is None else (fmt.levels[0], fmt.levels[-1])
     grid = (tokens, 1 if fmt is not None else -(-runs // threads))
     variant = Variant("arrange", tuple(zip(names, values, strict=True)))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 CSRC = Path(__file__).with_name("csrc")
-OF_ONE_ARCHITECTURE = ("wgemm",)
+OF_ONE_ARCHITECTURE = ("wgemm", "wdense")
 _DIGEST = hashlib.sha256().digest_size
 
 

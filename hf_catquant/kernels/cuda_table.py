@@ -15,9 +15,10 @@ from .cuda_layout import STEP, Layout, chunk_width
 # Up to here 16-bit activations go through 8-bit products: fewer instructions a weight. Of four tokens product16 was faster.
 SPLIT_TOKENS = 2
 FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a block shares them
-EXACT_TOKENS = (
-    256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
-)
+EXACT_TOKENS = 256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
+# On Hopper, for codes of 1 and 2 bits: above so many tokens codes are looked up as rounded weights; above so many more,
+# weights are dequantized for cuBLAS there too.
+LOOKED_UP_TOKENS, MOST_TOKENS = 64, 4096
 TALL_TOKENS = (
     16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
 )
@@ -140,6 +141,12 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
+def serves(layout: Layout, tokens: int, warp_groups: bool) -> bool:
+    """Whether 16-bit activations of so many rows are multiplied from tiles, and weights not dequantized for cuBLAS."""
+    grouped = warp_groups and layout.bits <= 2 and layout.group_steps % 4 == 0
+    return tokens <= (MOST_TOKENS if grouped else EXACT_TOKENS)
+
+
 def product(
     layout: Layout, tokens: int, dtype: int, integer: bool, processors: int, warp_groups: bool = False
 ) -> Launch:
@@ -156,7 +163,8 @@ def product(
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
     if tokens > FEW_TOKENS and warp_groups and layout.group_steps % 4 == 0:
-        return _grouped(*fixed, tokens, integer, processors)
+        looked_up = not integer and layout.bits <= 2 and tokens > LOOKED_UP_TOKENS
+        return _grouped(*fixed, tokens, integer, looked_up, processors)
     if tokens > FEW_TOKENS:
         return _shared(*fixed, tokens, integer, processors)
     split = 0 if integer or tokens > SPLIT_TOKENS else 1 << (tokens - 1).bit_length()
@@ -204,12 +212,14 @@ class Group(NamedTuple):
     at_once: int
 
 
-def group_shape(tokens: int, bits: int, integer: bool) -> Group:
+def group_shape(tokens: int, bits: int, integer: bool, looked_up: bool) -> Group:
     """Few tokens want many loads under way, many tokens want each number that is made of a code used often.
 
     What fits the registers, as NVRTC finds: codes of 4 and 8 bits take more of them.
     """
     large = bits >= 4
+    if looked_up:
+        return Group(16, 1, 8, 3, 1)
     if tokens <= 16:
         return Group(2, 1, 4, 4, 4) if large else Group(2, 2, 4, 4, 3)
     if tokens <= 32:
@@ -229,16 +239,17 @@ def _grouped(
     chunks: int,
     tokens: int,
     integer: bool,
+    looked_up: bool,
     processors: int,
 ) -> Launch:
-    """wgemm: warp groups of 64 or 128 weight rows by 16 to 128 rows of x."""
-    column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits, integer)
+    """wgemm or wdense: warp groups of 64 or 128 weight rows by 16 to 128 rows of x."""
+    column_tiles, row_groups, warps, stages, at_once = group_shape(tokens, bits, integer, looked_up)
     tiles, held = row_groups * warps, 8 * column_tiles
     made = -(-row_tiles // tiles) * -(-tokens // held)
     splits = group_cuts(made, -(-chunks * chunk_width(bits) // STAGE_COLUMNS), processors * at_once)
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
     more = (("INTEGER", int(integer)), ("STAGES", stages), ("BLOCKS", at_once))
-    variant = Variant("wgemm", (*zip(NAMES, values, strict=True), *more))
+    variant = Variant("wdense" if looked_up else "wgemm", (*zip(NAMES, values, strict=True), *more))
     stage = held * ((1 if integer else 2) * STAGE_COLUMNS + 2 * 4)  # x and its sums; each begins on whole 1024 bytes
     staged = stages * (stage + -stage % 1024)
     results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)

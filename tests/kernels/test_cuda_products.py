@@ -15,7 +15,7 @@ from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, Case, assert_product, random_case, slow
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
 from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table
-from hf_catquant.weight import quantize_activation
+from hf_catquant.weight import dequantize_packed, quantize_activation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
 FORMAT = pytest.mark.parametrize("name", ALL_FORMATS)
@@ -146,6 +146,27 @@ def test_products_of_warp_groups(name, outputs, columns, group_size, rows, activ
     scales = torch.float32 if columns == 300 else torch.float16
     case = stored(name, outputs, columns, group_size, scales)
     check(case, inputs(rows, columns, dtype), folder, activations, parts=parts, warp_groups=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "columns", "group_size", "rows", "dtype", "parts"),
+    [
+        ("ternary", 40, 200, 128, 65, torch.bfloat16, None),
+        ("ternary_symmetric", 150, 1100, 256, 70, torch.float16, 2),
+        ("binary", 150, 700, -1, 140, torch.bfloat16, None),
+        ("int2", 280, 900, 128, 129, torch.float16, 2),
+        ("binary", 17, 300, 128, 90, torch.float16, 2),
+    ],
+)
+def test_products_of_weights_looked_up(name, outputs, columns, group_size, rows, dtype, parts, folder):
+    scales = torch.float32 if columns == 300 else torch.float16
+    case, x = stored(name, outputs, columns, group_size, scales), inputs(rows, columns, dtype)
+    layout = cuda_layout.build(*case.stored, name, group_size, columns)
+    with emulated(folder, warp_groups=True), cut_in(parts):
+        assert cuda_table.product(layout, rows, cuda_calls.TYPES[dtype], False, 132, True).variant.source == "wdense"
+        out = cuda_calls.multiply(x, layout, None, None)
+    dense = dequantize_packed(*case.stored, case.fmt, group_size, columns).to(dtype).double()  # rounded, as torch's would be
+    assert_product(out, x.double() @ dense.T, x.double().abs() @ dense.abs().T)
 
 
 def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
@@ -355,7 +376,7 @@ def test_mistakes_with_warp_groups_are_found(mistake, folder, tmp_path):
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong), encoding="utf-8")
     case, x = stored("ternary", 150, 1024, 128), inputs(12, 1024, torch.bfloat16)
-    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|more arrivals|forever"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|more arrivals|more products|forever"):
         check(case, x, folder, sources=tmp_path / "csrc", parts=1, warp_groups=True)
 
 

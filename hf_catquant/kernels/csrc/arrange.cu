@@ -10,7 +10,8 @@
 // A thread makes runs, 16 threads one after another a sum. With INTEGER a block takes a row (quantize.cuh), else THREADS runs.
 //
 // Constants: TYPE of x (0 bfloat16, 1 float16, 2 float32); INTEGER; AFFINE: whether the format of the codes has an offset;
-// TOKENS; THREADS; HOLDS.
+// PAIRED: words of 16-bit numbers are columns 0 4, 2 6, 1 5 and 3 7 of a run, not 0 1, 2 3, 4 5 and 6 7, as wdense.cu looks
+// them up; TOKENS; THREADS; HOLDS.
 #include "quantize.cuh"
 
 struct Arrangement {
@@ -70,7 +71,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const Arrangement 
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += x.v[i];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (run < runs) put_word(at, i, pack(x.v[2 * i], x.v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const int first = PAIRED ? i % 2 * 2 + i / 2 : 2 * i;
+        if (run < runs) put_word(at, i, pack(x.v[first], x.v[first + (PAIRED ? 4 : 1)]));
+    }
     write_sum(p, row, run, sum);
 }

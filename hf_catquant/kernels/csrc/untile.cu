@@ -3,39 +3,20 @@
 // A warp makes a chunk of a tile of 16 rows, 64 columns of four rows at a time: whole lines of 128 bytes, the most that one
 // write to the second-level cache takes. So of two steps of 32 columns the lanes of an even row make the first, those of the
 // odd row after it the second, of both rows: `side` of a pair of steps.
-#include "product.cuh"
+#include "lookup.cuh"
 
 constexpr int PAIRS = STEPS / 2;
 constexpr int READS = FIELDS > 1 ? LOADS : LOADS / 2;  // of tiles: a pair of steps lies in one, or in two
 constexpr int GROUPS = FLUSH > 1 ? STEPS / FLUSH : PAIRS;  // that a lane has columns of
-constexpr bool TABLE = BITS <= 2 && TYPE < 2;  // a group of a row has four values at most, of 16 bits: they are looked up
+constexpr bool TABLE = BITS <= 2 && TYPE < 2;  // a group of a row has four values at most: lookup.cuh
 
-// What codes become in a group of a row: the lower and the upper bytes of the numbers of code 0, 1, 2 and 3.
-struct Values {
-    u32 low, high;
+struct Values {  // of a group of a row
+    Table table;
     float scale, offset;  // instead, where nothing is looked up
 };
 
 DEVICE Values values_of(const Product& p, float scale, float offset) {
-    Values v = {0, 0, scale, offset};
-    if (!TABLE) return v;
-    u32 number[4] = {};
-#pragma unroll
-    for (int code = 0; code < 1 << BITS && code < 4; code++) {
-        const float value = add(multiply(p.level_step * (float)code + p.level_zero, scale), offset);
-        number[code] = TYPE == 1 ? float_to_f16(value) : float_to_bf16(value);
-    }
-    const u32 first = number[0] | number[1] << 16, second = number[2] | number[3] << 16;
-    v.low = byte_permute(first, second, 0x6420), v.high = byte_permute(first, second, 0x7531);
-    return v;
-}
-
-// Two columns of a step whose codes are in nibbles 0 and 2 of `codes`, and of the step four bits on, from nibbles 1 and 3.
-DEVICE u32 look_up(const Values& v, u32 codes) {
-    return byte_permute(byte_permute(v.low, 0, codes), byte_permute(v.high, 0, codes), 0x6240);
-}
-DEVICE u32 look_up_next(const Values& v, u32 codes) {
-    return byte_permute(byte_permute(v.low, 0, codes), byte_permute(v.high, 0, codes), 0x7351);
+    return {TABLE ? table_of(p, scale, offset) : Table{}, scale, offset};
 }
 
 // level = step * number + zero of what number_of makes of a code.
@@ -74,8 +55,8 @@ DEVICE void make_eight(void* out, const Levels& levels, const Values& v, u32 fir
 // The same of two pairs of steps, whose codes are four bits apart.
 DEVICE void look_up_sixteen(u32 first, u32 second, const Values& a, const Values& b, uint4& made, uint4& next) {
     const u32 keep = MASK * 0x1111u, codes[4] = {first & keep, second & keep, first >> 16 & keep, second >> 16 & keep};
-    made = {look_up(a, codes[0]), look_up(a, codes[1]), look_up(a, codes[2]), look_up(a, codes[3])};
-    next = {look_up_next(b, codes[0]), look_up_next(b, codes[1]), look_up_next(b, codes[2]), look_up_next(b, codes[3])};
+    made = {look_up(a.table, codes[0]), look_up(a.table, codes[1]), look_up(a.table, codes[2]), look_up(a.table, codes[3])};
+    next = {look_up_next(b.table, codes[0]), look_up_next(b.table, codes[1]), look_up_next(b.table, codes[2]), look_up_next(b.table, codes[3])};
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) untile(const Product p) {
