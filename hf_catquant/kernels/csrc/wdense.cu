@@ -56,21 +56,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wdense(const Pr
     Weights weights = weights_of(p, share.tile, share.begin);
     wait_for_inputs();
     Bringer more = bringer(p, share, staged, full, empty);
-    int slot = 0, turn = 0, before = 0;
+    int slot = 0, turn = 0;
     for (int stage = share.begin; stage < share.end; stage++) {
         wait_turn(full + slot, turn);
 #pragma unroll
         for (int item = 0; item < ITEMS; item++) {
             wait_wgmma<1>();  // the item before the last one is made: its numbers are read
-            if (item == 1) {
+            if (item == 1) {  // the stage before is read
                 sync_warp();
-                if (threadIdx.x == 0 && stage > share.begin) arrive(empty + before);
+                if (threadIdx.x == 0 && stage > share.begin) arrive(empty + (slot ? slot : STAGES) - 1);
             }
-            multiply(y[item % MT], a[item % 2], weights, p, item, stage, x + slot * APART);
+            multiply(y[item % MT], a[item % 2], weights, p, item, stage, uniform(x + slot * APART));
         }
         if (brings() && stage > share.begin) bring(more, staged, full, empty);
-        before = slot;
-        if (++slot == STAGES) slot = 0, turn ^= 1;
+        const int next = slot + 1 == STAGES ? 0 : slot + 1;
+        turn ^= next == 0;
+        slot = next;
     }
     wait_wgmma<0>();
 #pragma unroll

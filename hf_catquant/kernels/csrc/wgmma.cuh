@@ -45,6 +45,9 @@ DEVICE void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" : :
 template <int N>
 DEVICE void wait_wgmma() { asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory"); }
 
+// A value that is the same in all lanes, for the compiler to know it.
+DEVICE u32 uniform(u32 value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // Values that the tensor cores have been waited for, or are about to get: what is done with them stays on its side.
 DEVICE void settle(float& value) { asm volatile("" : "+f"(value) : : "memory"); }
 DEVICE void settle(int& value) { asm volatile("" : "+r"(value) : : "memory"); }
@@ -52,10 +55,9 @@ DEVICE void settle(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z)
 
 // Where the tensor cores find b: rows of 128 bytes, swizzled; eight of them, 1024 bytes, follow each other. Adding n to it
 // goes n pieces of 16 bytes on.
-typedef unsigned long long Operand;
-DEVICE Operand operand_of(const uint4* b) {
-    return (Operand)((shared_address(b) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// This is the lower half of their descriptor; the upper one says how far apart eight rows are, and how they are swizzled.
+typedef u32 Operand;
+DEVICE Operand operand_of(const uint4* b) { return (shared_address(b) & 0x3ffff) >> 4 | 1 << 16; }
 
 #define D8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
@@ -75,10 +77,11 @@ DEVICE Operand operand_of(const uint4* b) {
     HELD32(K), HELD4(K, 32), HELD4(K, 36), HELD4(K, 40), HELD4(K, 44), HELD4(K, 48), HELD4(K, 52), HELD4(K, 56), HELD4(K, 60)
 #define WGMMA(NAME, C, K, COUNT, SHAPE, REST, A0, A1, A2, A3, B, ADD)                                       \
     DEVICE void NAME(C (&d)[COUNT], uint4 a, Operand b, bool add) {                                         \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ADD ", 0; wgmma.mma_async.sync.aligned." SHAPE " "  \
-                     D##COUNT ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p" REST ";}"            \
+        asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %" #ADD ", 0; mov.b64 b, {%" #B            \
+                     ", 0x40000040}; wgmma.mma_async.sync.aligned." SHAPE " " D##COUNT                      \
+                     ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, b, p" REST ";}"                           \
                      : HELD##COUNT(K)                                                                       \
-                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"((int)add));                      \
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"((int)add));                      \
     }
 #define WGMMA_SIZES(NAME, C, K, SHAPE, REST)                                  \
     WGMMA(NAME, C, K, 8, "m64n16" SHAPE, REST, 8, 9, 10, 11, 12, 13)          \
