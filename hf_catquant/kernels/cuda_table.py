@@ -50,7 +50,7 @@ class Shape(NamedTuple):
     at_once: int = 1
 
 
-SPLIT_SHAPES = (Shape(1, 16), Shape(2, 16), Shape(2, 8), Shape(4, 16), Shape(4, 8), Shape(7, 8))
+SPLIT_SHAPES = tuple(Shape(*s) for s in ((1, 16), (2, 16), (2, 8), (4, 16), (4, 8), (7, 8), (10, 8), (14, 8)))
 
 
 def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks: int, processors: int) -> Shape:
@@ -74,14 +74,18 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
     small = group_steps in (1, 2)
     most = 32 if bits == 1 and group_steps == 1 else 64 if bits == 8 or small or (bits == 1 and tokens > 1) else 128
     shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
-    tiles, warps = shape.tiles, shape.warps
+    tiles, warps, ahead, at_once = shape
+    # More chunks at once pay where they are all that there is, if the registers hold them.
     codes = 4 * tiles * max(1, bits // 2)
-    ahead = 2 if tokens == 1 and group_steps not in (1, 2) and 2 * codes * warps <= 512 else 1
+    if tokens == 1 and not small and chunks <= 2 * warps and 2 * codes * warps <= 512:
+        ahead = 2
+    if bits == 1 and tiles == 14:
+        tiles, warps, ahead, at_once = 7, 4, 2, 2  # the same in two blocks, with more codes under way
     if bits == 1 and tokens == 4:
         warps = min(warps, 8)  # or x of two chunks of 256 columns would take more than 48 KB
     while warps > 1 and warps // 2 >= chunks:
         warps //= 2
-    return Shape(tiles, warps, ahead)
+    return Shape(tiles, warps, ahead, at_once)
 
 
 def blocks(
