@@ -75,10 +75,6 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
     most = 32 if bits == 1 and group_steps == 1 else 64 if bits == 8 or small or (bits == 1 and tokens > 1) else 128
     shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
     tiles, warps, ahead, at_once = shape
-    # More chunks at once pay where they are all that there is, if the registers hold them.
-    codes = 4 * tiles * max(1, bits // 2)
-    if tokens == 1 and not small and chunks <= 2 * warps and 2 * codes * warps <= 512:
-        ahead = 2
     if bits == 1 and tiles == 14:
         tiles, warps, ahead, at_once = 7, 4, 2, 2  # the same in two blocks, with more codes under way
     if bits == 1 and tokens == 4:
