@@ -15,7 +15,7 @@ from gpu_tools import normal, op, random_weight
 from torch import Tensor
 
 from hf_catquant.formats import FORMATS, get_format
-from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_table, reference
+from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_products, cuda_table, reference
 from hf_catquant.rotation import rotate
 from hf_catquant.weight import dequantize_packed, quantize_activation
 
@@ -50,7 +50,7 @@ def product_cases(
             for tokens in counts:
                 for dtype, activations in ((torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "int8")):
                     x = normal(tokens, columns, device=device, dtype=dtype, seed=tokens)
-                    out = cuda_calls.multiply(x, layout, bias.to(dtype), activations)
+                    out = cuda_products.multiply(x, layout, bias.to(dtype), activations)
                     x_hat = quantize_activation(x.float(), FORMATS["int8"]) if activations else x
                     exact = x_hat.double() @ dense.T + bias.double()
                     error = compare(out, exact, x_hat.double().abs() @ dense.abs().T + bias.double().abs())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_catquant.formats import get_format, group_count
-from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_table
+from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_products, cuda_table
 from hf_catquant.kernels.cuda_table import Group
 
 Row = dict[str, Any]
@@ -145,7 +145,7 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
         row: Row = {"tokens": tokens, "bf16": bf16}
 
         def tiles(x: Tensor = x, activations: str | None = None) -> Row:
-            calls = [lambda at=at: cuda_calls.multiply(x, at, None, activations) for at in layouts]
+            calls = [lambda at=at: cuda_products.multiply(x, at, None, activations) for at in layouts]
             return measured(calls, device, right)
 
         for split in (0, 4) if tokens <= 4 else ():
@@ -187,7 +187,7 @@ def launches(device: torch.device, right: Right) -> Iterator[Row]:
         layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
         for tokens in (1, 8, *GROUPS):
             x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-            calls = [lambda at=at, x=x: cuda_calls.multiply(x, at, None, None) for at in layouts]
+            calls = [lambda at=at, x=x: cuda_products.multiply(x, at, None, None) for at in layouts]
             for chosen in candidates(tokens, grouped):
                 answers = {table: lambda *_, answer=answer: answer for table, answer in chosen.items()}
                 with mock.patch.multiple(cuda_table, **answers):

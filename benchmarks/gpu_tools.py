@@ -20,7 +20,7 @@ if "hf_catquant" not in sys.modules:  # past the package's own __init__, which n
     sys.modules["hf_catquant"] = package
 
 from hf_catquant.formats import get_format, group_count  # noqa: E402
-from hf_catquant.kernels import cuda, cuda_calls, cuda_driver  # noqa: E402
+from hf_catquant.kernels import cuda, cuda_calls, cuda_driver, cuda_trial  # noqa: E402
 from hf_catquant.kernels.cuda_compile import Variant  # noqa: E402
 from hf_catquant.packing import packed_width  # noqa: E402
 
@@ -117,6 +117,6 @@ def no_device(processors: int, warp_groups: bool = True) -> Iterator[None]:
         mock.patch.object(cuda_driver, "launch", return_value=None),
         mock.patch.object(cuda_driver, "processors", return_value=processors),
         mock.patch.object(cuda_driver, "has_warp_groups", return_value=warp_groups),
-        mock.patch.dict("os.environ", {cuda.SWITCH: "cuda"}),
+        mock.patch.dict("os.environ", {cuda.SWITCH: "cuda", cuda_trial.SWITCH: "0"}),
     ):
         yield

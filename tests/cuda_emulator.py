@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from hf_catquant.kernels import cuda_compile, cuda_driver
+from hf_catquant.kernels import cuda_compile, cuda_driver, cuda_trial
 from hf_catquant.kernels.cuda_compile import Variant
 
 HEADER = Path(__file__).parent / "kernels" / "emulator" / "emulator.h"
@@ -65,10 +65,12 @@ def compiler() -> str | None:
 
 
 @contextmanager
-def emulated(folder: Path, sources: Path = cuda_compile.CSRC, warp_groups: bool = False) -> Iterator[None]:
+def emulated(
+    folder: Path, sources: Path = cuda_compile.CSRC, warp_groups: bool = False, trial: bool = False
+) -> Iterator[None]:
     """Every launch inside runs on the host; ``folder`` keeps what is compiled, ``sources`` has the kernels.
 
-    ``warp_groups``: whether the device has products of warp groups.
+    ``warp_groups``: whether the device has products of warp groups; ``trial``: kernels are tried before they are used.
     """
 
     def launch(
@@ -86,6 +88,7 @@ def emulated(folder: Path, sources: Path = cuda_compile.CSRC, warp_groups: bool 
         mock.patch.object(cuda_driver, "launch", launch),
         mock.patch.object(cuda_driver, "processors", return_value=PROCESSORS),
         mock.patch.object(cuda_driver, "has_warp_groups", return_value=warp_groups),
+        mock.patch.dict(os.environ, {} if trial else {cuda_trial.SWITCH: "0"}),
     ):
         yield
 

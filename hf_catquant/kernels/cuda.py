@@ -29,11 +29,12 @@ from ..log import logger
 from ..op_checks import check_cluster_affine, check_conv, check_indices, check_input, check_rotate, check_weight
 from ..weight import quantize_activation
 from . import cuda_driver, cuda_table, reference
-from .cuda_calls import correct, dense, expand, multiply
+from .cuda_calls import correct, dense, expand
 from .cuda_calls import rotate as rotate_rows
 from .cuda_compile import Unserved
 from .cuda_driver import require
 from .cuda_layout import Layout, Layouts
+from .cuda_products import multiply
 from .patches import patches
 
 SWITCH = "CATQUANT_CUDA"

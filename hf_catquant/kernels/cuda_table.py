@@ -141,6 +141,29 @@ class Launch(NamedTuple):
     shared: int = 0
 
 
+def launch(variant: Variant, row_tiles: int, chunks: int, tokens: int, splits: int = 1) -> Launch:
+    """The launch of a product's kernel for a weight of so many tiles and turns along k, and so many rows of x."""
+    held = dict(variant.constants)
+    of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
+    tokens_of_block = held.get("TOKENS", 8 * held["NT"] * of_token)
+    threads, along = (32, warps), -(-tokens // tokens_of_block)
+    if variant.source in ("split8", "product8", "product16"):  # warps of a block take turns along k
+        return Launch(variant, (-(-row_tiles // held["MT"]), along), threads)
+    tiles = held["MT"] * warps // of_token
+    made = -(-row_tiles // tiles) * along
+    shared = _staged(held, tiles, tokens_of_block) if "STAGES" in held else 0
+    steps, group = chunk_width(held["BITS"]) // STEP, held["GROUP_STEPS"]
+    runs = chunks * (steps // group if 0 < group < steps else 1) if held.get("SUMS") else 0
+    return Launch(variant, (made * splits, 1), threads, splits, runs, shared)
+
+
+def _staged(held: dict[str, int], tiles: int, tokens: int) -> int:
+    """Bytes of shared memory of a block of wgemm and wdense: stages of x and its sums, or results, and barriers."""
+    stage = tokens * ((1 if held["INTEGER"] else 2) * STAGE_COLUMNS + 2 * 4)
+    results = tokens * (16 * tiles + 8) * (4 if held["TYPE"] == 2 else 2)
+    return max(held["STAGES"] * (stage + -stage % 1024), results) + 16 * held["STAGES"]
+
+
 def serves(layout: Layout, tokens: int, warp_groups: bool) -> bool:
     """Whether 16-bit activations of so many rows are multiplied from tiles, and weights not dequantized for cuBLAS."""
     grouped = warp_groups and layout.bits <= 2 and layout.group_steps % 4 == 0
@@ -193,13 +216,11 @@ def _few(
         tiles, warps, ahead, at_once = split_shape(row_tiles, bits, group_steps, split, chunks, processors)
         values = (bits, group_steps, scale32, dtype, tiles, 1, warps)
         more = (("TOKENS", split), ("AHEAD", ahead), ("BLOCKS", at_once))
-        variant = Variant("split8", (*zip(NAMES, values, strict=True), *more))
-        return Launch(variant, (-(-row_tiles // tiles), -(-tokens // split)), (32, warps))
+        return launch(Variant("split8", (*zip(NAMES, values, strict=True), *more)), row_tiles, chunks, tokens)
     tiles, warps = blocks(row_tiles, bits, column_tiles, chunks, processors, integer)
     values = (bits, group_steps, scale32, dtype, tiles, column_tiles, warps)
     constants = (*zip(NAMES, values, strict=True), ("AHEAD", FEW_AHEAD))
-    variant = Variant("product8" if integer else "product16", constants)
-    return Launch(variant, (-(-row_tiles // tiles), -(-tokens // (8 * column_tiles))), (32, warps))
+    return launch(Variant("product8" if integer else "product16", constants), row_tiles, chunks, tokens)
 
 
 class Group(NamedTuple):
@@ -250,10 +271,7 @@ def _grouped(
     values = (bits, group_steps, scale32, dtype, row_groups, column_tiles, warps)
     more = (("INTEGER", int(integer)), ("STAGES", stages), ("BLOCKS", at_once))
     variant = Variant("wdense" if looked_up else "wgemm", (*zip(NAMES, values, strict=True), *more))
-    stage = held * ((1 if integer else 2) * STAGE_COLUMNS + 2 * 4)  # x and its sums; each begins on whole 1024 bytes
-    staged = stages * (stage + -stage % 1024)
-    results = held * (16 * tiles + 8) * (4 if dtype == 2 else 2)
-    return Launch(variant, (made * splits, 1), (32, warps), splits, shared=max(staged, results) + 16 * stages)
+    return launch(variant, row_tiles, chunks, tokens, splits)
 
 
 @lru_cache(LAUNCHES)
@@ -286,8 +304,6 @@ def _shared(
     at_once = 2 if tiles * column_tiles == 4 and not small else 1  # blocks of a multiprocessor that its registers hold
     splits = cuts(made, chunks, processors * at_once)
     sums = int(bits < 8 and tokens > 32)
-    steps = chunk_width(bits) // STEP
-    runs = sums * chunks * (1 if group_steps in (0, steps) or group_steps > steps else steps // group_steps)
     values = (bits, group_steps, scale32, dtype, tiles, column_tiles, row_warps * token_warps)
     constants = (
         *zip(NAMES, values, strict=True),
@@ -297,7 +313,7 @@ def _shared(
         ("AHEAD", int(bits <= 2)),  # wider codes come in several loads, each asked for as soon as the last is used
         ("BLOCKS", at_once),
     )
-    return Launch(Variant("gemm", constants), (made * splits, 1), (32, row_warps * token_warps), splits, runs)
+    return launch(Variant("gemm", constants), row_tiles, chunks, tokens, splits)
 
 
 def group_cuts(made: int, stages: int, at_once: int) -> int:

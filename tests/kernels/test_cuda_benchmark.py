@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cuda_emulator import compiler, emulated
-from hf_catquant.kernels import cuda_calls, cuda_compile
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_products
 from hf_catquant.kernels.cuda_compile import Unserved, Variant
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
@@ -46,7 +46,7 @@ def test_right_answers_pass_and_wrong_ones_do_not(folder, monkeypatch, tmp_path)
     with emulated(folder):
         assert gpu.check("check few", device, results, quick=True)
         assert set(results.held["right kernels"]) == {"split8", "product8", "product16", "rows"}
-        right = cuda_calls.multiply
+        right = cuda_products.multiply
         monkeypatch.setattr(cuda_calls, "multiply", lambda *a: right(*a) * 1.02)
         assert not gpu.check("check few", device, results, quick=True)
     assert results.held["check few"]["wrong"]

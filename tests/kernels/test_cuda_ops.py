@@ -16,7 +16,7 @@ from torch import nn
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
 from hf_catquant.formats import FORMATS, Format
-from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table, reference
+from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_products, cuda_table, reference
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS
@@ -353,7 +353,7 @@ def test_what_products_cannot_count_is_left_to_the_reference():
             layout = cuda_layout.build(*weight, "int8", group_size, columns)
             x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
             with pytest.raises(Unserved, match=what):
-                cuda_calls.multiply(x, layout, None, activations)
+                cuda_products.multiply(x, layout, None, activations)
 
 
 def test_any_number_of_rows_has_a_launch():
@@ -362,7 +362,7 @@ def test_any_number_of_rows_has_a_launch():
         layout = cuda_layout.build(*weight, "int4", 64, 256)
         for rows in (1, 9, 33, 200, 70000, 1 << 21):
             x = torch.empty(rows, 256, dtype=torch.bfloat16, device="meta")
-            assert cuda_calls.multiply(x, layout, None, "int8").shape == (rows, 64)
+            assert cuda_products.multiply(x, layout, None, "int8").shape == (rows, 64)
 
 
 def test_tensors_on_different_devices_are_refused(monkeypatch):
@@ -372,7 +372,7 @@ def test_tensors_on_different_devices_are_refused(monkeypatch):
     monkeypatch.setattr(cuda_driver, "processors", lambda device: 3)
     monkeypatch.setattr(cuda_driver, "has_warp_groups", lambda device: False)
     with pytest.raises(RuntimeError, match="all tensors of gemm must be on meta, one is on cpu: move the layer there"):
-        cuda_calls.multiply(x, layout, None, None)
+        cuda_products.multiply(x, layout, None, None)
 
 
 def test_a_layout_is_built_at_the_second_use_and_dropped_with_the_weight():

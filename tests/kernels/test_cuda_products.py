@@ -14,7 +14,7 @@ import torch
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, Case, assert_product, random_case, slow
 from hf_catquant.formats import ACTIVATION_FORMATS, FORMATS
-from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_table
+from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_products, cuda_table
 from hf_catquant.weight import dequantize_packed, quantize_activation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
@@ -45,7 +45,7 @@ def check(
     bias = torch.randn(case.codes.shape[0], generator=torch.Generator().manual_seed(1)).to(x.dtype)
     layout = cuda_layout.build(*case.stored, weights, case.group_size, columns)
     with emulated(folder, sources or cuda_compile.CSRC, warp_groups), cut_in(parts):
-        out = cuda_calls.multiply(x, layout, bias, activations)
+        out = cuda_products.multiply(x, layout, bias, activations)
     x_hat = x if activations is None else quantize_activation(x.float(), FORMATS[activations])
     expected = x_hat.double() @ case.dense.T + bias.double()
     magnitude = x_hat.double().abs() @ case.dense.abs().T + bias.double().abs()
@@ -164,7 +164,7 @@ def test_products_of_weights_looked_up(name, outputs, columns, group_size, rows,
     layout = cuda_layout.build(*case.stored, name, group_size, columns)
     with emulated(folder, warp_groups=True), cut_in(parts):
         assert cuda_table.product(layout, rows, cuda_calls.TYPES[dtype], False, 132, True).variant.source == "wdense"
-        out = cuda_calls.multiply(x, layout, None, None)
+        out = cuda_products.multiply(x, layout, None, None)
     dense = dequantize_packed(*case.stored, case.fmt, group_size, columns).to(dtype).double()  # rounded, as torch's would be
     assert_product(out, x.double() @ dense.T, x.double().abs() @ dense.abs().T)
 
@@ -181,7 +181,7 @@ def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
 
 def test_what_warp_groups_cannot_serve_goes_on_without_them(folder, monkeypatch, caplog):
     case, x = stored("ternary", 40, 256, 128), inputs(12, 256, torch.bfloat16)
-    cuda_calls._say.cache_clear()
+    cuda_products._say.cache_clear()
     with emulated(folder, warp_groups=True):
         run = cuda_driver.launch
 
@@ -192,7 +192,7 @@ def test_what_warp_groups_cannot_serve_goes_on_without_them(folder, monkeypatch,
 
         monkeypatch.setattr(cuda_driver, "launch", launch)
         layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
-        out = cuda_calls.multiply(x, layout, None, None)
+        out = cuda_products.multiply(x, layout, None, None)
     assert_product(out, x.double() @ case.dense.T, x.double().abs() @ case.dense.abs().T)
     assert "products of warp groups are not used: NVRTC refuses it" in caplog.text
 
@@ -204,8 +204,8 @@ def test_arranged_codes_are_those_of_rows(columns, fmt, folder):
     x[1], x[2] = x[1].abs(), 0
     layout = cuda_layout.build(*case.stored, "ternary", -1, columns)
     with emulated(folder):
-        codes, scale = cuda_calls.quantize_rows(x, FORMATS[fmt], layout.padded)
-        found, scales = cuda_calls.arrange(x, layout, FORMATS[fmt], 16)
+        codes, scale = cuda_products.quantize_rows(x, FORMATS[fmt], layout.padded)
+        found, scales = cuda_products.arrange(x, layout, FORMATS[fmt], 16)
     stages = -(-layout.padded // 256)
     made = found.view(stages, 2 * 16 * 128 + 2 * 16 * 4)  # of a block: two units, then the sums of both
     pieces = made[:, : 2 * 16 * 128].contiguous().view(torch.int8).view(2 * stages, 16, 8, 16)[:, :5]  # unit, row, piece, byte
@@ -250,7 +250,7 @@ def test_codes_of_activations_are_those_of_the_reference(dtype, fmt, folder):
     x = inputs(5, 77, dtype)
     x[1], x[2] = x[1].abs(), 0
     with emulated(folder):
-        codes, scale = cuda_calls.quantize_rows(x, FORMATS[fmt], 128)
+        codes, scale = cuda_products.quantize_rows(x, FORMATS[fmt], 128)
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # columns of the bytes of each eight
     straight = torch.empty_like(codes).view(5, 16, 8)
     straight[..., order] = codes.view(5, 16, 8)
@@ -274,7 +274,7 @@ def test_what_is_not_finite_stays_so(rows, group_size, bad, folder):
     x[1, 5] = bad
     layout = cuda_layout.build(*case.stored, "int4", group_size, 128)
     with emulated(folder, warp_groups=True):
-        out = cuda_calls.multiply(x, layout, None, None)
+        out = cuda_products.multiply(x, layout, None, None)
     assert not out[1].isfinite().any()
     assert out[0].isfinite().all()
 
@@ -283,7 +283,7 @@ def test_the_same_twice(folder):
     case, x = stored("int2", 40, 1024, 128), inputs(3, 1024, torch.bfloat16)
     layout = cuda_layout.build(*case.stored, "int2", 128, 1024)
     with emulated(folder):
-        assert torch.equal(cuda_calls.multiply(x, layout, None, None), cuda_calls.multiply(x, layout, None, None))
+        assert torch.equal(cuda_products.multiply(x, layout, None, None), cuda_products.multiply(x, layout, None, None))
 
 
 MISTAKES = {
@@ -385,6 +385,6 @@ def test_reading_past_the_end_is_found(folder):
     layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
     short = replace(layout, tiles=layout.tiles[:-1].clone(), rows=40)
     with emulated(folder), pytest.raises(RuntimeError, match=r"split8 .*read out of bounds"):
-        _ = cuda_calls.multiply(
+        _ = cuda_products.multiply(
             x, replace(short, scales=layout.scales[:-1].clone(), chunks=layout.chunks + 1), None, None
         )

@@ -92,6 +92,9 @@ DEVICE void settle(T&) {}
 DEVICE void begin_wgmma() {}
 DEVICE void commit_wgmma() { emulator::pending[emulator::current].group++; }
 
+template <typename T>
+DEVICE T uniform(T value) { return value; }
+
 typedef const uint4* Operand;
 DEVICE Operand operand_of(const uint4* b) { return b; }
 #define WGMMA(NAME)                                                                                                \

@@ -1,0 +1,131 @@
+"""A product's kernel is tried on a small problem on the device before its first use there.
+
+Kernels are compiled where they run, by the NVRTC and for the device that are there, and most devices have never been at hand.
+One that answers wrongly is not used: the caller gets :class:`Unserved`, as for one that does not compile. A trial takes some
+milliseconds, once a process, kernel and device. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import get_format
+from ..weight import quantize_activation
+from . import cuda_table
+from .cuda_compile import Unserved
+from .cuda_layout import STEP, Layout, chunk_width
+
+SWITCH = "CATQUANT_CUDA_TRIAL"
+PARTS = 2  # along k, where a launch has several
+_found: dict[tuple[Any, ...], str] = {}  # what has been tried -> what was wrong with it
+
+
+def require(
+    plan: cuda_table.Launch,
+    layout: Layout,
+    dtype: torch.dtype,
+    activations: str | None,
+    device: torch.device,
+    run: Callable[..., None],
+) -> None:
+    """Nothing, if the kernel of ``plan`` is known to answer rightly on ``device``, or does now.
+
+    Args:
+        plan: of a product with a weight in ``layout`` and x of ``dtype``, of which ``activations`` are made.
+        run: makes the product of a plan: (plan, x, layout, bias, activations, out).
+
+    Raises:
+        Unserved: it answers wrongly, or a CUDA graph is captured before it has been tried.
+    """
+    key = (plan.variant, plan.splits > 1, dtype, activations, device)
+    if key not in _found:
+        if os.environ.get(SWITCH) == "0":
+            return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise Unserved(f"{plan.variant.source} is first used while a CUDA graph is captured: run it once before")
+        _found[key] = _try(plan, layout, dtype, activations, device, run)
+    if _found[key]:
+        raise Unserved(_found[key])
+
+
+@torch.no_grad()
+def _try(
+    plan: cuda_table.Launch,
+    layout: Layout,
+    dtype: torch.dtype,
+    activations: str | None,
+    device: torch.device,
+    run: Callable[..., None],
+) -> str:
+    """What is wrong with the kernel; empty if nothing is."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    small, tokens = _problem(plan, layout, device, generator)
+    x = torch.randn(tokens, small.columns, generator=generator, device="cpu").to(device, dtype)
+    out = torch.full((tokens, small.rows), float("nan"), dtype=dtype, device=device)
+    splits = PARTS if plan.splits > 1 else 1
+    run(cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits), x, small, None, activations, out)
+    with torch.autocast(device.type, enabled=False):
+        weight = weight_of(small)
+        if plan.variant.source == "wdense":
+            weight = weight.to(dtype).double()
+        x_hat = x.double() if activations is None else quantize_activation(x.float(), get_format(activations)).double()
+        allowed = 2 * torch.finfo(dtype).eps * (x_hat.abs() @ weight.abs().T) + 1e-7
+        error = float(((out.double() - x_hat @ weight.T).abs() / allowed).nan_to_num(float("inf")).max())
+    if error <= 1:
+        return ""
+    options = " ".join(plan.variant.options)
+    return (
+        f"{plan.variant.source} {options} answers wrongly on {device}, {error:.3g} times what rounding allows: please report"
+        f" it with the output of nvidia-smi ({SWITCH}=0 uses it all the same)"
+    )
+
+
+def _problem(
+    plan: cuda_table.Launch, layout: Layout, device: torch.device, generator: torch.Generator
+) -> tuple[Layout, int]:
+    """A random weight, and a number of rows of x, with ends of blocks inside: two blocks each way, turns and a rest along k."""
+    held = dict(plan.variant.constants)
+    of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
+    few = plan.variant.source in ("split8", "product8", "product16")
+    tiles = held["MT"] * (1 if few else warps // of_token) + 1
+    tokens = held.get("TOKENS", 8 * held["NT"] * of_token) + (0 if few else 3)
+    width = chunk_width(held["BITS"])
+    chunks = 2 * warps + 1 if few else (5 * cuda_table.STAGE_COLUMNS) // width + 1
+    columns = chunks * width
+    groups = -(-columns // (STEP * held["GROUP_STEPS"])) if held["GROUP_STEPS"] else 1
+    packed = torch.randint(256, (tiles, columns // (256 // held["BITS"]), 512), generator=generator, device="cpu")
+    scales = 0.02 * torch.rand(tiles, groups, 8, 2, 2, generator=generator, device="cpu")
+    if held["BITS"] == 8:
+        scales[..., 1] = 0  # no format of 8 bits has an offset
+    made = replace(
+        layout,
+        tiles=packed.to(torch.uint8).to(device),
+        scales=scales.to(layout.scales.dtype).to(device),
+        rows=16 * tiles - 5,
+        columns=columns,
+        chunks=chunks,
+        spread=None,
+    )
+    return made, tokens
+
+
+def weight_of(layout: Layout) -> Tensor:
+    """w_hat (N, padded K) of a weight in tiles, float64, not rounded: csrc/product.cuh says where each code lies."""
+    bits, device = layout.bits, layout.tiles.device
+    row_tiles, column_tiles, _ = layout.tiles.shape
+    shifts = torch.arange(0, 8, bits, device=device)
+    codes = layout.tiles.long()[..., None] >> shifts & (1 << bits) - 1
+    # Lane 4 r + q, word 2 kp + rh, byte 2 high + low, field s: row r + 8 rh, column 32 s + 8 q + 4 low + 2 kp + high.
+    codes = codes.view(row_tiles, column_tiles, 8, 4, 2, 2, 2, 2, len(shifts))
+    codes = codes.permute(0, 5, 2, 1, 8, 3, 7, 4, 6).reshape(16 * row_tiles, -1)
+    levels = layout.level_step * (codes - (128 if bits == 8 else 0)).double() + layout.level_zero
+    pairs = layout.scales.double().permute(0, 3, 2, 1, 4).reshape(16 * row_tiles, -1, 2)
+    width = STEP * layout.group_steps if layout.group_steps else codes.shape[1]
+    pairs = pairs.repeat_interleave(width, 1)[:, : codes.shape[1]]
+    return (levels * pairs[..., 0] + pairs[..., 1])[: layout.rows]
