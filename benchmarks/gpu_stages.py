@@ -22,29 +22,30 @@ Right = set[str]
 BLOCKS = ((1, 8), (1, 16), (2, 8), (2, 16), (4, 4), (4, 8))  # row tiles and warps of product16 that are tried
 # Of split8, with chunks under way and blocks of a multiprocessor.
 SPLIT_BLOCKS = (
-    *(
-        (tiles, warps, ahead, 1)
-        for ahead in (1, 2)
-        for tiles, warps in ((1, 16), (2, 16), (4, 8), (4, 16), (7, 8), (8, 8))
-    ),
-    *((tiles, warps, 2, 16 // warps) for tiles, warps in ((2, 8), (4, 4), (4, 8))),
+    *((tiles, warps, 1, 1) for tiles, warps in ((1, 16), (2, 16), (4, 8), (4, 16), (7, 8), (10, 8), (14, 8), (16, 8))),
+    *((tiles, 16, 2, 1) for tiles in (2, 4)),
     *((tiles, 4, 2, 2) for tiles in (7, 8)),
-    *((tiles, 8, 1, 1) for tiles in (12, 14, 16)),
-    (2, 16, 4, 1),
+    (2, 8, 2, 2),
 )
 
 
-# Of wgemm, by tokens: column tiles, times 64 rows of a warp group, warps, stages of x, blocks of a multiprocessor.
+# Of products of warp groups, by rows of x and activations: column tiles, times 64 rows of a warp group, warps, stages of x,
+# blocks of a multiprocessor. Above LOOKED_UP_TOKENS rows those of 16-bit activations are wdense's, others wgemm's.
 GROUPS = {
-    16: (
-        Group(2, 2, 4, 5, 4),
-        Group(2, 2, 8, 6, 2),
-        Group(2, 2, 16, 6, 1),
-        Group(2, 1, 8, 6, 2),
-        Group(2, 1, 4, 6, 4),
+    (16, None): (
+        Group(2, 2, 4, 4, 3),
+        Group(2, 2, 4, 4, 2),
+        Group(2, 2, 8, 4, 1),
+        Group(2, 1, 4, 4, 5),
+        Group(2, 1, 8, 4, 2),
     ),
-    64: (Group(8, 2, 4, 4, 2), Group(8, 2, 8, 6, 1), Group(8, 1, 8, 4, 2), Group(8, 1, 4, 4, 3)),
-    512: (Group(16, 1, 8, 4, 1), Group(16, 1, 8, 6, 1), Group(8, 2, 4, 4, 2), Group(8, 2, 8, 5, 1)),
+    (32, None): (Group(4, 2, 4, 3, 2), Group(4, 1, 4, 3, 3), Group(4, 1, 8, 3, 1)),
+    (64, None): (Group(8, 1, 8, 3, 1), Group(8, 1, 4, 3, 2), Group(8, 2, 4, 3, 2)),
+    (128, None): (Group(16, 1, 8, 3, 1), Group(8, 2, 8, 3, 1)),
+    (512, None): (Group(16, 1, 8, 3, 1), Group(16, 1, 12, 3, 1), Group(8, 2, 8, 3, 1)),
+    (16, "int8"): (Group(2, 2, 4, 4, 3), Group(2, 1, 4, 4, 5)),
+    (64, "int8"): (Group(8, 1, 8, 3, 1), Group(8, 1, 4, 3, 3)),
+    (512, "int8"): (Group(16, 1, 8, 4, 1), Group(8, 1, 4, 4, 3)),
 }
 
 
@@ -168,15 +169,15 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
         yield row
 
 
-def candidates(tokens: int, grouped: bool) -> list[dict[str, Any]]:
-    """What is tried for so many tokens: functions of the launch table, and what each is to answer."""
+def candidates(tokens: int, activations: str | None, grouped: bool) -> list[dict[str, Any]]:
+    """What is tried for so many rows of x: functions of the launch table, and what each is to answer."""
     if tokens == 1:
         return [{"split_shape": chosen} for chosen in SPLIT_BLOCKS]
     if tokens <= 8:
         return [{"blocks": chosen} for chosen in BLOCKS]
     if not grouped:
         return [{"cuts": parts} for parts in (1, 2, 4, 8, 16)]
-    return [{"group_shape": shape, "group_cuts": parts} for shape in GROUPS[tokens] for parts in (1, 2, 4, 8)]
+    return [{"group_shape": shape, "group_cuts": parts} for shape in GROUPS[tokens, activations] for parts in (1, 2, 4, 8)]
 
 
 def launches(device: torch.device, right: Right) -> Iterator[Row]:
@@ -185,16 +186,17 @@ def launches(device: torch.device, right: Right) -> Iterator[Row]:
     remembered = (cuda_table._few, cuda_table._shared, cuda_table._grouped)
     for name, shape in product(("ternary", "binary", "int4"), SHAPES):
         layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in rotated(name, shape, 128, device)]
-        for tokens in (1, 8, *GROUPS):
+        for tokens, activations in ((1, None), (8, None), *GROUPS):
             x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-            calls = [lambda at=at, x=x: cuda_products.multiply(x, at, None, None) for at in layouts]
-            for chosen in candidates(tokens, grouped):
+            calls = [lambda at=at, x=x, how=activations: cuda_products.multiply(x, at, None, how) for at in layouts]
+            for chosen in candidates(tokens, activations, grouped):
                 answers = {table: lambda *_, answer=answer: answer for table, answer in chosen.items()}
                 with mock.patch.multiple(cuda_table, **answers):
                     for function in remembered:
                         function.cache_clear()
                     row = measured(calls, device, right)
-                yield {"weights": name, "shape": shape, "tokens": tokens, "chosen": chosen, **row}
+                case = {"weights": name, "shape": shape, "tokens": tokens, "activations": activations}
+                yield {**case, "chosen": chosen, **row}
     for function in remembered:
         function.cache_clear()
 

@@ -47,7 +47,7 @@ def test_right_answers_pass_and_wrong_ones_do_not(folder, monkeypatch, tmp_path)
         assert gpu.check("check few", device, results, quick=True)
         assert set(results.held["right kernels"]) == {"split8", "product8", "product16", "rows"}
         right = cuda_products.multiply
-        monkeypatch.setattr(cuda_calls, "multiply", lambda *a: right(*a) * 1.02)
+        monkeypatch.setattr(cuda_products, "multiply", lambda *a: right(*a) * 1.02)
         assert not gpu.check("check few", device, results, quick=True)
     assert results.held["check few"]["wrong"]
     assert set(results.held["wrong kernels"]) == {"split8", "product8", "product16", "rows"}
@@ -148,7 +148,7 @@ def test_a_weight_costs_few_instructions():
     assert module.gemm_instructions(2, 128, 90, 256, integer=True)[1] < 7.4
     assert module.gemm_instructions(2, -1, 90, 256, integer=True)[1] < 4.2
     with pytest.raises(RuntimeError, match="no loop with tensor-core instructions"):
-        module.loop(cuda_compile.compile_variant(Variant("rows", (("TYPE", 0), ("AFFINE", 0))), 90).image)
+        module.loop(cuda_compile.compile_variant(Variant("partials", (("TYPE", 0),)), 90).image)
 
 
 def nvrtc_is_here() -> bool:

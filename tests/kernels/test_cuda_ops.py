@@ -16,7 +16,7 @@ from torch import nn
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
 from hf_catquant.formats import FORMATS, Format
-from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_products, cuda_table, reference
+from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_products, cuda_table, cuda_trial, reference
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS
@@ -371,6 +371,7 @@ def test_tensors_on_different_devices_are_refused(monkeypatch):
     x = torch.empty(9, 64, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(cuda_driver, "processors", lambda device: 3)
     monkeypatch.setattr(cuda_driver, "has_warp_groups", lambda device: False)
+    monkeypatch.setenv(cuda_trial.SWITCH, "0")
     with pytest.raises(RuntimeError, match="all tensors of gemm must be on meta, one is on cpu: move the layer there"):
         cuda_products.multiply(x, layout, None, None)
 
@@ -617,7 +618,29 @@ def test_launches_fit_the_device():
                 assert shape.warps * -(-shape.tiles * tokens // 4) * 256 <= 48 << 10
     assert cuda_table.split_shape(256, 2, 4, 1, 32, 132)[:2] == (2, 16)  # one block for nearly every multiprocessor
     assert cuda_table.split_shape(512, 2, 4, 1, 64, 132)[:2] == (4, 16)
-    assert cuda_table.split_shape(1792, 2, 4, 1, 64, 132)[:2] == (7, 8)  # and two
+    assert cuda_table.split_shape(1792, 2, 4, 1, 64, 132)[:2] == (14, 8)
+    assert cuda_table.split_shape(1792, 1, 4, 1, 32, 132) == (7, 4, 2, 2)  # and two
+
+
+def test_threads_of_a_row_keep_what_they_read():
+    for runs in (32, 96, 512, 1024, 3584, 5000):
+        for rows in (1, 2048):
+            threads, holds = cuda_table.row_threads(runs, rows)
+            assert threads % 32 == 0
+            assert threads <= 1024
+            assert threads * holds >= runs or (holds == 0 and runs > 4096)
+    assert cuda_table.row_threads(1024, 1) == (1024, 1)
+    assert cuda_table.row_threads(1024, 2048) == (256, 4)
+
+
+@pytest.mark.parametrize("tokens", [9, 40, 70, 500])
+def test_parts_of_warp_groups_products_are_never_empty(tokens):
+    for row_tiles in (1, 40, 512, 1792):
+        for chunks in (1, 3, 64, 224):
+            for integer in (False, True):
+                plan = cuda_table._grouped(2, 4, 0, 0, row_tiles, chunks, tokens, integer, False, 132)
+                stages = -(-chunks // 2)
+                assert -(-stages // plan.splits) * (plan.splits - 1) < stages
 
 
 def test_cuts_along_k_fill_the_device_and_leave_no_part_empty():

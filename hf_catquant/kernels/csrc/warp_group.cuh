@@ -16,6 +16,7 @@ constexpr int SLAB = 8 * TOKENS, UNIT = SLABS * SLAB;  // in pieces of 16 bytes
 constexpr int STAGE = 2 * UNIT + TOKENS / 2;       // two units, and behind them their sums of x
 constexpr int APART = (STAGE + 63) / 64 * 64;      // from stage to stage in shared memory: whole 1024 bytes
 constexpr int UNITS = CHUNK / 128;                 // of a chunk
+constexpr int CHUNKS_HELD = UNITS == 1 && NT < 16 ? 2 : 1;  // of codes, by a warp: as many as there are registers for
 constexpr int SIZE = TYPE == 2 ? 4 : 2;            // bytes of a result
 constexpr int ROWS = 16 * MT * WARPS, PITCH = ROWS + 8;  // of a token's results in shared memory
 constexpr int STAGED = STAGES * APART, RESULTS = TOKENS * PITCH * SIZE / 16;
@@ -71,26 +72,32 @@ DEVICE Bringer bringer(const Product& p, const Share& share, uint4* staged, Turn
     return b;
 }
 
-// What a warp has of its weights: for each unit of a stage the codes and pairs of its tiles, and where the next ones are.
+// What a warp has of its weights: the codes of its tiles in the next chunks, the pairs of the next two units, and where all are.
 struct Weights {
-    const uint4* codes[MT];
-    const RawPairs* pairs[MT];
-    uint4 word[UNITS == 1 ? 2 : 1][MT][LOADS];
+    u32 codes[MT], pairs[MT];  // where its tiles begin
+    uint4 word[CHUNKS_HELD][MT][LOADS];
     RawPairs raw[2][MT];
 };
 
 // The group that a unit belongs to.
 DEVICE u32 group_of_unit(int unit) { return BY_ROW ? 0 : GROUP_STEPS > 4 ? unit / (GROUP_STEPS / 4) : unit; }
 
+DEVICE int held_at(int unit) { return unit / UNITS % CHUNKS_HELD; }
+
 DEVICE void read_words(Weights& w, const Product& p, int held, int mt, int chunk) {
-    const uint4* at = w.codes[mt] + (size_t)(u32)(chunk < p.chunks ? chunk : p.chunks - 1) * (LOADS * 32);
+    const uint4* at = p.tiles + (w.codes[mt] + (u32)(chunk < p.chunks ? chunk : p.chunks - 1) * (LOADS * 32));
 #pragma unroll
     for (int i = 0; i < LOADS; i++) w.word[held][mt][i] = read_once(at + 32 * i);
 }
 
+// Those that come after the codes of a unit of a stage in their place, if all of the chunk has been used.
+DEVICE void read_next_words(Weights& w, const Product& p, int unit, int mt, int stage) {
+    if (unit % UNITS == UNITS - 1) read_words(w, p, held_at(unit), mt, (2 * stage + unit) / UNITS + CHUNKS_HELD);
+}
+
 DEVICE void read_raw(Weights& w, const Product& p, int held, int mt, int unit) {
     const int last = p.chunks * UNITS - 1;
-    w.raw[held][mt] = read_weight(w.pairs[mt] + (size_t)(group_of_unit(unit < last ? unit : last) * 8));
+    w.raw[held][mt] = read_weight((const RawPairs*)p.scales + (w.pairs[mt] + group_of_unit(unit < last ? unit : last) * 8));
 }
 
 // Those of a stage.
@@ -99,11 +106,11 @@ DEVICE Weights weights_of(const Product& p, int tile, int stage) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
         const u32 mine = tile + 4 * mt < p.row_tiles ? tile + 4 * mt : p.row_tiles - 1;
-        w.codes[mt] = p.tiles + (size_t)mine * (u32)p.chunks * (LOADS * 32) + threadIdx.x;
-        w.pairs[mt] = (const RawPairs*)p.scales + (size_t)mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
+        w.codes[mt] = mine * (u32)p.chunks * (LOADS * 32) + threadIdx.x;
+        w.pairs[mt] = mine * (u32)p.groups * 8 + (threadIdx.x >> 2);
 #pragma unroll
         for (int unit = 0; unit < 2; unit++) {
-            if (unit % UNITS == 0) read_words(w, p, unit, mt, 2 / UNITS * stage + unit);
+            if (unit < CHUNKS_HELD) read_words(w, p, unit, mt, 2 / UNITS * stage + unit);
             read_raw(w, p, unit, mt, 2 * stage + unit);
         }
     }

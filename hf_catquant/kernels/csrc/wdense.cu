@@ -29,11 +29,11 @@ DEVICE void numbers_of(uint4 (&a)[8], const uint4 (&word)[LOADS], int unit, cons
 
 // Asks for the products of an item at x, and for the weights that take the place of its own.
 DEVICE void multiply(float (&y)[4 * NT], uint4 (&a)[8], Weights& w, const Product& p, int item, int stage, Operand x) {
-    const int unit = item / MT, mt = item % MT, held = unit / UNITS;
+    const int unit = item / MT, mt = item % MT;
     const Pairs pairs = pairs_of(w.raw[unit][mt]);
     const Table tables[2] = {table_of(p, pairs.scale[0], pairs.offset[0]), table_of(p, pairs.scale[1], pairs.offset[1])};
-    numbers_of(a, w.word[held][mt], unit, tables);
-    if (unit % UNITS == UNITS - 1) read_words(w, p, held, mt, 2 / UNITS * (stage + 1) + held);
+    numbers_of(a, w.word[held_at(unit)][mt], unit, tables);
+    read_next_words(w, p, unit, mt, stage);
     read_raw(w, p, unit, mt, 2 * (stage + 1) + unit);
 #pragma unroll
     for (int i = 0; i < 8; i++) settle(a[i]);

@@ -35,10 +35,10 @@ DEVICE void settle_all(Sum (&sums)[4 * NT]) {
 
 // Asks for the products of an item of a stage at x, and for the codes that take the place of its own.
 DEVICE void multiply(Sum (&sums)[4 * NT], uint4 (&a)[SLABS][4], Weights& w, const Product& p, int item, int stage, Operand x, u32 magic) {
-    const int unit = item / MT, mt = item % MT, held = unit / UNITS;
+    const int unit = item / MT, mt = item % MT;
 #pragma unroll
     for (int slab = 0; slab < SLABS; slab++) {
-        numbers_of(a[slab], w.word[held][mt], unit % UNITS * 4 + slab * SLAB_STEPS, magic);
+        numbers_of(a[slab], w.word[held_at(unit)][mt], unit % UNITS * 4 + slab * SLAB_STEPS, magic);
 #pragma unroll
         for (int i = 0; i < 4; i++) settle(a[slab][i]);
         begin_wgmma();
@@ -46,7 +46,7 @@ DEVICE void multiply(Sum (&sums)[4 * NT], uint4 (&a)[SLABS][4], Weights& w, cons
         for (int i = 0; i < 4; i++) wgmma(sums, a[slab][i], x + unit * UNIT + slab * SLAB + 2 * i, slab > 0 || i > 0);
     }
     commit_wgmma();
-    if (unit % UNITS == UNITS - 1) read_words(w, p, held, mt, 2 / UNITS * (stage + 1) + held);
+    read_next_words(w, p, unit, mt, stage);
 }
 
 // y += what an item adds to a lane's sums; x: the lane's sums of x, those of two column tiles side by side.
