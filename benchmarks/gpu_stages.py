@@ -177,7 +177,9 @@ def candidates(tokens: int, activations: str | None, grouped: bool) -> list[dict
         return [{"blocks": chosen} for chosen in BLOCKS]
     if not grouped:
         return [{"cuts": parts} for parts in (1, 2, 4, 8, 16)]
-    return [{"group_shape": shape, "group_cuts": parts} for shape in GROUPS[tokens, activations] for parts in (1, 2, 4, 8)]
+    return [
+        {"group_shape": shape, "group_cuts": parts} for shape in GROUPS[tokens, activations] for parts in (1, 2, 4, 8)
+    ]
 
 
 def launches(device: torch.device, right: Right) -> Iterator[Row]:

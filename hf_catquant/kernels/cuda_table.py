@@ -15,7 +15,9 @@ from .cuda_layout import STEP, Layout, chunk_width
 # Up to here 16-bit activations go through 8-bit products: fewer instructions a weight. Of four tokens product16 was faster.
 SPLIT_TOKENS = 2
 FEW_TOKENS = 8  # up to here every warp reads the activations itself; above, a block shares them
-EXACT_TOKENS = 256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
+EXACT_TOKENS = (
+    256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
+)
 # On Hopper, for codes of 1 and 2 bits: above so many tokens codes are looked up as rounded weights; above so many more,
 # weights are dequantized for cuBLAS there too.
 LOOKED_UP_TOKENS, MOST_TOKENS = 64, 4096

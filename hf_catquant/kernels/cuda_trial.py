@@ -1,8 +1,8 @@
 """A product's kernel is tried on a small problem on the device before its first use there.
 
-Kernels are compiled where they run, by the NVRTC and for the device that are there, and most devices have never been at hand.
-One that answers wrongly is not used: the caller gets :class:`Unserved`, as for one that does not compile. A trial takes some
-milliseconds, once a process, kernel and device. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
+Kernels are compiled where they run, by the NVRTC and for the device that are there, and most devices have never been at
+hand. One that answers wrongly is not used: the caller gets :class:`Unserved`, as for one that does not compile. A trial
+takes some milliseconds, once a process, kernel and device. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def _try(
     x = torch.randn(tokens, small.columns, generator=generator, device="cpu").to(device, dtype)
     out = torch.full((tokens, small.rows), float("nan"), dtype=dtype, device=device)
     splits = PARTS if plan.splits > 1 else 1
-    run(cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits), x, small, None, activations, out)
+    launch = cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits)
+    run(launch, x, small, None, activations, out)
     with torch.autocast(device.type, enabled=False):
         weight = weight_of(small)
         if plan.variant.source == "wdense":
@@ -89,7 +90,7 @@ def _try(
 def _problem(
     plan: cuda_table.Launch, layout: Layout, device: torch.device, generator: torch.Generator
 ) -> tuple[Layout, int]:
-    """A random weight, and a number of rows of x, with ends of blocks inside: two blocks each way, turns and a rest along k."""
+    """A random weight, and a number of rows of x: two blocks each way, the second with an end, turns and a rest along k."""
     held = dict(plan.variant.constants)
     of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
     few = plan.variant.source in ("split8", "product8", "product16")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cuda_emulator import compiler, emulated
-from hf_catquant.kernels import cuda_calls, cuda_compile, cuda_products
+from hf_catquant.kernels import cuda_compile, cuda_products
 from hf_catquant.kernels.cuda_compile import Unserved, Variant
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"

@@ -16,7 +16,17 @@ from torch import nn
 from cuda_emulator import compiler, emulated
 from helpers import ALL_FORMATS, SHAPES, Case, assert_product, random_case
 from hf_catquant.formats import FORMATS, Format
-from hf_catquant.kernels import cuda, cuda_calls, cuda_compile, cuda_driver, cuda_layout, cuda_products, cuda_table, cuda_trial, reference
+from hf_catquant.kernels import (
+    cuda,
+    cuda_calls,
+    cuda_compile,
+    cuda_driver,
+    cuda_layout,
+    cuda_products,
+    cuda_table,
+    cuda_trial,
+    reference,
+)
 from hf_catquant.kernels.cuda_compile import Unserved
 from hf_catquant.layers import QuantizedModule, Scheme, layer_for
 from hf_catquant.ops import SCHEMAS

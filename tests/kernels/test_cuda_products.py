@@ -165,7 +165,9 @@ def test_products_of_weights_looked_up(name, outputs, columns, group_size, rows,
     with emulated(folder, warp_groups=True), cut_in(parts):
         assert cuda_table.product(layout, rows, cuda_calls.TYPES[dtype], False, 132, True).variant.source == "wdense"
         out = cuda_products.multiply(x, layout, None, None)
-    dense = dequantize_packed(*case.stored, case.fmt, group_size, columns).to(dtype).double()  # rounded, as torch's would be
+    dense = (
+        dequantize_packed(*case.stored, case.fmt, group_size, columns).to(dtype).double()
+    )  # rounded, as torch's would be
     assert_product(out, x.double() @ dense.T, x.double().abs() @ dense.abs().T)
 
 
@@ -208,7 +210,8 @@ def test_arranged_codes_are_those_of_rows(columns, fmt, folder):
         found, scales = cuda_products.arrange(x, layout, FORMATS[fmt], 16)
     stages = -(-layout.padded // 256)
     made = found.view(stages, 2 * 16 * 128 + 2 * 16 * 4)  # of a block: two units, then the sums of both
-    pieces = made[:, : 2 * 16 * 128].contiguous().view(torch.int8).view(2 * stages, 16, 8, 16)[:, :5]  # unit, row, piece, byte
+    pieces = made[:, : 2 * 16 * 128].contiguous().view(torch.int8)
+    pieces = pieces.view(2 * stages, 16, 8, 16)[:, :5]  # unit, row, piece, byte
     order = torch.arange(8)[None] ^ torch.arange(5)[:, None]
     pieces = pieces.gather(2, order[None, :, :, None].expand_as(pieces))
     words = pieces.view(2 * stages, 5, 4, 2, 4, 4)  # unit, row, step, word of a run, run, byte
@@ -283,7 +286,9 @@ def test_the_same_twice(folder):
     case, x = stored("int2", 40, 1024, 128), inputs(3, 1024, torch.bfloat16)
     layout = cuda_layout.build(*case.stored, "int2", 128, 1024)
     with emulated(folder):
-        assert torch.equal(cuda_products.multiply(x, layout, None, None), cuda_products.multiply(x, layout, None, None))
+        assert torch.equal(
+            cuda_products.multiply(x, layout, None, None), cuda_products.multiply(x, layout, None, None)
+        )
 
 
 MISTAKES = {

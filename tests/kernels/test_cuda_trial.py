@@ -58,7 +58,8 @@ def test_a_kernel_that_answers_wrongly_is_not_used(folder, monkeypatch, caplog):
 
     monkeypatch.setattr(cuda_products, "run", slips)
     out, x, case = product("ternary", 128, 12, None, BF16, folder, warp_groups=True)
-    assert_product(out, x.double() @ case.dense.T, x.double().abs() @ case.dense.abs().T)  # by the kernel without warp groups
+    # By the kernel without warp groups.
+    assert_product(out, x.double() @ case.dense.T, x.double().abs() @ case.dense.abs().T)
     assert "wgemm" in caplog.text
     assert "answers wrongly on cpu" in caplog.text
     assert sorted(key[0].source for key, wrong in cuda_trial._found.items() if wrong) == ["wgemm"]
