@@ -65,6 +65,18 @@ def test_a_kernel_that_answers_wrongly_is_not_used(folder, monkeypatch, caplog):
     assert sorted(key[0].source for key, wrong in cuda_trial._found.items() if wrong) == ["wgemm"]
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_one_lost_column_is_found(dtype, folder, monkeypatch):
+    run = cuda_products.run
+
+    def loses(plan, x, *rest):
+        run(plan, x * (torch.arange(x.shape[1]) != 300), *rest)
+
+    monkeypatch.setattr(cuda_products, "run", loses)
+    with pytest.raises(Unserved, match="answers wrongly"):
+        product("ternary", 128, 1, None, dtype, folder)
+
+
 def test_a_wrong_kernel_without_another_is_refused(folder, monkeypatch):
     run = cuda_products.run
     monkeypatch.setattr(cuda_products, "run", lambda *a: (run(*a), a[-1].zero_()))
