@@ -38,7 +38,7 @@ from common import CASES, ROOT, Case, chosen, read
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "accuracy.png"
 CURVE = ROOT / "docs" / "w2a2.png"
-STEPS = "--solver-options"
+STEPS, BITS = "--solver-options", "--average-bits"
 OWN_TEXTS = ("--generate", "340", STEPS, "block_steps=400", "model_steps=1200", "model_rate=0.6")
 TRANSFORMERS = ("minilm", "deit", "kwt1", "stories")
 ABLATED = ("minilm", "kwt1", "stories")
@@ -68,8 +68,11 @@ class Setting:
         """What the results call the solver and its options."""
         rotation = [] if self.rotation == "auto" else [f"rotation {self.rotation}"]
         named = [word for word in self.more if "=" in word]
-        texts = [f"{self.more[self.more.index('--generate') + 1]} own texts"] if "--generate" in self.more else []
-        return ", ".join([self.solver, *rotation, *named, *texts])
+        return ", ".join([self.solver, *rotation, *named, *self.after("--generate", "own texts"), *self.after(BITS, "bits on average")])
+
+    def after(self, option: str, what: str) -> list[str]:
+        """What the results call the value of an option, if it is given."""
+        return [f"{self.more[self.more.index(option) + 1]} {what}"] if option in self.more else []
 
 
 @dataclass(frozen=True)

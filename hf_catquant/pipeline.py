@@ -123,6 +123,7 @@ def collect(model: nn.Module, config: CatQuantConfig) -> samples.Batches:
         num_samples=config.num_samples,
         batch_size=config.batch_size,
         seed=config.seed,
+        otherwise='solver="rtn" with correction=None',
     )
 
 

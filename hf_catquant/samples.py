@@ -57,6 +57,7 @@ def collect(
     batch_size: int = 16,
     seed: int = 0,
     least: int = 2,
+    otherwise: str = "",
 ) -> Batches:
     """Make batches of ``num_samples`` samples, or of as many as there are.
 
@@ -74,12 +75,14 @@ def collect(
         batch_size: rows in a batch; those of a DataLoader stay as they are.
         seed: of the random subset, and of a DataLoader that shuffles.
         least: samples that are needed; 1 where nothing is fitted to them.
+        otherwise: what needs no samples, for messages.
 
     Raises:
         TypeError: ``dataset`` is not a collection of samples, or ``processor`` cannot be called.
         ValueError: a sample that the model cannot take, or fewer than ``least``.
     """
-    _check_arguments(dataset, processor, num_samples, batch_size)
+    without = otherwise and f", or {otherwise}, which needs no samples"
+    _check_arguments(dataset, processor, num_samples, batch_size, without)
     inputs = ModelInputs.of(model, processor)
     with _own_rng(seed):
         if isinstance(dataset, DataLoader):
@@ -88,17 +91,17 @@ def collect(
             items = _read(dataset, num_samples, seed)
             groups = _item_groups(items, model, processor, inputs, num_samples, batch_size)
         count = sum(len(indices) for indices, _ in groups)
-        _check_count(count, dataset, least)
+        _check_count(count, dataset, least, without)
         for indices, batch in groups:
             check_values(batch, indices, inputs)
         batches = fill_decoder_inputs([batch for _, batch in groups], model)
     return Batches(batches, count, fingerprint(batches), _source(dataset, count))
 
 
-def _check_arguments(dataset: Any, processor: Any, num_samples: int, batch_size: int) -> None:
+def _check_arguments(dataset: Any, processor: Any, num_samples: int, batch_size: int, without: str) -> None:
     wanted = "dataset must be a Dataset, a DataLoader, a list of samples or another iterable of samples"
     if dataset is None:
-        raise TypeError(f'{wanted}, got None; solver="rtn" with correction=None needs no samples')
+        raise TypeError(f"{wanted}, got None: pass samples{without}")
     if isinstance(dataset, str):
         raise TypeError(f"{wanted}, got the str {dataset!r}: load it first, with datasets.load_dataset")
     if isinstance(dataset, Mapping) and any(hasattr(split, "column_names") for split in dataset.values()):
@@ -118,8 +121,7 @@ def _check_arguments(dataset: Any, processor: Any, num_samples: int, batch_size:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def _check_count(count: int, dataset: Any, least: int) -> None:
-    without = ', or solver="rtn" with correction=None, which needs no samples' if least > 1 else ""
+def _check_count(count: int, dataset: Any, least: int, without: str) -> None:
     if count == 0:
         spent = " (a generator can be read once)" if isinstance(dataset, Iterator) else ""
         raise ValueError(f"dataset is empty{spent}: pass samples{without}")

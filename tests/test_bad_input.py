@@ -97,7 +97,7 @@ def test_a_request_that_breaks_a_rule(fields, error, words):
 DATA: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (bert, {"dataset": []}, ValueError, r"dataset is empty: pass samples, or solver=\"rtn\""),
     (bert, {"dataset": iter([])}, ValueError, r"dataset is empty \(a generator can be read once\)"),
-    (bert, {"dataset": TOKENS[:1]}, ValueError, r"calibration needs at least 2 samples, got 1"),
+    (bert, {"dataset": TOKENS[:1]}, ValueError, r"at least 2 samples, got 1: pass more, or solver=\"rtn\" with"),
     (vit, {"dataset": images(float("nan"))}, ValueError, r"(?s)sample 3.*pixel_values.*NaN"),
     (vit, {"dataset": images(float("inf"))}, ValueError, r"(?s)sample 3.*pixel_values.*(inf|Inf)"),
     (bert, {"dataset": [{"pixels": [1.0, 2.0]}] * 4}, ValueError, r"pixels.*(?s:.*)input_ids"),

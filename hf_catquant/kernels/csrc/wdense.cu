@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) wdense(const Pr
             }
             multiply(y[item % MT], a[item % 2], weights, p, item, stage, uniform(x + slot * APART));
         }
-        if (brings() && stage > share.begin) bring(more, staged, full, empty);
+        if (brings()) bring(more, staged, full, empty);
         const int next = slot + 1 == STAGES ? 0 : slot + 1;
         turn ^= next == 0;
         slot = next;
