@@ -41,11 +41,11 @@ GROUPS = {
     ),
     (32, None): (Group(4, 2, 4, 3, 2), Group(4, 1, 4, 3, 3), Group(4, 1, 8, 3, 1)),
     (64, None): (Group(8, 1, 8, 3, 1), Group(8, 1, 4, 3, 2), Group(8, 2, 4, 3, 2)),
-    (128, None): (Group(16, 1, 8, 3, 1), Group(8, 2, 8, 3, 1)),
-    (512, None): (Group(16, 1, 8, 3, 1), Group(16, 1, 12, 3, 1), Group(8, 2, 8, 3, 1)),
+    (128, None): (Group(16, 2, 8, 3, 1), Group(16, 1, 8, 3, 1), Group(8, 2, 8, 3, 1)),
+    (512, None): (Group(16, 2, 8, 3, 1), Group(16, 1, 8, 3, 1), Group(16, 1, 12, 3, 1), Group(8, 2, 8, 3, 1)),
     (16, "int8"): (Group(2, 2, 4, 4, 3), Group(2, 1, 4, 4, 5)),
     (64, "int8"): (Group(8, 1, 8, 3, 1), Group(8, 1, 4, 3, 3)),
-    (512, "int8"): (Group(16, 1, 8, 4, 1), Group(8, 1, 4, 4, 3)),
+    (512, "int8"): (Group(16, 1, 8, 4, 1), Group(8, 2, 8, 4, 1), Group(8, 1, 4, 4, 3)),
 }
 
 
@@ -140,7 +140,7 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
     shape, name = (8192, 8192), "ternary"
     weights = rotated(name, shape, 128, device)[:16]
     layouts = [cuda_layout.build(*w, name, 128, shape[1]) for w in weights]
-    dense = bf16_times(shape, (2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048), device)
+    dense = bf16_times(shape, (2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), device)
     for tokens, bf16 in dense.items():
         x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
         row: Row = {"tokens": tokens, "bf16": bf16}
@@ -155,6 +155,9 @@ def thresholds(device: torch.device, right: Right) -> Iterator[Row]:
         for limit in (8, 64) if 8 < tokens <= 64 else (8,):
             with mock.patch.object(cuda_table, "FEW_TOKENS", limit):
                 row["shared" if tokens > limit else "each warp"] = tiles()
+        for limit in (0, tokens) if tokens > 8 else ():
+            with mock.patch.object(cuda_table, "LOOKED_UP_TOKENS", limit):
+                row["codes as they are" if limit else "looked up"] = tiles()
         if 8 < tokens <= 16:
             with mock.patch.object(cuda_table, "TALL_TOKENS", 0):
                 cuda_table._shared.cache_clear()

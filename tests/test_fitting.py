@@ -89,7 +89,9 @@ def test_named_sites_and_unknown_ones():
     assert list(report) == ["0", "2"]
     with pytest.raises(ValueError, match="CatConfig\\(at='nowhere'\\): no module has this name"):
         fit_correction(model, teacher, rows, CatConfig(at="nowhere"))
-    with pytest.raises(ValueError, match="dataset is empty: pass samples$"):  # nothing of solvers, which are not at work
+    with pytest.raises(
+        ValueError, match="dataset is empty: pass samples$"
+    ):  # nothing of solvers, which are not at work
         fit_correction(model, teacher, [])
     with pytest.raises(ValueError, match="Sequential has no repeated blocks"):
         fit_correction(model, teacher, rows, CatConfig(at="blocks"))

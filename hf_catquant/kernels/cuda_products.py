@@ -31,25 +31,19 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
     out = x.new_empty(*x.shape[:-1], layout.rows)  # as it is returned: a view could not be written to under autograd
     x = layout.align(x.reshape(-1, x.shape[-1]))
     _check_sizes(layout, x.shape[0], activations is not None)
-    warp_groups = cuda_driver.has_warp_groups(x.device)
-    try:
-        _multiply(x, layout, bias, activations, out, warp_groups)
-    except Unserved as why:
-        if not warp_groups:
-            raise
-        _say(f"products of warp groups are not used: {why}")
-        _multiply(x, layout, bias, activations, out, False)
-    return out
-
-
-def _multiply(
-    x: Tensor, layout: Layout, bias: Tensor | None, activations: str | None, out: Tensor, warp_groups: bool
-) -> None:
-    """The product of aligned x (M, K) into ``out``, on the kernel of the table, which has been tried here before."""
-    processors = cuda_driver.processors(x.device)
-    plan = cuda_table.product(layout, x.shape[0], TYPES[out.dtype], activations is not None, processors, warp_groups)
-    cuda_trial.require(plan, layout, x.dtype, activations, x.device, run)
-    run(plan, x, layout, bias, activations, out)
+    how = (layout, x.shape[0], TYPES[out.dtype], activations is not None, cuda_driver.processors(x.device))
+    refused: tuple[str, ...] = () if cuda_driver.has_warp_groups(x.device) else cuda_table.WARP_GROUPS
+    while True:
+        plan = cuda_table.product(*how, refused)
+        try:
+            cuda_trial.require(plan, layout, x.dtype, activations, x.device, run)
+            run(plan, x, layout, bias, activations, out)
+            return out
+        except Unserved as why:
+            if plan.variant.source not in cuda_table.WARP_GROUPS:
+                raise
+            _say(f"{plan.variant.source} is not used: {why}")
+            refused = (*refused, plan.variant.source)
 
 
 def run(

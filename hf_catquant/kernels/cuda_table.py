@@ -6,6 +6,7 @@ The numbers come from timings on an H200 where there were some, else from instru
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ EXACT_TOKENS = (
     256  # up to here 16-bit activations are multiplied from tiles; above, weights are dequantized for cuBLAS
 )
 # On Hopper, for codes of 1 and 2 bits: above so many tokens codes are looked up as rounded weights; above so many more,
-# weights are dequantized for cuBLAS there too.
-LOOKED_UP_TOKENS, MOST_TOKENS = 64, 4096
+# weights are dequantized for cuBLAS there too, which is what has been timed.
+LOOKED_UP_TOKENS, MOST_TOKENS = 64, 1024
 TALL_TOKENS = (
     16  # up to here a warp of the product of many rows makes 64 weight rows, not 32: fewer instructions a weight
 )
@@ -41,6 +42,9 @@ OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: ab
 LAUNCHES = 4096  # that are remembered
 RESIDENT_THREADS = 2048  # of a multiprocessor
 UNTILE_WARPS = 8
+
+
+WARP_GROUPS = ("wdense", "wgemm")  # kernels that only Hopper has, before others of the same rows
 
 
 class Shape(NamedTuple):
@@ -173,7 +177,7 @@ def serves(layout: Layout, tokens: int, warp_groups: bool) -> bool:
 
 
 def product(
-    layout: Layout, tokens: int, dtype: int, integer: bool, processors: int, warp_groups: bool = False
+    layout: Layout, tokens: int, dtype: int, integer: bool, processors: int, refused: Collection[str] = WARP_GROUPS
 ) -> Launch:
     """The launch for ``tokens`` rows of x.
 
@@ -183,13 +187,14 @@ def product(
         dtype: 0 bfloat16, 1 float16, 2 float32, of out.
         integer: whether x comes as int8 codes.
         processors: multiprocessors of the device.
-        warp_groups: whether the device has products of warp groups.
+        refused: those of ``WARP_GROUPS`` that cannot be used.
     """
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
-    if tokens > FEW_TOKENS and warp_groups and layout.group_steps % 4 == 0:
-        looked_up = not integer and layout.bits <= 2 and tokens > LOOKED_UP_TOKENS
-        return _grouped(*fixed, tokens, integer, looked_up, processors)
+    if tokens > FEW_TOKENS and layout.group_steps % 4 == 0:
+        looked_up = not integer and layout.bits <= 2 and tokens > LOOKED_UP_TOKENS and "wdense" not in refused
+        if looked_up or "wgemm" not in refused:
+            return _grouped(*fixed, tokens, integer, looked_up, processors)
     if tokens > FEW_TOKENS:
         return _shared(*fixed, tokens, integer, processors)
     split = 0 if integer or tokens > SPLIT_TOKENS else 1 << (tokens - 1).bit_length()
@@ -242,7 +247,9 @@ def group_shape(tokens: int, bits: int, integer: bool, looked_up: bool) -> Group
     """
     large = bits >= 4
     if looked_up:
-        return Group(16, 1, 8, 3, 1)
+        return Group(
+            16, 2 if bits == 2 else 1, 8, 3, 1
+        )  # 256 rows by 128 tokens: fewer would have the second-level cache read x too often
     if tokens <= 16:
         return Group(2, 1, 4, 4, 4) if large else Group(2, 2, 4, 4, 3)
     if tokens <= 32:

@@ -1,8 +1,8 @@
 """A product's kernel is tried on a small problem on the device before its first use there.
 
 Kernels are compiled where they run, by the NVRTC and for the device that are there, and most devices have never been at
-hand. One that answers wrongly is not used: the caller gets :class:`Unserved`, as for one that does not compile. A trial
-takes some milliseconds, once a process, kernel and device. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
+hand. One that fails the trial is not used: the caller gets :class:`Unserved`, as for one that does not compile. It shows
+mistakes of reading, multiplying and writing; not what depends on sizes, load or luck. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ SWITCH = "CATQUANT_CUDA_TRIAL"
 PARTS = 2  # along k, where a launch has several
 # Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: it takes one column of some thousand.
 LOST = 2e-4
+_Run = Callable[[cuda_table.Launch, Tensor, Layout, Tensor | None, str | None, Tensor], None]
 _found: dict[tuple[Any, ...], str] = {}  # what has been tried -> what was wrong with it
+_passed: dict[
+    tuple[Any, ...], cuda_table.Launch
+] = {}  # by the identity of a plan, which is faster told than its values
 
 
 def require(
@@ -34,7 +38,7 @@ def require(
     dtype: torch.dtype,
     activations: str | None,
     device: torch.device,
-    run: Callable[..., None],
+    run: _Run,
 ) -> None:
     """Nothing, if the kernel of ``plan`` is known to answer rightly on ``device``, or does now.
 
@@ -45,15 +49,20 @@ def require(
     Raises:
         Unserved: it answers wrongly, or a CUDA graph is captured before it has been tried.
     """
+    place = (id(plan), dtype, activations, device)
+    if _passed.get(place) is plan or os.environ.get(SWITCH) == "0":
+        return
     key = (plan.variant, plan.splits > 1, dtype, activations, device)
     if key not in _found:
-        if os.environ.get(SWITCH) == "0":
-            return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise Unserved(f"{plan.variant.source} is first used while a CUDA graph is captured: run it once before")
-        _found[key] = _try(plan, layout, dtype, activations, device, run)
+        try:
+            _found[key] = _try(plan, layout, dtype, activations, device, run)
+        except torch.OutOfMemoryError:
+            return  # the product itself may need less
     if _found[key]:
         raise Unserved(_found[key])
+    _passed[place] = plan
 
 
 @torch.no_grad()
@@ -63,24 +72,18 @@ def _try(
     dtype: torch.dtype,
     activations: str | None,
     device: torch.device,
-    run: Callable[..., None],
+    run: _Run,
 ) -> str:
-    """What is wrong with the kernel; empty if nothing is."""
+    """What is wrong with the kernel; empty if nothing is. What is right is found on the CPU, where it takes no library."""
     generator = torch.Generator("cpu").manual_seed(0)
-    small, tokens = _problem(plan, layout, device, generator)
-    x = torch.randn(tokens, small.columns, generator=generator, device="cpu").to(device, dtype)
+    small, tokens = _problem(plan, layout, generator)
+    x = torch.randn(tokens, small.columns, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+    there = replace(small, tiles=small.tiles.to(device), scales=small.scales.to(device))
     out = torch.full((tokens, small.rows), float("nan"), dtype=dtype, device=device)
     splits = PARTS if plan.splits > 1 else 1
     launch = cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits)
-    run(launch, x, small, None, activations, out)
-    with torch.autocast(device.type, enabled=False):
-        weight = weight_of(small)
-        if plan.variant.source == "wdense":
-            weight = weight.to(dtype).double()
-        x_hat = x.double() if activations is None else quantize_activation(x.float(), get_format(activations)).double()
-        exact = x_hat @ weight.T
-        allowed = torch.finfo(dtype).eps * exact.abs() + LOST * (x_hat.abs() @ weight.abs().T)
-        error = float(((out.double() - exact).abs() / allowed).nan_to_num(float("inf")).max())
+    run(launch, x.to(device), there, None, activations, out)
+    error = _error(out.cpu(), x, weight_of(small), activations, plan.variant.source == "wdense")
     if error <= 1:
         return ""
     options = " ".join(plan.variant.options)
@@ -90,33 +93,38 @@ def _try(
     )
 
 
-def _problem(
-    plan: cuda_table.Launch, layout: Layout, device: torch.device, generator: torch.Generator
-) -> tuple[Layout, int]:
-    """A random weight, and a number of rows of x: two blocks each way, the second with an end, turns and a rest along k."""
+def _error(out: Tensor, x: Tensor, weight: Tensor, activations: str | None, rounded: bool) -> float:
+    """The largest error of out (M, N) in units of what is allowed; ``rounded``: of products with rounded weights."""
+    if rounded:
+        weight = weight.to(x.dtype).double()
+    x_hat = x.double() if activations is None else quantize_activation(x.float(), get_format(activations)).double()
+    with torch.autocast("cpu", enabled=False):
+        exact, sizes = x_hat @ weight.T, x_hat.abs() @ weight.abs().T
+    allowed = torch.finfo(out.dtype).eps * exact.abs() + LOST * sizes
+    return float(((out.double() - exact).abs() / allowed).nan_to_num(float("inf")).max())
+
+
+def _problem(plan: cuda_table.Launch, layout: Layout, generator: torch.Generator) -> tuple[Layout, int]:
+    """A random weight on the CPU, and a number of rows of x: two blocks each way, the second with an end, turns and a rest
+    along k, so many that rings of stages go round twice.
+    """
     held = dict(plan.variant.constants)
     of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
     few = plan.variant.source in ("split8", "product8", "product16")
     tiles = held["MT"] * (1 if few else warps // of_token) + 1
     tokens = held.get("TOKENS", 8 * held["NT"] * of_token) + (0 if few else 3)
     width = chunk_width(held["BITS"])
-    chunks = 2 * warps + 1 if few else (5 * cuda_table.STAGE_COLUMNS) // width + 1
+    stages = PARTS * (2 * held["STAGES"] + 1) if "STAGES" in held else 10
+    chunks = 2 * warps + 1 if few else stages * cuda_table.STAGE_COLUMNS // width - 1
     columns = chunks * width
     groups = -(-columns // (STEP * held["GROUP_STEPS"])) if held["GROUP_STEPS"] else 1
     packed = torch.randint(256, (tiles, columns // (256 // held["BITS"]), 512), generator=generator, device="cpu")
-    scales = 0.02 * torch.rand(tiles, groups, 8, 2, 2, generator=generator, device="cpu")
+    scales = 0.02 * torch.rand(tiles, groups, 8, 2, 2, generator=generator, device="cpu", dtype=torch.float32)
     if held["BITS"] == 8:
         scales[..., 1] = 0  # no format of 8 bits has an offset
-    made = replace(
-        layout,
-        tiles=packed.to(torch.uint8).to(device),
-        scales=scales.to(layout.scales.dtype).to(device),
-        rows=16 * tiles - 5,
-        columns=columns,
-        chunks=chunks,
-        spread=None,
-    )
-    return made, tokens
+    scales = scales.to(layout.scales.dtype)
+    sizes = {"rows": 16 * tiles - 5, "columns": columns, "chunks": chunks}
+    return replace(layout, tiles=packed.to(torch.uint8), scales=scales, spread=None, **sizes), tokens
 
 
 def weight_of(layout: Layout) -> Tensor:

@@ -63,7 +63,7 @@ def grouped() -> dict[str, Variant]:
     made = {}
     for bits, group_steps, tokens, integer in product((1, 2, 4, 8), (4, 0, 8), (16, 32, 64, 256), (False, True)):
         layout = shape_of(8192, bits, group_steps)
-        variant = cuda_table.product(layout, tokens, 0, integer, processors=132, warp_groups=True).variant
+        variant = cuda_table.product(layout, tokens, 0, integer, 132, ()).variant
         assert variant.source == ("wdense" if tokens == 256 and bits <= 2 and not integer else "wgemm")
         made[" ".join((variant.source, *variant.options))] = variant
     return made

@@ -163,7 +163,7 @@ def test_products_of_weights_looked_up(name, outputs, columns, group_size, rows,
     case, x = stored(name, outputs, columns, group_size, scales), inputs(rows, columns, dtype)
     layout = cuda_layout.build(*case.stored, name, group_size, columns)
     with emulated(folder, warp_groups=True), cut_in(parts):
-        assert cuda_table.product(layout, rows, cuda_calls.TYPES[dtype], False, 132, True).variant.source == "wdense"
+        assert cuda_table.product(layout, rows, cuda_calls.TYPES[dtype], False, 132, ()).variant.source == "wdense"
         out = cuda_products.multiply(x, layout, None, None)
     dense = (
         dequantize_packed(*case.stored, case.fmt, group_size, columns).to(dtype).double()
@@ -175,7 +175,7 @@ def test_warp_groups_serve_groups_of_whole_units_of_128_columns():
     layout = cuda_layout.build(*stored("int4", 16, 256, 128).stored, "int4", 128, 256)
     small = cuda_layout.build(*stored("int4", 16, 256, 64).stored, "int4", 64, 256)
     sources = [
-        cuda_table.product(at, tokens, 0, False, 132, have).variant.source
+        cuda_table.product(at, tokens, 0, False, 132, () if have else cuda_table.WARP_GROUPS).variant.source
         for at, tokens, have in ((layout, 9, True), (layout, 8, True), (layout, 9, False), (small, 9, True))
     ]
     assert sources == ["wgemm", "product16", "gemm", "gemm"]
@@ -196,7 +196,7 @@ def test_what_warp_groups_cannot_serve_goes_on_without_them(folder, monkeypatch,
         layout = cuda_layout.build(*case.stored, "ternary", 128, 256)
         out = cuda_products.multiply(x, layout, None, None)
     assert_product(out, x.double() @ case.dense.T, x.double().abs() @ case.dense.abs().T)
-    assert "products of warp groups are not used: NVRTC refuses it" in caplog.text
+    assert "wgemm is not used: NVRTC refuses it" in caplog.text
 
 
 @pytest.mark.parametrize("fmt", ACTIVATION_FORMATS)
@@ -319,20 +319,36 @@ MISTAKES = {
     "launch before": ("product16.cu", "    wait_for_inputs();\n", "", 5),
     "sums of x": ("sums.cu", "FLUSH * run + i", "run + i", 70),
 }
-GROUP_MISTAKES = {
-    "stage not waited for": ("wgemm.cu", "                wait_turn(full + next, next_turn);\n", ""),
-    "place not given back": ("wgemm.cu", "        if (threadIdx.x == 0) arrive(empty + slot);\n", ""),
-    "sums not waited for": ("wgemm.cu", "            wait_wgmma<0>();\n", ""),
-    "sums of the other item": ("wgemm.cu", "add_item(y[mt], sums[item % 2]", "add_item(y[mt], sums[(item + 1) % 2]"),
-    "codes of the next stage": ("wgemm.cu", "2 / UNITS * (stage + 1) + held", "2 / UNITS * stage + held"),
-    "rows of the second product": (
+GROUP_MISTAKES = {  # the last number: rows of x
+    "stage not waited for": ("wgemm.cu", "                wait_turn(full + next, next_turn);\n", "", 12),
+    "place not given back": ("wgemm.cu", "        if (threadIdx.x == 0) arrive(empty + slot);\n", "", 12),
+    "sums not waited for": ("wgemm.cu", "            wait_wgmma<0>();\n", "", 12),
+    "sums of the other item": (
         "wgemm.cu",
+        "add_item(y[mt], sums[item % 2]",
+        "add_item(y[mt], sums[(item + 1) % 2]",
+        12,
+    ),
+    "sums of the second unit": ("wgemm.cu", " + unit * TOKENS);", ");", 12),
+    "codes of the next stage": (
+        "warp_group.cuh",
+        "(2 * stage + unit) / UNITS + CHUNKS_HELD",
+        "(2 * stage + unit) / UNITS",
+        12,
+    ),
+    "rows of the second product": (
+        "warp_group.cuh",
         "tile + 4 * mt < p.row_tiles ? tile + 4 * mt",
         "tile + mt < p.row_tiles ? tile + mt",
+        12,
     ),
-    "sums of the second unit": ("wgemm.cu", " + unit * TOKENS);", ");"),
-    "piece of a token": ("arrange.cu", "at.first + i ^ at.token", "at.first + i"),
-    "run of a step": ("arrange.cu", "+ run % 4, step", "+ (run % 4 ^ 1), step"),
+    "piece of a token": ("arrange.cu", "at.first + i ^ at.token", "at.first + i", 12),
+    "run of a step": ("arrange.cu", "+ run % 4, step", "+ (run % 4 ^ 1), step", 12),
+    "pairs": ("arrange.cu", "x.v[first + (PAIRED ? 4 : 1)]", "x.v[first + 1]", 66),
+    "products not waited for": ("wdense.cu", "    wait_wgmma<0>();\n", "", 66),
+    "half of a word": ("wdense.cu", "+ i % 2 * 16;", "+ (i + 1) % 2 * 16;", 66),
+    "table of the other row": ("wdense.cu", "look_up(tables[j % 2], codes)", "look_up(tables[j / 2], codes)", 66),
+    "bytes of a number": ("lookup.cuh", "0x7531)};", "0x6420)};", 66),
 }
 
 
@@ -367,20 +383,20 @@ def test_mistakes_are_found(mistake, folder, tmp_path):
         )
 
 
-GROUPS_ALWAYS = ("sums not waited for", "piece of a token")
+GROUPS_ALWAYS = ("sums not waited for", "codes of the next stage", "piece of a token", "bytes of a number")
 
 
 @pytest.mark.parametrize(
     "mistake", [*GROUPS_ALWAYS, *slow(*(name for name in GROUP_MISTAKES if name not in GROUPS_ALWAYS))]
 )
 def test_mistakes_with_warp_groups_are_found(mistake, folder, tmp_path):
-    file, right, wrong = GROUP_MISTAKES[mistake]
+    file, right, wrong, rows = GROUP_MISTAKES[mistake]
     shutil.copytree(cuda_compile.CSRC, tmp_path / "csrc")
     path = tmp_path / "csrc" / file
     text = path.read_text(encoding="utf-8")
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong), encoding="utf-8")
-    case, x = stored("ternary", 150, 1024, 128), inputs(12, 1024, torch.bfloat16)
+    case, x = stored("ternary", 150, 1536, 128), inputs(rows, 1536, torch.bfloat16)
     with pytest.raises((AssertionError, RuntimeError), match=r"times the bound|more arrivals|more products|forever"):
         check(case, x, folder, sources=tmp_path / "csrc", parts=1, warp_groups=True)
 

@@ -28,6 +28,7 @@ ALWAYS = ("split8", "wgemm", "wdense")
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
     monkeypatch.setattr(cuda_trial, "_found", {})
+    monkeypatch.setattr(cuda_trial, "_passed", {})
 
 
 def product(name, group_size, rows, activations, dtype, folder, warp_groups=False):
@@ -94,9 +95,27 @@ def test_each_kernel_is_tried_once(folder, monkeypatch):
     assert len(count) == 2
 
 
-def test_the_random_state_stays_as_it_was(folder):
-    before = torch.get_rng_state()
+def test_a_full_card_is_no_reason_to_refuse(folder, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_trial, "_try", full)
     product("ternary", 128, 1, None, BF16, folder)
+    assert not cuda_trial._found
+
+
+def test_the_random_state_and_defaults_stay_as_they_were(folder):
+    layout = cuda_layout.build(*random_case("ternary", 40, 512, 128).stored, "ternary", 128, 512)
+    plan, before = cuda_table.product(layout, 1, 0, False, 132), torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            small, _ = cuda_trial._problem(plan, layout, torch.Generator("cpu").manual_seed(0))
+            weight = cuda_trial.weight_of(small)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert small.tiles.device.type == small.scales.device.type == weight.device.type == "cpu"
+    assert small.scales.dtype == layout.scales.dtype
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -113,8 +132,8 @@ def test_weights_are_read_back_from_tiles(name, group_size):
 def test_the_problem_has_ends_of_blocks_inside(tokens, warp_groups):
     case = random_case("ternary", 300, 1024, 128)
     layout = cuda_layout.build(*case.stored, "ternary", 128, 1024)
-    plan = cuda_table.product(layout, tokens, 0, False, 132, warp_groups)
-    small, rows = cuda_trial._problem(plan, layout, torch.device("cpu"), torch.Generator())
+    plan = cuda_table.product(layout, tokens, 0, False, 132, () if warp_groups else cuda_table.WARP_GROUPS)
+    small, rows = cuda_trial._problem(plan, layout, torch.Generator())
     again = cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, rows)
     assert again.shared == plan.shared
     assert again.grid[0] * again.grid[1] >= 2

@@ -34,7 +34,7 @@ struct Product {
     const void* scales;    // [row tiles][groups][8][2] pairs (scale, offset): rows r and r + 8 side by side
     const void* x;         // (M, columns), or codes (M, chunks * CHUNK) int8; of wgemm.cu as arrange.cu writes it
     const float* x_scale;  // (M), of codes
-    const float* x_sums;   // (runs, M rounded up to 128), of gemm.cu and wgemm.cu
+    const float* x_sums;   // (runs, M rounded up to 128), of gemm.cu
     const void* bias;      // (N) or null
     void* out;             // (M, N)
     int tokens, rows, columns, row_tiles, chunks, groups, splits;

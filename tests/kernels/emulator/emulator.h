@@ -50,6 +50,7 @@ inline int region_count, threads, current;
 inline bool moved;  // since the last round of the scheduler
 inline Place block, block_size, grid_size;
 inline void (*entry)();
+static void (*begin)();  // of a launch; of its own library, which inline variables are not
 
 [[noreturn]] inline void fail(const char* what, const void* at = nullptr) {
     snprintf(message, sizeof message, "%s (address %p, block %d %d, thread %d %d)", what, at, block.x, block.y,
@@ -323,6 +324,7 @@ const char* launch(Place grid, Place threads_of_block, const void* arguments, co
     block_size = threads_of_block;
     threads = block_size.x * block_size.y;
     if (setjmp(failure)) return message;
+    if (begin) begin();
     for (block.y = 0; block.y < grid.y; block.y++)
         for (block.x = 0; block.x < grid.x; block.x++) run_block();
     return nullptr;

@@ -45,6 +45,13 @@ struct Bulk { char* to; const char* from; int bytes; Turnstile* at; };
 inline Bulk bulks[64];
 inline int bulk_count;
 
+// What a launch that failed left under way.
+inline void forget() {
+    bulk_count = 0;
+    for (Pending& mine : pending) mine.count = mine.group = 0;
+}
+static const bool forgets = (begin = forget, true);
+
 inline void pass(Turnstile* at) {
     if (at->left || at->bytes) return;
     at->left = at->arrivals;
