@@ -68,15 +68,8 @@ class Setting:
         """What the results call the solver and its options."""
         rotation = [] if self.rotation == "auto" else [f"rotation {self.rotation}"]
         named = [word for word in self.more if "=" in word]
-        return ", ".join(
-            [
-                self.solver,
-                *rotation,
-                *named,
-                *self.after("--generate", "own texts"),
-                *self.after(BITS, "bits on average"),
-            ]
-        )
+        asked = [*self.after("--generate", "own texts"), *self.after(BITS, "bits on average")]
+        return ", ".join([self.solver, *rotation, *named, *asked])
 
     def after(self, option: str, what: str) -> list[str]:
         """What the results call the value of an option, if it is given."""

@@ -246,10 +246,8 @@ def group_shape(tokens: int, bits: int, integer: bool, looked_up: bool) -> Group
     What fits the registers, as NVRTC finds: codes of 4 and 8 bits take more of them.
     """
     large = bits >= 4
-    if looked_up:
-        return Group(
-            16, 2 if bits == 2 else 1, 8, 3, 1
-        )  # 256 rows by 128 tokens: fewer would have the second-level cache read x too often
+    if looked_up:  # 256 rows by 128 tokens: fewer would have the second-level cache read x too often
+        return Group(16, 2 if bits == 2 else 1, 8, 3, 1)
     if tokens <= 16:
         return Group(2, 1, 4, 4, 4) if large else Group(2, 2, 4, 4, 3)
     if tokens <= 32:

@@ -2,7 +2,8 @@
 
 Kernels are compiled where they run, by the NVRTC and for the device that are there, and most devices have never been at
 hand. One that fails the trial is not used: the caller gets :class:`Unserved`, as for one that does not compile. It shows
-mistakes of reading, multiplying and writing; not what depends on sizes, load or luck. ``CATQUANT_CUDA_TRIAL=0`` leaves it out.
+mistakes of reading, multiplying and writing; not what depends on sizes, load or luck. ``CATQUANT_CUDA_TRIAL=0`` leaves it
+out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .cuda_layout import STEP, Layout, chunk_width
 
 SWITCH = "CATQUANT_CUDA_TRIAL"
 PARTS = 2  # along k, where a launch has several
-# Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: it takes one column of some thousand.
+# Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: a column of some thousand is more.
 LOST = 2e-4
 _Run = Callable[[cuda_table.Launch, Tensor, Layout, Tensor | None, str | None, Tensor], None]
 _found: dict[tuple[Any, ...], str] = {}  # what has been tried -> what was wrong with it
