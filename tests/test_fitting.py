@@ -90,7 +90,7 @@ def test_named_sites_and_unknown_ones():
     with pytest.raises(ValueError, match="CatConfig\\(at='nowhere'\\): no module has this name"):
         fit_correction(model, teacher, rows, CatConfig(at="nowhere"))
     with pytest.raises(
-        ValueError, match="dataset is empty: pass samples$"
+        ValueError, match=r"dataset is empty: pass samples$"
     ):  # nothing of solvers, which are not at work
         fit_correction(model, teacher, [])
     with pytest.raises(ValueError, match="Sequential has no repeated blocks"):

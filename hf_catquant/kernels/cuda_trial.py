@@ -24,7 +24,7 @@ from .cuda_layout import STEP, Layout, chunk_width
 
 SWITCH = "CATQUANT_CUDA_TRIAL"
 PARTS = 2  # along k, where a launch has several
-# Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: a column of some thousand is more.
+# Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: a column of a thousand is more.
 LOST = 2e-4
 _Run = Callable[[cuda_table.Launch, Tensor, Layout, Tensor | None, str | None, Tensor], None]
 _found: dict[tuple[Any, ...], str] = {}  # what has been tried -> what was wrong with it
