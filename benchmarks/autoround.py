@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import ROOT, Bench, chosen, made, put, read, span, table, weight_bits, write
@@ -31,8 +31,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "autoround.json"
 PAGE = ROOT / "docs" / "autoround.md"
 HEAD = ("bits", "what", "stored bits a weight", "seeds", "result", "agreement %", "KL", "s", "peak GB")
 
-# Format, group size, rotation, and options of learning beside the defaults, with what a row says of them.
-Scheme = tuple[str, int, str, tuple[str, dict[str, float]] | None]
+
+class Scheme(NamedTuple):
+    """Format, group size, rotation, options of learning beside the defaults with what a row says of them, bits of a mix."""
+
+    weights: str
+    group_size: int
+    rotation: str = "auto"
+    learning: tuple[str, dict[str, float]] | None = None
+    average_bits: float | None = None
+
+
 LONGER = (", 800 steps a block", {"block_steps": 800})
 WHOLE = (", 400 and 1200 steps", {"block_steps": 400, "model_steps": 1200, "model_rate": 0.6})
 OWN_LENGTH = 256  # tokens of a text that the float model writes
@@ -51,6 +60,7 @@ class Subject:
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
         ternary: of hf_catquant in ternary, with what a row says of it; with options it is learned only.
+        mixed: formats of one scale a row that are mixed with wider ones, and the bits they come to, in rows of 2 bits.
         own: texts that the float model writes, for one row of each that calibrates on them as well.
         about: what the page says.
     """
@@ -62,6 +72,7 @@ class Subject:
     groups: tuple[int, ...]
     ternary: tuple[tuple[str, Scheme], ...]
     about: str
+    mixed: tuple[tuple[str, float], ...] = ()
     own: int = 0
 
 
@@ -72,7 +83,7 @@ SUBJECTS = {
         False,
         32,
         (32, 64),
-        (("", ("ternary_symmetric", -1, "auto", None)), ("", ("ternary_symmetric", -1, "auto", LONGER))),
+        (("", Scheme("ternary_symmetric", -1)), ("", Scheme("ternary_symmetric", -1, learning=LONGER))),
         "Attention only (AutoRound leaves the MLPs out); perplexity, float 4.70. Own texts are those that the float model "
         "wrote, the same for both.",
         own=340,
@@ -84,11 +95,13 @@ SUBJECTS = {
         64,
         (128,),
         (
-            ("", ("ternary_symmetric", 128, "auto", None)),
-            (", group 192, rotated", ("ternary", 192, "hadamard", None)),
-            (", group 192, rotated", ("ternary", 192, "hadamard", LONGER)),
+            ("", Scheme("ternary_symmetric", 128)),
+            (", group 192, rotated", Scheme("ternary", 192, "hadamard")),
+            (", group 192, rotated", Scheme("ternary", 192, "hadamard", LONGER)),
         ),
-        "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56.",
+        "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56. Mixed: wider formats for the "
+        "layers that need them (`average_bits`), one scale a row.",
+        mixed=(("int2", 2.25), ("ternary", 1.85)),
     ),
 }
 
@@ -138,16 +151,19 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
     if bits == 2 and subject.own:
         mark = f", {subject.own} own texts"
         runs[f"AutoRound's for 2 bits, 1000 steps of 8 texts{mark}"] = (its_own, (bits, 1000, 8, subject.own))
-        scheme = (*subject.ternary[0][1][:3], WHOLE)
+        scheme = subject.ternary[0][1]._replace(learning=WHOLE)
         runs[f"hf_catquant ternary, reconstruct{WHOLE[0]}{mark}"] = (ours, (scheme, "reconstruct", subject.own))
     for solver in ("gptq", "reconstruct"):
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
-            runs[f"hf_catquant{mark}, {solver}"] = (ours, ((f"int{bits}", group_size, "auto", None), solver, 0))
+            runs[f"hf_catquant{mark}, {solver}"] = (ours, (Scheme(f"int{bits}", group_size), solver, 0))
         for mark, scheme in subject.ternary if bits == 2 else ():
-            if solver == "reconstruct" or scheme[3] is None:
-                said = "" if scheme[3] is None else scheme[3][0]
+            if solver == "reconstruct" or scheme.learning is None:
+                said = "" if scheme.learning is None else scheme.learning[0]
                 runs[f"hf_catquant ternary{mark}, {solver}{said}"] = (ours, (scheme, solver, 0))
+        for weights, average in subject.mixed if bits == 2 else ():
+            scheme = Scheme(weights, -1, average_bits=average)
+            runs[f"hf_catquant {weights} mixed to {average}, {solver}"] = (ours, (scheme, solver, 0))
     return runs
 
 
@@ -238,14 +254,14 @@ def its_own(bench: Bench, subject: Subject, bits: int, steps: int, batch_size: i
 
 def ours(bench: Bench, subject: Subject, scheme: Scheme, solver: str, own: int, seed: int) -> Any:
     """hf_catquant on the layers that AutoRound quantizes, without a correction."""
-    weights, group_size, rotation, learning = scheme
     samples = with_own(bench, own) if own else bench.calibration
     config = CatQuantConfig(
-        weights=weights,
-        group_size=group_size,
-        rotation=rotation,
+        weights=scheme.weights,
+        group_size=scheme.group_size,
+        rotation=scheme.rotation,
+        average_bits=scheme.average_bits,
         solver=solver,
-        solver_options={} if learning is None else dict(learning[1]),
+        solver_options={} if scheme.learning is None else dict(scheme.learning[1]),
         seed=seed,
         correction=None,
         dataset=samples,
