@@ -27,6 +27,12 @@ SETTINGS: tuple[tuple[str, str, str, Callable[[Row], bool]], ...] = (
     ("int4, gptq", "minutes", 'CatQuantConfig(weights="int4", group_size=64)', lambda r: _is(r, "int4", "gptq", 64)),
     ("int3, gptq", "minutes", 'CatQuantConfig(weights="int3")', lambda r: _is(r, "int3", "gptq", 128)),
     (
+        "int2 mixed with wider formats, gptq",
+        "minutes",
+        'CatQuantConfig(weights="int2", group_size=-1, average_bits=2.25)',
+        lambda r: _is(r, "int2", "gptq", -1),
+    ),
+    (
         "ternary, gptq",
         "minutes",
         'CatQuantConfig(weights="ternary", group_size=64)',
@@ -89,6 +95,8 @@ def advice(results: list[Row]) -> list[str]:
     depthwise, transformers = "mobilenet_v2_1.0_224", ("deit-tiny-patch16-224", "stories260K")
     learned = {name: best(results, name, "ternary_symmetric", "reconstruct") for name in transformers}
     rounded = {name: best(results, name, "ternary", "gptq") for name in (*transformers, depthwise)}
+    deit = transformers[0]
+    mixed = {name: best(results, name, "int2", "gptq") for name in (deit, "resnet-18-pq")}
     shorter, longer = (learned_for(steps) for steps in ("", ", 800 steps a block"))
     found = (
         (
@@ -100,6 +108,14 @@ def advice(results: list[Row]) -> list[str]:
             int3 < 5,
             "**Smaller, in minutes**: `int3` by `gptq`.",
             f"They lose at most {int3:.1f} points, in groups of 128 (DeiT-Tiny; less in groups of 64, or learned).",
+        ),
+        (
+            all(mixed[name] < rounded[name] for name in mixed),
+            '**About two bits, in minutes**: `CatQuantConfig(weights="int2", group_size=-1, average_bits=2.25)`.',
+            (
+                "One scale a row, and what groups would take goes to the layers that need it, 2.5 where rows are short:"
+                f" DeiT-Tiny loses {mixed[deit]:.0f} points, not {rounded[deit]:.0f} as in ternary of 2.12 bits."
+            ),
         ),
         (
             all(learned[name] < rounded[name] for name in transformers),

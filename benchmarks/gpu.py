@@ -45,6 +45,7 @@ LIMITS = {
     "decode": 60.0,
     "peers": 90.0,
     "other ops": 40.0,
+    "trials": 30.0,
     "launches": 90.0,
     "sanitizer": 120.0,
 }

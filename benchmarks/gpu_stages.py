@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_catquant.formats import get_format, group_count
-from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_products, cuda_table
+from hf_catquant.kernels import cuda_calls, cuda_driver, cuda_layout, cuda_products, cuda_table, cuda_trial
 from hf_catquant.kernels.cuda_table import Group
 
 Row = dict[str, Any]
@@ -249,6 +250,28 @@ def decode(
         yield {"weights": name, "rotated": turned, **row}
 
 
+def trials(device: torch.device, right: Right) -> Iterator[Row]:
+    """What it takes to try a kernel before its first use, and what the trial says."""
+    for name, tokens, activations in (
+        *(("ternary", tokens, None) for tokens in (1, 6, 16, 100)),
+        *(("ternary", tokens, "int8") for tokens in (1, 16, 100)),
+        ("int4", 16, None),
+    ):
+        layout = cuda_layout.build(*random_weight(name, 1024, 1024, 128, device), name, 128, 1024)
+        x = torch.randn(tokens, 1024, device=device, dtype=torch.bfloat16)
+        cuda_products.multiply(x, layout, None, activations)  # compiled and loaded
+        found: dict[Any, str] = {}
+        with (
+            mock.patch.dict("os.environ", {cuda_trial.SWITCH: "0" if device.type == "meta" else "1"}),
+            mock.patch.multiple(cuda_trial, _found=found, _passed={}),
+        ):
+            start = time.perf_counter()
+            cuda_products.multiply(x, layout, None, activations)
+            taken = 1e3 * (time.perf_counter() - start)
+        said = {key[0].source: wrong or "right" for key, wrong in found.items()}
+        yield {"weights": name, "tokens": tokens, "activations": activations, "ms": round(taken, 1), "said": said}
+
+
 def other_ops(device: torch.device, right: Right) -> Iterator[Row]:
     """Rotation, look-up, correction and convolution."""
     stored = random_weight("ternary", 32000, 4096, 128, device)
@@ -298,5 +321,6 @@ STAGES: dict[str, Callable[[torch.device, Right], Iterator[Row]]] = {
     "decode": decode,
     "peers": peers,
     "other ops": other_ops,
+    "trials": trials,
     "launches": launches,
 }
