@@ -95,8 +95,7 @@ def advice(results: list[Row]) -> list[str]:
     depthwise, transformers = "mobilenet_v2_1.0_224", ("deit-tiny-patch16-224", "stories260K")
     learned = {name: best(results, name, "ternary_symmetric", "reconstruct") for name in transformers}
     rounded = {name: best(results, name, "ternary", "gptq") for name in (*transformers, depthwise)}
-    deit = transformers[0]
-    mixed = {name: best(results, name, "int2", "gptq") for name in (deit, "resnet-18-pq")}
+    deit, mixed = transformers[0], best(results, transformers[0], "int2", "gptq")
     shorter, longer = (learned_for(steps) for steps in ("", ", 800 steps a block"))
     found = (
         (
@@ -110,11 +109,11 @@ def advice(results: list[Row]) -> list[str]:
             f"They lose at most {int3:.1f} points, in groups of 128 (DeiT-Tiny; less in groups of 64, or learned).",
         ),
         (
-            all(mixed[name] < rounded[name] for name in mixed),
+            mixed < rounded[deit],
             '**About two bits, in minutes**: `CatQuantConfig(weights="int2", group_size=-1, average_bits=2.25)`.',
             (
                 "One scale a row, and what groups would take goes to the layers that need it, 2.5 where rows are short:"
-                f" DeiT-Tiny loses {mixed[deit]:.0f} points, not {rounded[deit]:.0f} as in ternary of 2.12 bits."
+                f" DeiT-Tiny loses {mixed:.0f} points, not {rounded[deit]:.0f} as in ternary of 2.12 bits."
             ),
         ),
         (
