@@ -113,6 +113,14 @@ PLAN = (
     Setting("ternary_symmetric", "rtn", ("stories",), 192),  # what the share that is won back is counted from
     Setting("ternary_symmetric", models=("resnet",)),
     Setting("ternary", "reconstruct", ("minilm",), 192, rotation="hadamard"),
+    # Formats mixed to so many bits, from one scale a row, which takes more of them where rows are short.
+    *(Setting("int2", s, ("minilm", "deit"), -1, more=(BITS, "2.25")) for s in ("gptq", "reconstruct")),
+    *(
+        Setting("ternary", s, m, -1, more=(BITS, "1.85"))
+        for s, m in (("gptq", ("minilm", "deit")), ("reconstruct", ("minilm",)))
+    ),
+    Setting("int2", models=("resnet",), group_size=-1, more=(BITS, "2.25")),
+    Setting("int2", models=("mobilenet", "kwt1", "stories"), group_size=-1, more=(BITS, "2.5")),
     Setting("int2", "gptq", ("resnet",), 64, "int2"),
     *(
         Setting("int2", "reconstruct", ("resnet",), 64, "int2", (STEPS, f"block_steps={b}", f"model_steps={m}"))

@@ -129,7 +129,10 @@ def advice(results: list[Row]) -> list[str]:
         (
             rounded[depthwise] > 10 > best(results, depthwise, "int3", "gptq"),
             "**Depthwise convolutions** (MobileNet): `int3` at least.",
-            f"Ternary loses {rounded[depthwise]:.0f} points there.",
+            (
+                f"Ternary loses {rounded[depthwise]:.0f} points there, int2 mixed with wider formats (2.5 bits)"
+                f" {best(results, depthwise, 'int2', 'gptq'):.0f}."
+            ),
         ),
         (
             True,
