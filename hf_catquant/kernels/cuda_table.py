@@ -59,7 +59,9 @@ class Shape(NamedTuple):
 SPLIT_SHAPES = tuple(Shape(*s) for s in ((1, 16), (2, 16), (2, 8), (4, 16), (4, 8), (7, 8), (10, 8), (14, 8)))
 
 
-def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks: int, processors: int) -> Shape:
+def split_shape(
+    row_tiles: int, bits: int, group_steps: int, tokens: int, chunks: int, processors: int, scale32: int = 0
+) -> Shape:
     """The shape with which the busiest multiprocessor has least to do: all of them get whole blocks.
 
     Args:
@@ -68,6 +70,7 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
         group_steps: columns that share a scale, in steps of 32, 0 for whole rows.
         tokens: of a block: 1, 2 or 4.
         processors: multiprocessors of the device.
+        scale32: whether scales are float32.
     """
 
     def work(shape: Shape) -> int:
@@ -78,7 +81,9 @@ def split_shape(row_tiles: int, bits: int, group_steps: int, tokens: int, chunks
 
     # What fits the registers of a multiprocessor, as NVRTC finds: sums first, then codes under way.
     small = group_steps in (1, 2)
-    most = 32 if bits == 1 and group_steps == 1 else 64 if bits == 8 or small or (bits == 1 and tokens > 1) else 128
+    most = 128 if bits <= 2 and group_steps and not scale32 else 100
+    if bits == 8 or small or (bits == 1 and (tokens > 1 or scale32)):
+        most = 32 if bits == 1 and group_steps == 1 else 64
     shape = min((shape for shape in SPLIT_SHAPES if shape.tiles * tokens * shape.warps <= most), key=work)
     tiles, warps, ahead, at_once = shape
     if bits == 1 and tiles == 14:
@@ -220,7 +225,7 @@ def _few(
 ) -> Launch:
     """split8, product8 and product16."""
     if split:
-        tiles, warps, ahead, at_once = split_shape(row_tiles, bits, group_steps, split, chunks, processors)
+        tiles, warps, ahead, at_once = split_shape(row_tiles, bits, group_steps, split, chunks, processors, scale32)
         values = (bits, group_steps, scale32, dtype, tiles, 1, warps)
         more = (("TOKENS", split), ("AHEAD", ahead), ("BLOCKS", at_once))
         return launch(Variant("split8", (*zip(NAMES, values, strict=True), *more)), row_tiles, chunks, tokens)
