@@ -322,7 +322,8 @@ def _shared(
         ("INTEGER", int(integer)),
         ("TOKEN_WARPS", token_warps),
         ("SUMS", sums),
-        ("AHEAD", int(bits <= 2)),  # wider codes come in several loads, each asked for as soon as the last is used
+        # Wider codes come in several loads, each asked for as soon as the last is used; one-bit ones of small groups spill.
+        ("AHEAD", int(bits == 2 or (bits == 1 and not small))),
         ("BLOCKS", at_once),
     )
     return launch(Variant("gemm", constants), row_tiles, chunks, tokens, splits)
