@@ -12,6 +12,7 @@ from ..log import logger
 from . import cuda_calls, cuda_driver, cuda_table, cuda_trial
 from .cuda_calls import TYPES
 from .cuda_compile import Unserved, Variant
+from .cuda_launch import STAGE_COLUMNS, Launch
 from .cuda_layout import Layout
 
 
@@ -46,9 +47,7 @@ def multiply(x: Tensor, layout: Layout, bias: Tensor | None, activations: str | 
             refused = (*refused, plan.variant.source)
 
 
-def run(
-    plan: cuda_table.Launch, x: Tensor, layout: Layout, bias: Tensor | None, activations: str | None, out: Tensor
-) -> None:
+def run(plan: Launch, x: Tensor, layout: Layout, bias: Tensor | None, activations: str | None, out: Tensor) -> None:
     """The product of aligned x (M, K) into ``out`` by the kernels of ``plan``."""
     dtype, device, tokens = TYPES[out.dtype], x.device, x.shape[0]
     x, scale, x_sums = _prepared(x, layout, plan, activations)
@@ -71,7 +70,7 @@ def _say(message: str) -> None:
 
 
 def _prepared(
-    x: Tensor, layout: Layout, plan: cuda_table.Launch, activations: str | None
+    x: Tensor, layout: Layout, plan: Launch, activations: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (M, K), or its codes, as the kernel of ``plan`` reads it, the scales of codes, and the sums of x."""
     fmt = None if activations is None else get_format(activations)
@@ -95,7 +94,7 @@ def _check_sizes(layout: Layout, tokens: int, integer: bool) -> None:
         raise Unserved(f"products count x in 32 bits, ({tokens}, {layout.columns}) is too much: use fewer rows")
 
 
-def _sum_runs(x: Tensor, plan: cuda_table.Launch, integer: bool) -> Tensor:
+def _sum_runs(x: Tensor, plan: Launch, integer: bool) -> Tensor:
     """Sums of x (M, K) over runs of columns, as gemm reads them: (runs, M rounded up to 128) float32."""
     tokens, columns = x.shape
     made = torch.empty(plan.runs, tokens + -tokens % 128, dtype=torch.float32, device=x.device)
@@ -137,11 +136,11 @@ def arrange(
         arrange.cu writes them, (blocks, bytes) uint8; the scales of codes (M,) float32.
     """
     tokens, columns = x.shape
-    stages = -(-layout.padded // cuda_table.STAGE_COLUMNS)
-    nbytes = at_once * (cuda_table.STAGE_COLUMNS * (2 if fmt is None else 1) + 2 * 4)
+    stages = -(-layout.padded // STAGE_COLUMNS)
+    nbytes = at_once * (STAGE_COLUMNS * (2 if fmt is None else 1) + 2 * 4)
     made = torch.empty(-(-tokens // at_once), stages * nbytes, dtype=torch.uint8, device=x.device)
     scale = None if fmt is None else torch.empty(tokens, dtype=torch.float32, device=x.device)
-    runs = stages * cuda_table.STAGE_COLUMNS // 8
+    runs = stages * STAGE_COLUMNS // 8
     threads, holds = (cuda_table.ROW_THREADS, 0) if fmt is None else cuda_table.row_threads(runs, tokens)
     affine = fmt is not None and fmt.affine
     names = ("TYPE", "INTEGER", "AFFINE", "PAIRED", "TOKENS", "THREADS", "HOLDS")

@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .cuda_compile import Variant
-from .cuda_layout import STEP, Layout, chunk_width
+from .cuda_launch import STAGE_COLUMNS, Launch, launch
+from .cuda_layout import Layout, chunk_width
 
 # Up to here 16-bit activations go through 8-bit products: fewer instructions a weight. Of four tokens product16 was faster.
 SPLIT_TOKENS = 2
@@ -35,7 +36,6 @@ PROJECT_THREADS = 1024  # of a block: many reads have to be under way; and a thr
 CLUSTER_THREADS = 512  # the most, where nothing is projected: eight columns a thread of the usual widths
 ROW_THREADS = WEIGHT_THREADS = SUM_THREADS = 256
 MOST_HELD = 4  # runs of eight activations that a thread keeps while it looks for their range
-STAGE_COLUMNS = 256  # that wgemm has copied at once
 ROTATE_THREADS = 128  # of a block, where the rotation's own blocks are not larger
 FEW_AHEAD = 1  # chunks under way to a warp of product8 and product16 while it multiplies another
 OVERLAP = True  # from sm_90 on a launch begins while the one before it runs: about a microsecond less between them
@@ -134,51 +134,14 @@ def row_threads(runs: int, rows: int) -> tuple[int, int]:
     return threads, held if held <= MOST_HELD else 0
 
 
-class Launch(NamedTuple):
-    """How a product is run.
-
-    Attributes:
-        variant: the kernel; grid, threads: as the driver takes them.
-        splits: parts along k whose sums ``partials.cu`` adds, 1 for none.
-        runs: of columns, whose sums of x ``sums.cu`` makes for the kernel, 0 for none.
-        shared: bytes of shared memory of a block, besides what the kernel declares.
-    """
-
-    variant: Variant
-    grid: tuple[int, int]
-    threads: tuple[int, int]
-    splits: int = 1
-    runs: int = 0
-    shared: int = 0
-
-
-def launch(variant: Variant, row_tiles: int, chunks: int, tokens: int, splits: int = 1) -> Launch:
-    """The launch of a product's kernel for a weight of so many tiles and turns along k, and so many rows of x."""
-    held = dict(variant.constants)
-    of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
-    tokens_of_block = held.get("TOKENS", 8 * held["NT"] * of_token)
-    threads, along = (32, warps), -(-tokens // tokens_of_block)
-    if variant.source in ("split8", "product8", "product16"):  # warps of a block take turns along k
-        return Launch(variant, (-(-row_tiles // held["MT"]), along), threads)
-    tiles = held["MT"] * warps // of_token
-    made = -(-row_tiles // tiles) * along
-    shared = _staged(held, tiles, tokens_of_block) if "STAGES" in held else 0
-    steps, group = chunk_width(held["BITS"]) // STEP, held["GROUP_STEPS"]
-    runs = chunks * (steps // group if 0 < group < steps else 1) if held.get("SUMS") else 0
-    return Launch(variant, (made * splits, 1), threads, splits, runs, shared)
-
-
-def _staged(held: dict[str, int], tiles: int, tokens: int) -> int:
-    """Bytes of shared memory of a block of wgemm and wdense: stages of x and its sums, or results, and barriers."""
-    stage = tokens * ((1 if held["INTEGER"] else 2) * STAGE_COLUMNS + 2 * 4)
-    results = tokens * (16 * tiles + 8) * (4 if held["TYPE"] == 2 else 2)
-    return max(held["STAGES"] * (stage + -stage % 1024), results) + 16 * held["STAGES"]
-
-
 def serves(layout: Layout, tokens: int, warp_groups: bool) -> bool:
     """Whether 16-bit activations of so many rows are multiplied from tiles, and weights not dequantized for cuBLAS."""
-    grouped = warp_groups and layout.bits <= 2 and layout.group_steps % 4 == 0
-    return tokens <= (MOST_TOKENS if grouped else EXACT_TOKENS)
+    return tokens <= (MOST_TOKENS if warp_groups and _can_look_up(layout) else EXACT_TOKENS)
+
+
+def _can_look_up(layout: Layout) -> bool:
+    """Whether warp groups can look codes up as rounded weights."""
+    return layout.bits <= 2 and layout.group_steps % 4 == 0
 
 
 def product(
@@ -197,7 +160,7 @@ def product(
     scale32 = int(layout.scales.element_size() == 4)
     fixed = (layout.bits, layout.group_steps, scale32, dtype, layout.tiles.shape[0], layout.chunks)
     if tokens > FEW_TOKENS and layout.group_steps % 4 == 0:
-        looked_up = not integer and layout.bits <= 2 and tokens > LOOKED_UP_TOKENS and "wdense" not in refused
+        looked_up = not integer and _can_look_up(layout) and tokens > LOOKED_UP_TOKENS and "wdense" not in refused
         if looked_up or "wgemm" not in refused:
             return _grouped(*fixed, tokens, integer, looked_up, processors)
     if tokens > FEW_TOKENS:

@@ -18,23 +18,21 @@ from torch import Tensor
 
 from ..formats import get_format
 from ..weight import quantize_activation
-from . import cuda_table
 from .cuda_compile import Unserved
+from .cuda_launch import STAGE_COLUMNS, Launch, block_of, launch
 from .cuda_layout import STEP, Layout, chunk_width
 
 SWITCH = "CATQUANT_CUDA_TRIAL"
 PARTS = 2  # along k, where a launch has several
 # Of the sum of all factors' sizes, that a right kernel may lose besides the last rounding: a column of a thousand is more.
 LOST = 2e-4
-_Run = Callable[[cuda_table.Launch, Tensor, Layout, Tensor | None, str | None, Tensor], None]
+_Run = Callable[[Launch, Tensor, Layout, Tensor | None, str | None, Tensor], None]
 _found: dict[tuple[Any, ...], str] = {}  # what has been tried -> what was wrong with it
-_passed: dict[
-    tuple[Any, ...], cuda_table.Launch
-] = {}  # by the identity of a plan, which is faster told than its values
+_passed: dict[tuple[Any, ...], Launch] = {}  # by the identity of a plan, which is faster told than its values
 
 
 def require(
-    plan: cuda_table.Launch,
+    plan: Launch,
     layout: Layout,
     dtype: torch.dtype,
     activations: str | None,
@@ -68,7 +66,7 @@ def require(
 
 @torch.no_grad()
 def _try(
-    plan: cuda_table.Launch,
+    plan: Launch,
     layout: Layout,
     dtype: torch.dtype,
     activations: str | None,
@@ -82,8 +80,8 @@ def _try(
     there = replace(small, tiles=small.tiles.to(device), scales=small.scales.to(device))
     out = torch.full((tokens, small.rows), float("nan"), dtype=dtype, device=device)
     splits = PARTS if plan.splits > 1 else 1
-    launch = cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits)
-    run(launch, x.to(device), there, None, activations, out)
+    again = launch(plan.variant, small.tiles.shape[0], small.chunks, tokens, splits)
+    run(again, x.to(device), there, None, activations, out)
     error = _error(out.cpu(), x, weight_of(small), activations, plan.variant.source == "wdense")
     if error <= 1:
         return ""
@@ -105,18 +103,15 @@ def _error(out: Tensor, x: Tensor, weight: Tensor, activations: str | None, roun
     return float(((out.double() - exact).abs() / allowed).nan_to_num(float("inf")).max())
 
 
-def _problem(plan: cuda_table.Launch, layout: Layout, generator: torch.Generator) -> tuple[Layout, int]:
+def _problem(plan: Launch, layout: Layout, generator: torch.Generator) -> tuple[Layout, int]:
     """A random weight on the CPU, and a number of rows of x: two blocks each way, the second with an end, turns and a rest
     along k, so many that rings of stages go round twice.
     """
-    held = dict(plan.variant.constants)
-    of_token, warps = held.get("TOKEN_WARPS", 1), held["WARPS"]
-    few = plan.variant.source in ("split8", "product8", "product16")
-    tiles = held["MT"] * (1 if few else warps // of_token) + 1
-    tokens = held.get("TOKENS", 8 * held["NT"] * of_token) + (0 if few else 3)
+    held, block = dict(plan.variant.constants), block_of(plan.variant)
+    tiles, tokens = block.tiles + 1, block.tokens + (0 if block.turns else 3)
     width = chunk_width(held["BITS"])
     stages = PARTS * (2 * held["STAGES"] + 1) if "STAGES" in held else 10
-    chunks = 2 * warps + 1 if few else stages * cuda_table.STAGE_COLUMNS // width - 1
+    chunks = 2 * held["WARPS"] + 1 if block.turns else stages * STAGE_COLUMNS // width - 1
     columns = chunks * width
     groups = -(-columns // (STEP * held["GROUP_STEPS"])) if held["GROUP_STEPS"] else 1
     packed = torch.randint(256, (tiles, columns // (256 // held["BITS"]), 512), generator=generator, device="cpu")

@@ -7,7 +7,7 @@ import torch
 
 from cuda_emulator import compiler, emulated
 from helpers import assert_product, random_case, slow
-from hf_catquant.kernels import cuda_layout, cuda_products, cuda_table, cuda_trial
+from hf_catquant.kernels import cuda_launch, cuda_layout, cuda_products, cuda_table, cuda_trial
 from hf_catquant.kernels.cuda_compile import Unserved
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler: g++ or clang++")
@@ -134,7 +134,7 @@ def test_the_problem_has_ends_of_blocks_inside(tokens, warp_groups):
     layout = cuda_layout.build(*case.stored, "ternary", 128, 1024)
     plan = cuda_table.product(layout, tokens, 0, False, 132, () if warp_groups else cuda_table.WARP_GROUPS)
     small, rows = cuda_trial._problem(plan, layout, torch.Generator())
-    again = cuda_table.launch(plan.variant, small.tiles.shape[0], small.chunks, rows)
+    again = cuda_launch.launch(plan.variant, small.tiles.shape[0], small.chunks, rows)
     assert again.shared == plan.shared
     assert again.grid[0] * again.grid[1] >= 2
     assert small.rows % 16
