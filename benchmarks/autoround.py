@@ -60,7 +60,7 @@ class Subject:
         groups: of hf_catquant: where a group's float16 offset takes more than AutoRound's zero point, larger ones have about
             equal bits.
         ternary: of hf_catquant in ternary, with what a row says of it; with options it is learned only.
-        mixed: formats of one scale a row that are mixed with wider ones, and the bits they come to, in rows of 2 bits.
+        mixed: as ``ternary``, of formats of one scale a row that are mixed with wider ones.
         own: texts that the float model writes, for one row of each that calibrates on them as well.
         about: what the page says.
     """
@@ -72,7 +72,7 @@ class Subject:
     groups: tuple[int, ...]
     ternary: tuple[tuple[str, Scheme], ...]
     about: str
-    mixed: tuple[tuple[str, float], ...] = ()
+    mixed: tuple[Scheme, ...] = ()
     own: int = 0
 
 
@@ -101,7 +101,11 @@ SUBJECTS = {
         ),
         "All linears of the encoder; accuracy in percent on 872 sentences, float 89.56. Mixed: wider formats for the "
         "layers that need them (`average_bits`), one scale a row.",
-        mixed=(("int2", 2.25), ("ternary", 1.85)),
+        mixed=(
+            Scheme("int2", -1, average_bits=2.25),
+            Scheme("ternary", -1, average_bits=1.85),
+            Scheme("ternary", -1, learning=LONGER, average_bits=1.85),
+        ),
     ),
 }
 
@@ -157,13 +161,11 @@ def plan(bits: int, subject: Subject) -> dict[str, Any]:
         for group_size in subject.groups:
             mark = "" if group_size == subject.group_size else f", group {group_size}"
             runs[f"hf_catquant{mark}, {solver}"] = (ours, (Scheme(f"int{bits}", group_size), solver, 0))
-        for mark, scheme in subject.ternary if bits == 2 else ():
+        mixed = [(f"{scheme.weights} mixed to {scheme.average_bits}", scheme) for scheme in subject.mixed]
+        for what, scheme in [*((f"ternary{mark}", s) for mark, s in subject.ternary), *mixed] if bits == 2 else ():
             if solver == "reconstruct" or scheme.learning is None:
                 said = "" if scheme.learning is None else scheme.learning[0]
-                runs[f"hf_catquant ternary{mark}, {solver}{said}"] = (ours, (scheme, solver, 0))
-        for weights, average in subject.mixed if bits == 2 else ():
-            scheme = Scheme(weights, -1, average_bits=average)
-            runs[f"hf_catquant {weights} mixed to {average}, {solver}"] = (ours, (scheme, solver, 0))
+                runs[f"hf_catquant {what}, {solver}{said}"] = (ours, (scheme, solver, 0))
     return runs
 
 
