@@ -22,8 +22,8 @@ def ours(x, generator, **changes):
 def test_a_wrong_product_is_not_timed(generator, monkeypatch):
     x = torch.randn(2, 64, generator=generator)
     assert ours(x, generator).nbytes > 0
-    right = cpu_linear._integer_linear
-    monkeypatch.setattr(cpu_linear, "_integer_linear", lambda *arguments: right(*arguments) * 1.001)
+    right = cpu_linear._library_linear
+    monkeypatch.setattr(cpu_linear, "_library_linear", lambda *arguments: right(*arguments) * 1.001)
     monkeypatch.setattr(cpu_linear, "_float_linear", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(RuntimeError, match="wrong product"):
         ours(x, generator)

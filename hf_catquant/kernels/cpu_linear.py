@@ -1,7 +1,8 @@
 """``linear`` on the CPU: sums of integers, exact, of the codes of a weight with digits of x (``csrc/catquant.h``).
 
-What the library does not serve (values that are not finite, ranges that put zero between levels, and on processors
-where that is faster, many rows) is multiplied in float32 with float weights, a run of rows at a time.
+Where integers have no instruction of their own, many rows of floats are faster: the library multiplies them by weights that
+it dequantizes a few columns at a time. What it does not serve (values that are not finite, ranges that put zero between
+levels, and on paths without such products many rows) is multiplied in float32 with float weights, a run of rows at a time.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ DENSE_VALUES = 1 << 18  # values of the weight that are dequantized at once: 1 M
 
 def linear(*arguments: Any) -> Tensor:
     """x_hat (..., K) times w_hat (N, K) transposed, plus bias (N,): (..., N) in the dtype of x."""
-    out = _integer_linear(*arguments)
+    out = _library_linear(*arguments)
     return _float_linear(*arguments) if out is None else out
 
 
-def _integer_linear(
+def _library_linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -40,7 +41,7 @@ def _integer_linear(
     group_size: int,
     activations: str | None,
 ) -> Tensor | None:
-    """The product in integers, None if the library does not serve it."""
+    """The product by the library, None if it does not serve it."""
     columns, rows, dtype = x.shape[-1], packed.shape[0], DTYPES.get(x.dtype)
     if dtype is None or not x.numel() or not (bias is None or readable_bias(bias, rows)):
         return None

@@ -31,8 +31,8 @@ FORMAT_NUMBERS = {name: _CODEBOOKS.index((fmt.levels, fmt.digits, fmt.nbytes)) f
 OK, NOT_FINITE, NO_MEMORY = 0, 1, 2
 
 # Rows of x, times digits, from which float products of dequantized weights are faster: where sums of integers have an
-# instruction of their own, never.
-_DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 64, "neon": 64, "scalar": 12, "reference": 0}
+# instruction of their own, or the library float products, never.
+_DENSE_FROM = {"amx": 1 << 62, "avx512": 1 << 62, "avx2": 1 << 62, "neon": 64, "scalar": 12, "reference": 0}
 
 
 class ConvCosts(NamedTuple):

@@ -37,7 +37,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def check(case, x, bias, name, activations=None, scale=None, offset=None):
-    out = cpu_linear._integer_linear(x, *case.stored, scale, offset, bias, name, case.group_size, activations)
+    out = cpu_linear._library_linear(x, *case.stored, scale, offset, bias, name, case.group_size, activations)
     assert out is not None
     assert out.dtype == x.dtype
     x_hat = x.float() if activations is None else quantize_activation(x.float(), FORMATS[activations], scale, offset)
@@ -90,7 +90,7 @@ def test_products_of_integers_are_exact(path, name):
         dense = reference.dequantize(case.packed, scale, offset, name, group_size, columns, torch.float32)
         for count in (1, 3, 19):
             weight = (case.packed, scale, offset)
-            out = cpu_linear._integer_linear(x[:count], *weight, None, None, None, name, group_size, "int8")
+            out = cpu_linear._library_linear(x[:count], *weight, None, None, None, name, group_size, "int8")
             assert torch.equal(out, F.linear(x[:count].double(), dense.double()).float())
 
 
@@ -98,7 +98,7 @@ def test_rows_far_apart_in_size(path):
     """Digits are relative to the largest value of a row: a row of 1e30 takes nothing from a row of 1e-20."""
     case = Weight("int4", 33, 300, 64)
     x = randn(6, 300) * torch.tensor([1e30, 1e-20, 1.0, 1e-30, 0.0, 1e5])[:, None]
-    out = cpu_linear._integer_linear(x, *case.stored, None, None, None, "int4", 64, None)
+    out = cpu_linear._library_linear(x, *case.stored, None, None, None, "int4", 64, None)
     expected = F.linear(x.double(), case.dense_fast)
     assert bool(((out - expected).abs() <= 1e-6 * F.linear(x.double().abs(), case.dense_fast.abs()) + 1e-36).all())
     assert out[4].tolist() == [0.0] * 33
@@ -111,8 +111,8 @@ def test_a_row_alone_gives_what_it_gives_among_others(path, name):
         for half, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
             case = Weight(name, rows, columns, group_size, torch.float16 if half else torch.float32)
             x, stored = randn(3, columns, dtype=dtype), (*case.stored, None, None, None, name, group_size, None)
-            together = cpu_linear._integer_linear(x, *stored)
-            assert torch.equal(together, torch.cat([cpu_linear._integer_linear(row[None], *stored) for row in x]))
+            together = cpu_linear._library_linear(x, *stored)
+            assert torch.equal(together, torch.cat([cpu_linear._library_linear(row[None], *stored) for row in x]))
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])
@@ -124,7 +124,7 @@ def test_results_do_not_depend_on_threads(path, activations):
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
                 found.append(
-                    cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, activations)
+                    cpu_linear._library_linear(x, *case.stored, None, None, None, "ternary", 128, activations)
                 )
             assert all(torch.equal(found[0], other) for other in found)
     finally:
@@ -138,7 +138,8 @@ def test_values_that_are_not_finite_give_what_torch_gives(path, value, count):
     x = randn(count, 100)
     x[-1, 5] = value
     arguments = (x, *case.stored, None, None, None, "int2", 32, None)
-    assert cpu_linear._integer_linear(*arguments) is None
+    as_floats = path == "avx2" and count >= 24  # by the library; no digits are of a value like these
+    assert (cpu_linear._library_linear(*arguments) is None) is not as_floats
     expected = reference.linear(*arguments)
     torch.testing.assert_close(cpu.linear(*arguments), expected, equal_nan=True)
 
@@ -147,7 +148,7 @@ def test_ranges_between_levels_are_left_to_float_products(path):
     case, x = Weight("int2", 5, 40, 8), randn(3, 40)
     for scale, offset in ((0.1, 0.03), (0.001, 1.0), (0.0, 0.0)):
         arguments = (torch.tensor(scale), torch.tensor(offset), None, "int2", 8, "int4")
-        assert cpu_linear._integer_linear(x, *case.stored, *arguments) is None
+        assert cpu_linear._library_linear(x, *case.stored, *arguments) is None
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -171,12 +172,12 @@ def test_a_child_after_fork_has_threads_of_its_own():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+        expected = cpu_linear._library_linear(x, *case.stored, None, None, None, "ternary", 128, None)
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                again = cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+                again = cpu_linear._library_linear(x, *case.stored, None, None, None, "ternary", 128, None)
                 code = 0 if torch.equal(again, expected) else 1
             finally:
                 os._exit(code)
@@ -192,7 +193,7 @@ def test_the_threads_are_those_that_torch_has():
         torch.set_num_threads(11)  # more than any other test here
         torch.ones(1 << 20).exp()  # starts torch's own
         threads = len(list(TASKS.iterdir()))
-        cpu_linear._integer_linear(x, *case.stored, None, None, None, "ternary", 128, None)
+        cpu_linear._library_linear(x, *case.stored, None, None, None, "ternary", 128, None)
         assert len(list(TASKS.iterdir())) == threads
     finally:
         torch.set_num_threads(before)
@@ -206,7 +207,7 @@ class Threads(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         case, before = Weight("ternary", 2000, 1100, 128), len(list(TASKS.iterdir()))
-        cpu_linear._integer_linear(randn(4, 1100), *case.stored, None, None, None, "ternary", 128, None)
+        cpu_linear._library_linear(randn(4, 1100), *case.stored, None, None, None, "ternary", 128, None)
         return len(list(TASKS.iterdir())) - before
 
 

@@ -17,6 +17,9 @@
 #define ROWS_A_THREAD 32
 /* Bytes of a weight that a second-level cache does not hold. */
 #define LARGE_WEIGHT (1 << 20)
+/* Bytes of float rows that a weight is multiplied by before the next ones are, and columns of it that are floats at once. */
+#define FLOAT_BYTES (1 << 20)
+#define SECTION 256
 /* Products that are worth another thread: about ten microseconds of one. Tests have fewer. */
 #if !defined(PRODUCTS_A_THREAD)
 #define PRODUCTS_A_THREAD (1 << 21)
@@ -24,6 +27,8 @@
 
 /* Rows of x with 1, 2 and 3 digits from which tiles, which cost the same for 1 to 16 rows, beat dot products. */
 static const int rows_for_tiles[CQ_MAX_PARTS] = {9, 7, 5};
+/* The same from which floats, where the path has them, beat digits: of at most 4 bits, and of 8 by 2 times 4. */
+static const int rows_for_floats[2][CQ_MAX_PARTS] = {{24, 24, 12}, {8, 8, 4}};
 
 /* Chunks that are packed, the `first` of all and on, and the lines of x that they are made from if their range is given. */
 typedef struct {
@@ -305,6 +310,67 @@ static int multiply_blocks(job *j, int threads)
     return atomic_load(&j->state);
 }
 
+/* Rows of floats that are held now: those of x where it has them, else copies. */
+static const float *held_floats(const job *j, int64_t *stride)
+{
+    int is_float = j->dtype == CQ_FLOAT32;
+    *stride = is_float ? j->x_stride : j->w->columns;
+    return is_float ? (const float *)j->x + j->held.first * j->x_stride : (const float *)j->held.memory;
+}
+
+static void widen_task(void *context, int64_t index)
+{
+    job *j = context;
+    j->path->widen(j->x + (j->held.first + index) * j->x_stride * size_of(j->dtype), j->dtype, j->w->columns,
+                   (float *)j->held.memory + index * j->w->columns);
+}
+
+static void floats_task(void *context, int64_t index)
+{
+    job *j = context;
+    const cq_layout *w = j->w;
+    int64_t stride, rows = j->held.chunks, to = w->runs * (index + 1) / j->spans;
+    const float *x = held_floats(j, &stride);
+    size_t size = (size_t)rows * CQ_LANES * 4;
+    float *sums = cq_scratch(1, size + (SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4), *panel = sums + rows * CQ_LANES;
+    if (sums == NULL) {
+        atomic_store(&j->state, CQ_NO_MEMORY);
+        return;
+    }
+    for (int64_t run = w->runs * index / j->spans; run < to; ++run) {
+        int64_t row = run * CQ_LANES;
+        memset(sums, 0, size);
+        for (int first = 0, last; first < w->blocks; first = last) {
+            int columns = 0;
+            for (last = first; last < w->blocks && (columns == 0 || columns + w->block[last].width <= SECTION); ++last)
+                columns += w->block[last].width;
+            j->path->panel(w, run, first, last, panel);
+            j->path->multiply_floats(x + w->block[first].column, stride, rows, panel, columns, sums);
+        }
+        put(j, sums, j->held.first, (int)rows, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
+    }
+}
+
+/* Every thread multiplies floats that are held by some of the runs, as floats. The rows are `chunks` of one each. */
+static int multiply_as_floats(job *j, int threads)
+{
+    int64_t most = FLOAT_BYTES / (j->w->columns * 4) / 12 * 12;
+    most = most < 48 ? 48 : most;
+    j->spans = threads == 1 ? 1 : j->w->runs < 4 * threads ? j->w->runs : 4 * threads;
+    for (int64_t first = 0; first < j->rows && atomic_load(&j->state) == CQ_OK; first += most) {
+        j->held.first = first;
+        j->held.chunks = j->rows - first < most ? j->rows - first : most;
+        if (j->dtype != CQ_FLOAT32) {
+            j->held.memory = cq_scratch(0, (size_t)(j->held.chunks * j->w->columns) * 4);
+            if (j->held.memory == NULL)
+                return CQ_NO_MEMORY;
+            cq_parallel(threads, j->held.chunks, widen_task, j);
+        }
+        cq_parallel(threads, j->spans, floats_task, j);
+    }
+    return atomic_load(&j->state);
+}
+
 /* Chooses how to cut the job, and does it. */
 static int start(job *j, int path, int threads)
 {
@@ -321,6 +387,9 @@ static int start(job *j, int path, int threads)
         j->table_bytes = cq_lookup_bytes(w, parts);
     atomic_init(&j->state, CQ_OK);
     threads = useful < threads ? (int)useful : threads;
+    int is_float = j->path->panel != NULL && j->window == NULL && !j->how->quantized;
+    if (is_float && j->rows >= rows_for_floats[w->format == CQ_INT8][parts - 1])
+        return multiply_as_floats(j, threads);
     j->chunks = (j->rows + j->chunk_rows - 1) / j->chunk_rows;
     /* Each thread that packs for itself reads all of the weight: a large one only where rows are many. */
     int is_large = j->window == NULL && threads > 1 && w->bytes > LARGE_WEIGHT;

@@ -128,6 +128,8 @@ ALWAYS void run_body(const cq_layout *w, int64_t index, const cq_chunk *chunk, f
             result[m * CQ_LANES + lane] *= chunk->scale[m];
 }
 
+#include "floats_avx2.h"
+
 typedef void (*kernel)(const cq_layout *, int64_t, const cq_chunk *, float *);
 
 #define BODY(name, format, parts, rows) \
@@ -174,4 +176,5 @@ static int chunk_rows(int parts, int64_t rows)
 
 const cq_path cq_avx2_path = {chunk_rows,     pack_chunk,        pack_window, pack_lines,     run,
                               given_integers, store_lanes_plain, store,       dequantize_row, widen,
-                              rotate_row,     project,           dot,         affine};
+                              rotate_row,     project,           dot,         affine,         panel,
+                              multiply_floats};
