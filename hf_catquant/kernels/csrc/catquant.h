@@ -37,6 +37,7 @@ enum { CQ_OK = 0, CQ_NOT_FINITE = 1, CQ_NO_MEMORY = 2 };
 #define CQ_MAX_PARTS 3
 #define CQ_LARGE_PAGE (2 << 20)
 #define CQ_ROW_BLOCK 4 /* rows of floats that are multiplied together */
+#define CQ_FLOAT_ROWS 6 /* the same by weights as floats: sums of 16 lanes for each are 12 of AVX2's 16 registers */
 
 /* How a format lies in memory: its packed words (digits codes of base radix in nbytes bytes) and its units in a
  * layout. */
@@ -131,10 +132,10 @@ typedef struct {
     float (*dot)(const float *a, const float *b, int64_t count);
     void (*affine)(const float *y, const float *gamma, const float *beta, int64_t count, void *out, int dtype);
     /* Many rows of floats, where they are faster than digits; else both are NULL. The blocks `first` to `last` of a run
-     * as floats (columns, 16), behind which there is room for a unit; and what they add to sums (rows, 16). */
+     * as floats (columns, 16), behind which there is room for a unit; and what they add to sums (chunks,
+     * CQ_FLOAT_ROWS, 16) with x (chunks, columns, CQ_FLOAT_ROWS). */
     void (*panel)(const cq_layout *w, int64_t run, int first, int last, float *out);
-    void (*multiply_floats)(const float *x, int64_t stride, int64_t rows, const float *panel, int columns,
-                            float *sums);
+    void (*multiply_floats)(const float *x, int64_t chunks, const float *panel, int columns, float *sums);
 } cq_path;
 
 /* Codes of one packed row; */

@@ -17,9 +17,11 @@
 #define ROWS_A_THREAD 32
 /* Bytes of a weight that a second-level cache does not hold. */
 #define LARGE_WEIGHT (1 << 20)
-/* Bytes of float rows that a weight is multiplied by before the next ones are, and columns of it that are floats at once. */
-#define FLOAT_BYTES (1 << 20)
+/* Columns that are floats at once, chunks of float rows whose section stays in a second-level cache, and runs that are
+ * multiplied by it before the next section. */
 #define SECTION 256
+#define FLOAT_CHUNKS 42
+#define FLOAT_RUNS 16
 /* Products that are worth another thread: about ten microseconds of one. Tests have fewer. */
 #if !defined(PRODUCTS_A_THREAD)
 #define PRODUCTS_A_THREAD (1 << 21)
@@ -310,63 +312,93 @@ static int multiply_blocks(job *j, int threads)
     return atomic_load(&j->state);
 }
 
-/* Rows of floats that are held now: those of x where it has them, else copies. */
-static const float *held_floats(const job *j, int64_t *stride)
+/* The block behind the section that begins with block `first`, and how many columns that has. */
+static int end_of_section(const cq_layout *w, int first, int *columns)
 {
-    int is_float = j->dtype == CQ_FLOAT32;
-    *stride = is_float ? j->x_stride : j->w->columns;
-    return is_float ? (const float *)j->x + j->held.first * j->x_stride : (const float *)j->held.memory;
+    int last = first;
+    for (*columns = 0; last < w->blocks && (last == first || *columns + w->block[last].width <= SECTION); ++last)
+        *columns += w->block[last].width;
+    return last;
 }
 
-static void widen_task(void *context, int64_t index)
+/* Lays out a chunk of rows as floats: section by section all chunks, each column by column, so that a section of all of them
+ * is one stream. */
+static void lay_out_task(void *context, int64_t index)
 {
     job *j = context;
-    j->path->widen(j->x + (j->held.first + index) * j->x_stride * size_of(j->dtype), j->dtype, j->w->columns,
-                   (float *)j->held.memory + index * j->w->columns);
+    const cq_layout *w = j->w;
+    int64_t first = j->held.first + index * CQ_FLOAT_ROWS, size = size_of(j->dtype), columns = w->columns;
+    float *rows = cq_scratch(1, (size_t)(CQ_FLOAT_ROWS * columns) * 4), *to = (float *)j->held.memory;
+    if (rows == NULL) {
+        atomic_store(&j->state, CQ_NO_MEMORY);
+        return;
+    }
+    for (int64_t m = 0; m < CQ_FLOAT_ROWS; ++m)
+        if (first + m < j->rows)
+            j->path->widen(j->x + (first + m) * j->x_stride * size, j->dtype, columns, rows + m * columns);
+        else
+            memset(rows + m * columns, 0, (size_t)columns * 4);
+    for (int block = 0, last, count; block < w->blocks; block = last, to += j->held.chunks * count * CQ_FLOAT_ROWS) {
+        const float *from = rows + w->block[block].column;
+        last = end_of_section(w, block, &count);
+        float *out = to + index * count * CQ_FLOAT_ROWS;
+        for (int k = 0; k < count; ++k)
+            for (int m = 0; m < CQ_FLOAT_ROWS; ++m)
+                out[k * CQ_FLOAT_ROWS + m] = from[m * columns + k];
+    }
+}
+
+/* Sums (runs, chunks, CQ_FLOAT_ROWS, 16) of the rows that are held and some runs; behind them is room for a section of one. */
+static void sum_floats(const job *j, int64_t from, int64_t to, float *sums)
+{
+    const cq_layout *w = j->w;
+    int64_t chunks = j->held.chunks, size = chunks * CQ_FLOAT_ROWS * CQ_LANES;
+    const float *x = (const float *)j->held.memory;
+    float *panel = sums + (to - from) * size;
+    memset(sums, 0, (size_t)((to - from) * size) * 4);
+    for (int block = 0, last, columns; block < w->blocks; block = last, x += chunks * columns * CQ_FLOAT_ROWS) {
+        last = end_of_section(w, block, &columns);
+        for (int64_t run = from; run < to; ++run) {
+            j->path->panel(w, run, block, last, panel);
+            j->path->multiply_floats(x, chunks, panel, columns, sums + (run - from) * size);
+        }
+    }
 }
 
 static void floats_task(void *context, int64_t index)
 {
     job *j = context;
-    const cq_layout *w = j->w;
-    int64_t stride, rows = j->held.chunks, to = w->runs * (index + 1) / j->spans;
-    const float *x = held_floats(j, &stride);
-    size_t size = (size_t)rows * CQ_LANES * 4;
-    float *sums = cq_scratch(1, size + (SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4), *panel = sums + rows * CQ_LANES;
+    const int64_t first = j->held.first, most = j->held.chunks * CQ_FLOAT_ROWS;
+    const int64_t rows = j->rows - first < most ? j->rows - first : most;
+    const int64_t end = j->w->runs * (index + 1) / j->spans;
+    float *sums = cq_scratch(1, (size_t)(most * FLOAT_RUNS + SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4);
     if (sums == NULL) {
         atomic_store(&j->state, CQ_NO_MEMORY);
         return;
     }
-    for (int64_t run = w->runs * index / j->spans; run < to; ++run) {
-        int64_t row = run * CQ_LANES;
-        memset(sums, 0, size);
-        for (int first = 0, last; first < w->blocks; first = last) {
-            int columns = 0;
-            for (last = first; last < w->blocks && (columns == 0 || columns + w->block[last].width <= SECTION); ++last)
-                columns += w->block[last].width;
-            j->path->panel(w, run, first, last, panel);
-            j->path->multiply_floats(x + w->block[first].column, stride, rows, panel, columns, sums);
-        }
-        put(j, sums, j->held.first, (int)rows, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
+    for (int64_t from = j->w->runs * index / j->spans, to; from < end; from = to) {
+        to = end - from < FLOAT_RUNS ? end : from + FLOAT_RUNS;
+        sum_floats(j, from, to, sums);
+        for (int64_t run = from, row = from * CQ_LANES; run < to; ++run, row += CQ_LANES)
+            put(j, sums + (run - from) * most * CQ_LANES, first, (int)rows, row,
+                (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES));
     }
 }
 
-/* Every thread multiplies floats that are held by some of the runs, as floats. The rows are `chunks` of one each. */
+/* Every thread multiplies the rows that are held by some of the runs, both as floats. */
 static int multiply_as_floats(job *j, int threads)
 {
-    int64_t most = FLOAT_BYTES / (j->w->columns * 4) / 12 * 12;
-    most = most < 48 ? 48 : most;
+    int64_t chunks = (j->rows + CQ_FLOAT_ROWS - 1) / CQ_FLOAT_ROWS;
     j->spans = threads == 1 ? 1 : j->w->runs < 4 * threads ? j->w->runs : 4 * threads;
-    for (int64_t first = 0; first < j->rows && atomic_load(&j->state) == CQ_OK; first += most) {
-        j->held.first = first;
-        j->held.chunks = j->rows - first < most ? j->rows - first : most;
-        if (j->dtype != CQ_FLOAT32) {
-            j->held.memory = cq_scratch(0, (size_t)(j->held.chunks * j->w->columns) * 4);
-            if (j->held.memory == NULL)
-                return CQ_NO_MEMORY;
-            cq_parallel(threads, j->held.chunks, widen_task, j);
-        }
-        cq_parallel(threads, j->spans, floats_task, j);
+    for (int64_t first = 0; first < chunks && atomic_load(&j->state) == CQ_OK; first += FLOAT_CHUNKS) {
+        j->held.first = first * CQ_FLOAT_ROWS;
+        j->held.chunks = chunks - first < FLOAT_CHUNKS ? chunks - first : FLOAT_CHUNKS;
+        j->held.memory = cq_scratch(0, (size_t)(j->held.chunks * CQ_FLOAT_ROWS * j->w->columns) * 4);
+        if (j->held.memory == NULL)
+            return CQ_NO_MEMORY;
+        cq_parallel(threads, j->held.chunks, lay_out_task, j);
+        if (atomic_load(&j->state) == CQ_OK)
+            cq_parallel(threads, j->spans, floats_task, j);
     }
     return atomic_load(&j->state);
 }
