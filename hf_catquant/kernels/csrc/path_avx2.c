@@ -12,6 +12,9 @@
 /* What a compiler may not see through. */
 #define OPAQUE(kind, value) __asm__("" : kind(value))
 
+/* Bytes ahead that are fetched: about the latency of memory times the rate of one core. */
+#define AHEAD 4096
+
 #define MOST_DIGITS 6 /* of all rows of a chunk: sums of 16 lanes for each of them are 12 of 16 registers */
 #define QUADS(format) \
     ((format) == CQ_BINARY || (format) == CQ_INT3 ? 8 : (format) == CQ_INT4 ? 2 : (format) == CQ_INT8 ? 1 : 4)
@@ -65,6 +68,9 @@ ALWAYS void add_units(__m256i *sum, const int format, const int nibble, const ui
         products[i] = _mm256_setzero_si256();
     for (const int8_t *end = at + units * 4 * quads; at < end; at += 4 * quads, unit += 64 * lines) {
         OPAQUE("+r", at); /* else they keep an address for every digit */
+#pragma GCC unroll 3
+        for (int line = 0; line < lines && all < MOST_DIGITS; ++line) /* of few rows: the weight comes from memory */
+            _mm_prefetch((const char *)unit + AHEAD + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int q = 0; q < quads; ++q) {
             __m256i low = quad_values(format, unit, q, 0, nibble), high = quad_values(format, unit, q, 1, nibble);
