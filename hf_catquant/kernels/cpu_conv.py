@@ -87,6 +87,9 @@ def conv(
         maps = out.new_empty(plan.out)  # no view: the caller may write into it
         maps.flatten(2).copy_(out.transpose(1, 2))
         return maps
+    dtype = x.dtype
+    if x.element_size() == 2 and not native.has_half_convolutions:
+        x = x.float()
     if activations is not None:
         x = quantize_activation(x, get_format(activations), input_scale, input_offset)
     if plan.weight.numel() and readable(packed, scale, offset):
@@ -96,7 +99,7 @@ def conv(
         weight = dequantize(packed, scale, offset, weights, group_size, plan.columns, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     steps = (plan.stride, plan.padding, plan.dilation)
-    return _float_conv(x, weight.view(plan.weight), bias, *steps, groups).contiguous()
+    return _float_conv(x, weight.view(plan.weight), bias, *steps, groups).contiguous().to(dtype)
 
 
 def _plan_of(

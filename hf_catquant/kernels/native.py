@@ -54,7 +54,14 @@ class ConvCosts(NamedTuple):
     quantize: float
 
 
-_CONV_COSTS = {"avx512": ConvCosts((0.14, 0.35, 0.45), 2.2, 0.3, 0.0031, (0.0095, 0.0055), 0.65, 0.3)}
+# Paths on whose processors oneDNN has instructions for products of 16-bit floats; elsewhere its convolutions of them take 30
+# times as long as those of float32.
+_HALF_CONVOLUTIONS = ("avx512", "amx", "neon")
+
+_CONV_COSTS = {
+    "avx512": ConvCosts((0.14, 0.35, 0.45), 2.2, 0.3, 0.0031, (0.0095, 0.0055), 0.65, 0.3),
+    "avx2": ConvCosts((0.9, 3.2, 4.2), 10.0, 3.5, 0.017, (0.037, 0.037), 2.0, 1.1),
+}
 
 LIBRARY = "libcatquant_cpu"
 SOURCES = Path(__file__).parent / "csrc"
@@ -206,3 +213,4 @@ PATH = chosen_path()
 path_number = PATHS.get(PATH, -1)
 dense_from = _DENSE_FROM[PATH]
 conv_costs = _CONV_COSTS.get(PATH)
+has_half_convolutions = PATH in _HALF_CONVOLUTIONS
