@@ -50,7 +50,7 @@ test-all: $(STAMP)
 CSRC := hf_catquant/kernels/csrc
 NATIVE := build/native
 NATIVE_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -pthread -fopenmp-simd -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -DPRODUCTS_A_THREAD=1 -I$(CSRC)
-NATIVE_COMMON := $(addprefix $(CSRC)/,bits.c decode.c float_rows.c layout.c linear.c measure.c path_scalar.c pool.c scratch.c unpack.c)
+NATIVE_COMMON := $(addprefix $(CSRC)/,bits.c decode.c float_rows.c floats.c layout.c linear.c measure.c path_scalar.c pool.c scratch.c unpack.c)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 AVX2 := -mavx2 -mfma -mf16c
 AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni

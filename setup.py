@@ -40,6 +40,7 @@ EVERYWHERE = [
     "bits.c",
     "decode.c",
     "float_rows.c",
+    "floats.c",
     "layout.c",
     "linear.c",
     "measure.c",

@@ -3,9 +3,8 @@
  * Every result is computed by one thread, in an order that depends on the shapes alone: it is the same for any number
  * of threads.
  */
-#include "catquant.h"
+#include "linear.h"
 
-#include <stdatomic.h>
 #include <string.h>
 
 /* Bytes of packed x that are multiplied before the next rows are packed: what stays in a second-level cache beside the
@@ -17,11 +16,6 @@
 #define ROWS_A_THREAD 32
 /* Bytes of a weight that a second-level cache does not hold. */
 #define LARGE_WEIGHT (1 << 20)
-/* Columns that are floats at once, chunks of float rows whose section stays in a second-level cache, and runs that are
- * multiplied by it before the next section. */
-#define SECTION 256
-#define FLOAT_CHUNKS 42
-#define FLOAT_RUNS 16
 /* Products that are worth another thread: about ten microseconds of one. Tests have fewer. */
 #if !defined(PRODUCTS_A_THREAD)
 #define PRODUCTS_A_THREAD (1 << 21)
@@ -31,36 +25,6 @@
 static const int rows_for_tiles[CQ_MAX_PARTS] = {9, 7, 5};
 /* The same from which floats, where the path has them, beat digits: of at most 4 bits, and of 8 by 2 times 4. */
 static const int rows_for_floats[2][CQ_MAX_PARTS] = {{24, 24, 12}, {8, 8, 4}};
-
-/* Chunks that are packed, the `first` of all and on, and the lines of x that they are made from if their range is given. */
-typedef struct {
-    char *memory;
-    int64_t first, chunks;
-    cq_lines lines;
-} held_rows;
-
-typedef struct {
-    const cq_layout *w;
-    const cq_activation *how;
-    const cq_path *path;
-    const char *x;
-    const char *bias;
-    char *out;
-    const cq_window *window; /* of a convolution, whose results go to (batch, rows of w, positions); NULL: none */
-    int64_t rows, x_stride, out_stride;
-    int dtype, bias_dtype, chunk_rows, amx;
-    held_rows held;  /* what all threads multiply now */
-    uint8_t *tables; /* of the one row of x whose sums are looked up, where table_bytes is not 0 */
-    size_t chunk_bytes, table_bytes;
-    int64_t chunks, blocks;     /* all chunks, and the parts that they are cut in */
-    int64_t spans, chunk_spans; /* parts that the runs and the chunks are cut in */
-    atomic_int state;
-} job;
-
-static int size_of(int dtype)
-{
-    return dtype == CQ_FLOAT32 ? 4 : 2;
-}
 
 static cq_chunk chunk_at(const job *j, const held_rows *held, int64_t index)
 {
@@ -127,11 +91,11 @@ static int fill_lines(const job *j, const cq_lines *held)
     if (held->lines == g->height) /* one after the other */
         beside = planes;
     for (int64_t p = 0; p < planes; p += beside) {
-        const char *x = j->x + ((first + p) * g->height + held->top) * g->width * size_of(j->dtype);
+        const char *x = j->x + ((first + p) * g->height + held->top) * g->width * cq_size_of(j->dtype);
         /* The lines of the next channel are on another page, where no processor looks ahead. */
         if (p + beside < planes)
-            for (int64_t at = 0; at < held->lines * g->width * size_of(j->dtype); at += 64)
-                __builtin_prefetch(x + g->height * g->width * size_of(j->dtype) + at);
+            for (int64_t at = 0; at < held->lines * g->width * cq_size_of(j->dtype); at += 64)
+                __builtin_prefetch(x + g->height * g->width * cq_size_of(j->dtype) + at);
         if (!j->path->integers(x, j->dtype, beside * held->lines * g->width, j->how,
                                held->integers + p * held->lines * g->width))
             return 0;
@@ -139,23 +103,22 @@ static int fill_lines(const job *j, const cq_lines *held)
     return 1;
 }
 
-/* Results (filled, 16) of rows `first` and on, plus bias, for the rows of w from `row`. */
-static void put(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
+void cq_put(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
 {
-    int64_t size = size_of(j->dtype);
-    const void *bias = j->bias == NULL ? NULL : j->bias + row * size_of(j->bias_dtype);
+    int64_t size = cq_size_of(j->dtype);
+    const void *bias = j->bias == NULL ? NULL : j->bias + row * cq_size_of(j->bias_dtype);
     for (int m = 0; m < filled; ++m)
         j->path->store(result + m * CQ_LANES, bias, j->bias_dtype, j->out + ((first + m) * j->out_stride + row) * size,
                        j->dtype, count);
 }
 
-/* The same, CQ_WINDOW_ROWS at most, into channels (batch, rows of w, positions): positions lie side by side. */
+/* As cq_put(), CQ_WINDOW_ROWS at most, into channels (batch, rows of w, positions): positions lie side by side. */
 static void put_channels(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
 {
-    int64_t size = size_of(j->dtype), positions = j->window->out_height * j->window->out_width;
+    int64_t size = cq_size_of(j->dtype), positions = j->window->out_height * j->window->out_width;
     float shift[CQ_LANES] = {0};
     if (j->bias != NULL)
-        j->path->widen(j->bias + row * size_of(j->bias_dtype), j->bias_dtype, count, shift);
+        j->path->widen(j->bias + row * cq_size_of(j->bias_dtype), j->bias_dtype, count, shift);
     for (int m = 0, beside; m < filled; m += beside) {
         int64_t image = (first + m) / positions, at = (first + m) % positions;
         int most = filled - m < CQ_MAX_ROWS ? filled - m : CQ_MAX_ROWS;
@@ -181,7 +144,7 @@ static void multiply_runs(job *j, const held_rows *held, int64_t from, int64_t t
                 j->path->run(w, run, &chunk, result + i * j->chunk_rows * CQ_LANES);
                 filled += chunk.filled;
             }
-            (j->window == NULL ? put : put_channels)(j, result, (held->first + c) * j->chunk_rows, filled, row, count);
+            (j->window == NULL ? cq_put : put_channels)(j, result, (held->first + c) * j->chunk_rows, filled, row, count);
         }
     }
 }
@@ -245,7 +208,7 @@ static void lookup_task(void *context, int64_t index)
         done = cq_lookup_runs(w, run, to - run, &chunk, j->tables, result);
         for (int64_t i = 0; i < done; ++i) {
             int64_t row = (run + i) * CQ_LANES;
-            put(j, result + i * CQ_LANES, 0, 1, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
+            cq_put(j, result + i * CQ_LANES, 0, 1, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
         }
     }
 }
@@ -260,7 +223,7 @@ static void amx_task(void *context, int64_t index)
     cq_chunk chunk[HELD_BYTES / (16 * CQ_TILE) + 2];
     for (int64_t c = 0; c < count; ++c)
         chunk[c] = chunk_at(j, &j->held, first + c);
-    char *out = j->out + (j->held.first + first) * j->chunk_rows * j->out_stride * size_of(j->dtype);
+    char *out = j->out + (j->held.first + first) * j->chunk_rows * j->out_stride * cq_size_of(j->dtype);
     cq_amx_begin();
     for (int64_t pair = from; pair < to; ++pair)
         cq_amx_pair(j->w, pair, chunk, (int)count, j->bias, j->bias_dtype, out, j->dtype, j->out_stride);
@@ -312,97 +275,6 @@ static int multiply_blocks(job *j, int threads)
     return atomic_load(&j->state);
 }
 
-/* The block behind the section that begins with block `first`, and how many columns that has. */
-static int end_of_section(const cq_layout *w, int first, int *columns)
-{
-    int last = first;
-    for (*columns = 0; last < w->blocks && (last == first || *columns + w->block[last].width <= SECTION); ++last)
-        *columns += w->block[last].width;
-    return last;
-}
-
-/* Lays out a chunk of rows as floats: section by section all chunks, each column by column, so that a section of all of them
- * is one stream. */
-static void lay_out_task(void *context, int64_t index)
-{
-    job *j = context;
-    const cq_layout *w = j->w;
-    int64_t first = j->held.first + index * CQ_FLOAT_ROWS, size = size_of(j->dtype), columns = w->columns;
-    float *rows = cq_scratch(1, (size_t)(CQ_FLOAT_ROWS * columns) * 4), *to = (float *)j->held.memory;
-    if (rows == NULL) {
-        atomic_store(&j->state, CQ_NO_MEMORY);
-        return;
-    }
-    for (int64_t m = 0; m < CQ_FLOAT_ROWS; ++m)
-        if (first + m < j->rows)
-            j->path->widen(j->x + (first + m) * j->x_stride * size, j->dtype, columns, rows + m * columns);
-        else
-            memset(rows + m * columns, 0, (size_t)columns * 4);
-    for (int block = 0, last, count; block < w->blocks; block = last, to += j->held.chunks * count * CQ_FLOAT_ROWS) {
-        const float *from = rows + w->block[block].column;
-        last = end_of_section(w, block, &count);
-        float *out = to + index * count * CQ_FLOAT_ROWS;
-        for (int k = 0; k < count; ++k)
-            for (int m = 0; m < CQ_FLOAT_ROWS; ++m)
-                out[k * CQ_FLOAT_ROWS + m] = from[m * columns + k];
-    }
-}
-
-/* Sums (runs, chunks, CQ_FLOAT_ROWS, 16) of the rows that are held and some runs; behind them is room for a section of one. */
-static void sum_floats(const job *j, int64_t from, int64_t to, float *sums)
-{
-    const cq_layout *w = j->w;
-    int64_t chunks = j->held.chunks, size = chunks * CQ_FLOAT_ROWS * CQ_LANES;
-    const float *x = (const float *)j->held.memory;
-    float *panel = sums + (to - from) * size;
-    memset(sums, 0, (size_t)((to - from) * size) * 4);
-    for (int block = 0, last, columns; block < w->blocks; block = last, x += chunks * columns * CQ_FLOAT_ROWS) {
-        last = end_of_section(w, block, &columns);
-        for (int64_t run = from; run < to; ++run) {
-            j->path->panel(w, run, block, last, panel);
-            j->path->multiply_floats(x, chunks, panel, columns, sums + (run - from) * size);
-        }
-    }
-}
-
-static void floats_task(void *context, int64_t index)
-{
-    job *j = context;
-    const int64_t first = j->held.first, most = j->held.chunks * CQ_FLOAT_ROWS;
-    const int64_t rows = j->rows - first < most ? j->rows - first : most;
-    const int64_t end = j->w->runs * (index + 1) / j->spans;
-    float *sums = cq_scratch(1, (size_t)(most * FLOAT_RUNS + SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4);
-    if (sums == NULL) {
-        atomic_store(&j->state, CQ_NO_MEMORY);
-        return;
-    }
-    for (int64_t from = j->w->runs * index / j->spans, to; from < end; from = to) {
-        to = end - from < FLOAT_RUNS ? end : from + FLOAT_RUNS;
-        sum_floats(j, from, to, sums);
-        for (int64_t run = from, row = from * CQ_LANES; run < to; ++run, row += CQ_LANES)
-            put(j, sums + (run - from) * most * CQ_LANES, first, (int)rows, row,
-                (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES));
-    }
-}
-
-/* Every thread multiplies the rows that are held by some of the runs, both as floats. */
-static int multiply_as_floats(job *j, int threads)
-{
-    int64_t chunks = (j->rows + CQ_FLOAT_ROWS - 1) / CQ_FLOAT_ROWS;
-    j->spans = threads == 1 ? 1 : j->w->runs < 4 * threads ? j->w->runs : 4 * threads;
-    for (int64_t first = 0; first < chunks && atomic_load(&j->state) == CQ_OK; first += FLOAT_CHUNKS) {
-        j->held.first = first * CQ_FLOAT_ROWS;
-        j->held.chunks = chunks - first < FLOAT_CHUNKS ? chunks - first : FLOAT_CHUNKS;
-        j->held.memory = cq_scratch(0, (size_t)(j->held.chunks * CQ_FLOAT_ROWS * j->w->columns) * 4);
-        if (j->held.memory == NULL)
-            return CQ_NO_MEMORY;
-        cq_parallel(threads, j->held.chunks, lay_out_task, j);
-        if (atomic_load(&j->state) == CQ_OK)
-            cq_parallel(threads, j->spans, floats_task, j);
-    }
-    return atomic_load(&j->state);
-}
-
 /* Chooses how to cut the job, and does it. */
 static int start(job *j, int path, int threads)
 {
@@ -421,7 +293,7 @@ static int start(job *j, int path, int threads)
     threads = useful < threads ? (int)useful : threads;
     int is_float = j->path->panel != NULL && j->window == NULL && !j->how->quantized;
     if (is_float && j->rows >= rows_for_floats[w->format == CQ_INT8][parts - 1])
-        return multiply_as_floats(j, threads);
+        return cq_multiply_as_floats(j, threads);
     j->chunks = (j->rows + j->chunk_rows - 1) / j->chunk_rows;
     /* Each thread that packs for itself reads all of the weight: a large one only where rows are many. */
     int is_large = j->window == NULL && threads > 1 && w->bytes > LARGE_WEIGHT;
