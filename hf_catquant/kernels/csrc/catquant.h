@@ -131,9 +131,11 @@ typedef struct {
     void (*project)(const float *const y[CQ_ROW_BLOCK], const float *basis, int64_t count, int64_t rank, float *out);
     float (*dot)(const float *a, const float *b, int64_t count);
     void (*affine)(const float *y, const float *gamma, const float *beta, int64_t count, void *out, int dtype);
-    /* Many rows of floats, where they are faster than digits; else both are NULL. The blocks `first` to `last` of a run
-     * as floats (columns, 16), behind which there is room for a unit; and what they add to sums (chunks,
-     * CQ_FLOAT_ROWS, 16) with x (chunks, columns, CQ_FLOAT_ROWS). */
+    /* Many rows of floats, where they are faster than digits; else all three are NULL. Rows (CQ_FLOAT_ROWS, columns),
+     * `stride` apart, to (columns, CQ_FLOAT_ROWS); the blocks `first` to `last` of a run as floats (columns, 16), behind
+     * which there is room for a unit; and what they add to sums (chunks, CQ_FLOAT_ROWS, 16) with x (chunks, columns,
+     * CQ_FLOAT_ROWS). */
+    void (*lay_out)(const float *rows, int64_t stride, int columns, float *out);
     void (*panel)(const cq_layout *w, int64_t run, int first, int last, float *out);
     void (*multiply_floats)(const float *x, int64_t chunks, const float *panel, int columns, float *sums);
 } cq_path;

@@ -5,10 +5,10 @@
 
 #include <string.h>
 
-/* Columns that are floats at once, chunks of float rows whose section stays in a second-level cache, and runs that are
- * multiplied by it before the next section. */
+/* Columns that are floats at once, values of x whose section stays in a second-level cache, and runs that are multiplied
+ * by it before the next section. */
 #define SECTION 256
-#define FLOAT_CHUNKS 42
+#define HELD_VALUES (1 << 16)
 #define FLOAT_RUNS 16
 
 /* The block behind the section that begins with block `first`, and how many columns that has. */
@@ -20,14 +20,13 @@ static int end_of_section(const cq_layout *w, int first, int *columns)
     return last;
 }
 
-/* Lays out a chunk of rows as floats: section by section all chunks, each column by column, so that a section of all of them
- * is one stream. */
-static void lay_out_task(void *context, int64_t index)
+/* Lays out a chunk of rows as floats: section by section all chunks that are held, each column by column, so that a section
+ * of all of them is one stream. */
+static void lay_out(job *j, const held_rows *held, int64_t index)
 {
-    job *j = context;
     const cq_layout *w = j->w;
-    int64_t first = j->held.first + index * CQ_FLOAT_ROWS, size = cq_size_of(j->dtype), columns = w->columns;
-    float *rows = cq_scratch(1, (size_t)(CQ_FLOAT_ROWS * columns) * 4), *to = (float *)j->held.memory;
+    int64_t first = held->first + index * CQ_FLOAT_ROWS, size = cq_size_of(j->dtype), columns = w->columns;
+    float *rows = cq_scratch(1, (size_t)(CQ_FLOAT_ROWS * columns) * 4), *to = (float *)held->memory;
     if (rows == NULL) {
         atomic_store(&j->state, CQ_NO_MEMORY);
         return;
@@ -37,66 +36,105 @@ static void lay_out_task(void *context, int64_t index)
             j->path->widen(j->x + (first + m) * j->x_stride * size, j->dtype, columns, rows + m * columns);
         else
             memset(rows + m * columns, 0, (size_t)columns * 4);
-    for (int block = 0, last, count; block < w->blocks; block = last, to += j->held.chunks * count * CQ_FLOAT_ROWS) {
+    for (int block = 0, last, count; block < w->blocks; block = last, to += held->chunks * count * CQ_FLOAT_ROWS) {
         const float *from = rows + w->block[block].column;
         last = end_of_section(w, block, &count);
-        float *out = to + index * count * CQ_FLOAT_ROWS;
-        for (int k = 0; k < count; ++k)
-            for (int m = 0; m < CQ_FLOAT_ROWS; ++m)
-                out[k * CQ_FLOAT_ROWS + m] = from[m * columns + k];
+        j->path->lay_out(from, columns, count, to + index * count * CQ_FLOAT_ROWS);
     }
 }
 
-/* Sums (runs, chunks, CQ_FLOAT_ROWS, 16) of the rows that are held and some runs; behind them is room for a section of one. */
-static void sum_floats(const job *j, int64_t from, int64_t to, float *sums)
+/* Sums (runs, chunks, CQ_FLOAT_ROWS, 16) of some chunks that are held and some runs; behind them is room for a section of
+ * a run. */
+static void sum_floats(const job *j, const held_rows *held, int64_t from, int64_t to, int64_t first, int64_t chunks,
+                       float *sums)
 {
     const cq_layout *w = j->w;
-    int64_t chunks = j->held.chunks, size = chunks * CQ_FLOAT_ROWS * CQ_LANES;
-    const float *x = (const float *)j->held.memory;
+    const int64_t size = chunks * CQ_FLOAT_ROWS * CQ_LANES;
+    const float *section = (const float *)held->memory;
     float *panel = sums + (to - from) * size;
     memset(sums, 0, (size_t)((to - from) * size) * 4);
-    for (int block = 0, last, columns; block < w->blocks; block = last, x += chunks * columns * CQ_FLOAT_ROWS) {
+    for (int block = 0, last, columns; block < w->blocks; block = last) {
         last = end_of_section(w, block, &columns);
         for (int64_t run = from; run < to; ++run) {
             j->path->panel(w, run, block, last, panel);
-            j->path->multiply_floats(x, chunks, panel, columns, sums + (run - from) * size);
+            j->path->multiply_floats(section + first * columns * CQ_FLOAT_ROWS, chunks, panel, columns,
+                                     sums + (run - from) * size);
         }
+        section += held->chunks * columns * CQ_FLOAT_ROWS;
     }
 }
 
-static void floats_task(void *context, int64_t index)
+/* Multiplies some chunks that are held by the runs `from` to `end`. */
+static void multiply_runs(job *j, const held_rows *held, int64_t first, int64_t chunks, int64_t from, int64_t end)
+{
+    const int64_t most = chunks * CQ_FLOAT_ROWS, at = held->first + first * CQ_FLOAT_ROWS;
+    const int64_t rows = j->rows - at < most ? j->rows - at : most;
+    float *sums = cq_scratch(1, (size_t)(most * FLOAT_RUNS + SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4);
+    if (sums == NULL)
+        atomic_store(&j->state, CQ_NO_MEMORY);
+    for (int64_t to; sums != NULL && from < end; from = to) {
+        to = end - from < FLOAT_RUNS ? end : from + FLOAT_RUNS;
+        sum_floats(j, held, from, to, first, chunks, sums);
+        for (int64_t run = from, row = from * CQ_LANES; run < to; ++run, row += CQ_LANES)
+            cq_put(j, sums + (run - from) * most * CQ_LANES, at, (int)rows, row,
+                   (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES));
+    }
+}
+
+/* The chunks from `first`, `chunks` at most, with memory of this thread for them; 0 if there is none. */
+static int hold(job *j, held_rows *held, int64_t first, int64_t chunks)
+{
+    held->first = first * CQ_FLOAT_ROWS;
+    held->chunks = j->chunks - first < chunks ? j->chunks - first : chunks;
+    held->memory = cq_scratch(0, (size_t)(held->chunks * CQ_FLOAT_ROWS * j->w->columns) * 4);
+    if (held->memory == NULL)
+        atomic_store(&j->state, CQ_NO_MEMORY);
+    return held->memory != NULL;
+}
+
+static void lay_out_task(void *context, int64_t index)
 {
     job *j = context;
-    const int64_t first = j->held.first, most = j->held.chunks * CQ_FLOAT_ROWS;
-    const int64_t rows = j->rows - first < most ? j->rows - first : most;
-    const int64_t end = j->w->runs * (index + 1) / j->spans;
-    float *sums = cq_scratch(1, (size_t)(most * FLOAT_RUNS + SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4);
-    if (sums == NULL) {
-        atomic_store(&j->state, CQ_NO_MEMORY);
+    lay_out(j, &j->held, index);
+}
+
+static void runs_task(void *context, int64_t index)
+{
+    job *j = context;
+    const int64_t span = index / j->chunk_spans, part = index % j->chunk_spans, runs = j->w->runs;
+    const int64_t first = j->held.chunks * part / j->chunk_spans;
+    multiply_runs(j, &j->held, first, j->held.chunks * (part + 1) / j->chunk_spans - first, runs * span / j->spans,
+                  runs * (span + 1) / j->spans);
+}
+
+/* Lays out a block of chunks and multiplies it by all runs: no thread waits for another one. */
+static void block_task(void *context, int64_t index)
+{
+    job *j = context;
+    const int64_t first = j->chunks * index / j->blocks;
+    held_rows own = {0};
+    if (!hold(j, &own, first, j->chunks * (index + 1) / j->blocks - first))
         return;
-    }
-    for (int64_t from = j->w->runs * index / j->spans, to; from < end; from = to) {
-        to = end - from < FLOAT_RUNS ? end : from + FLOAT_RUNS;
-        sum_floats(j, from, to, sums);
-        for (int64_t run = from, row = from * CQ_LANES; run < to; ++run, row += CQ_LANES)
-            cq_put(j, sums + (run - from) * most * CQ_LANES, first, (int)rows, row,
-                (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES));
-    }
+    for (int64_t c = 0; c < own.chunks; ++c)
+        lay_out(j, &own, c);
+    multiply_runs(j, &own, 0, own.chunks, 0, j->w->runs);
 }
 
 int cq_multiply_as_floats(job *j, int threads)
 {
-    int64_t chunks = (j->rows + CQ_FLOAT_ROWS - 1) / CQ_FLOAT_ROWS;
-    j->spans = threads == 1 ? 1 : j->w->runs < 4 * threads ? j->w->runs : 4 * threads;
-    for (int64_t first = 0; first < chunks && atomic_load(&j->state) == CQ_OK; first += FLOAT_CHUNKS) {
-        j->held.first = first * CQ_FLOAT_ROWS;
-        j->held.chunks = chunks - first < FLOAT_CHUNKS ? chunks - first : FLOAT_CHUNKS;
-        j->held.memory = cq_scratch(0, (size_t)(j->held.chunks * CQ_FLOAT_ROWS * j->w->columns) * 4);
-        if (j->held.memory == NULL)
-            return CQ_NO_MEMORY;
-        cq_parallel(threads, j->held.chunks, lay_out_task, j);
+    const int64_t tasks = threads == 1 ? 1 : 4 * threads, width = j->w->columns < SECTION ? j->w->columns : SECTION;
+    const int64_t most = HELD_VALUES / (width * CQ_FLOAT_ROWS), parts = (tasks + j->w->runs - 1) / j->w->runs;
+    j->chunks = (j->rows + CQ_FLOAT_ROWS - 1) / CQ_FLOAT_ROWS;
+    j->blocks = (j->chunks + most - 1) / most;
+    if (j->blocks >= threads) {
+        j->blocks = (j->blocks + threads - 1) / threads * threads;
+        cq_parallel(threads, j->blocks, block_task, j);
+    } else if (hold(j, &j->held, 0, j->chunks)) {
+        j->spans = j->w->runs < tasks ? j->w->runs : tasks;
+        j->chunk_spans = j->chunks < j->blocks * parts ? j->chunks : j->blocks * parts;
+        cq_parallel(threads, j->chunks, lay_out_task, j);
         if (atomic_load(&j->state) == CQ_OK)
-            cq_parallel(threads, j->spans, floats_task, j);
+            cq_parallel(threads, j->spans * j->chunk_spans, runs_task, j);
     }
     return atomic_load(&j->state);
 }

@@ -11,6 +11,31 @@
 
 #define CHAIN 64 /* columns whose products are added one after the other: with more of them more is rounded away */
 
+static void lay_out(const float *rows, int64_t stride, int columns, float *out)
+{
+    int k = 0;
+    for (; k + 4 <= columns; k += 4, out += 4 * CQ_FLOAT_ROWS) {
+        __m128 row[CQ_FLOAT_ROWS];
+#pragma GCC unroll 6
+        for (int m = 0; m < CQ_FLOAT_ROWS; ++m)
+            row[m] = _mm_loadu_ps(rows + m * stride + k);
+        __m128 low = _mm_unpacklo_ps(row[4], row[5]), high = _mm_unpackhi_ps(row[4], row[5]);
+        _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            __m64 *last = (__m64 *)(out + i * CQ_FLOAT_ROWS + 4);
+            _mm_storeu_ps(out + i * CQ_FLOAT_ROWS, row[i]);
+            if (i % 2 == 0)
+                _mm_storel_pi(last, i == 0 ? low : high);
+            else
+                _mm_storeh_pi(last, i == 1 ? low : high);
+        }
+    }
+    for (; k < columns; ++k)
+        for (int m = 0; m < CQ_FLOAT_ROWS; ++m)
+            *out++ = rows[m * stride + k];
+}
+
 /* Eight lanes of column `j` of a quad as floats. */
 ALWAYS __m256 column_lanes(__m256i values, int j, __m256 zero, __m256 scale, __m256 offset)
 {

@@ -39,7 +39,7 @@ static inline int cq_size_of(int dtype)
 /* Stores results (filled, 16) of the rows of x from `first`, plus bias, for the rows of w from `row`. */
 void cq_put(const job *j, float *result, int64_t first, int filled, int64_t row, int count);
 
-/* Every thread multiplies the rows that are held by some of the runs, both as floats; where the path has such products. */
+/* Multiplies rows by runs, both as floats; where the path has such products. */
 int cq_multiply_as_floats(job *j, int threads);
 
 #endif

@@ -182,5 +182,5 @@ static int chunk_rows(int parts, int64_t rows)
 
 const cq_path cq_avx2_path = {chunk_rows,     pack_chunk,        pack_window, pack_lines,     run,
                               given_integers, store_lanes_plain, store,       dequantize_row, widen,
-                              rotate_row,     project,           dot,         affine,         panel,
-                              multiply_floats};
+                              rotate_row,     project,           dot,         affine,         lay_out,
+                              panel,          multiply_floats};

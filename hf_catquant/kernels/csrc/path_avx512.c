@@ -272,7 +272,8 @@ static void dequantize(const uint8_t *codes, const float *scale, const float *of
 
 const cq_path cq_avx512_path = {chunk_rows,     pack_chunk,  pack_window, pack_lines, run,
                                 given_integers, store_lanes, store,       dequantize, widen,
-                                rotate_row,     project,     dot,         affine,    NULL,        NULL};
+                                rotate_row,     project,     dot,         affine,    NULL,
+                                NULL,           NULL};
 
 void cq_avx512_peak(int64_t rounds)
 {

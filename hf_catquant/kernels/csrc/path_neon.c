@@ -130,4 +130,4 @@ static int chunk_rows(int parts, int64_t rows)
 const cq_path cq_neon_path = {chunk_rows,     pack_chunk,        pack_window, pack_lines,     run,
                               given_integers, store_lanes_plain, store,       dequantize_row, widen,
                               rotate_row,     project,           dot,         affine,         NULL,
-                              NULL};
+                              NULL,           NULL};
