@@ -17,7 +17,7 @@ from .answers import Kind, agreement
 from .cluster_space import ClusterSpace
 from .cluster_sums import Sums, solve
 from .correction import CatConfig, ClusterAffine
-from .held_out import CHUNK, FOLDS, folds_of, interval, losses, standard_error
+from .held_out import CHUNK, FOLDS, folds_of, interval, keeps_answers, losses, standard_error
 from .kernels.reference import nearest_centroid
 
 LEAST_ROWS = 2 * FOLDS
@@ -26,7 +26,6 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GAMMAS = ("std", "ls")
 ROWS_PER_CLUSTER = 64
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
-AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer, beyond what is chance
 NOISE = 1e-6  # nats, or share of the mean square: differences of loss that are rounding, not a gain
 LARGEST = 1e15  # what is larger is the mark of a class that a model never gives, and its square is no use
 
@@ -175,7 +174,7 @@ def _choose(
                 corrected = _held_out(q, cluster, folds, maps, alpha)
                 after = losses(corrected, f, kind)
                 candidates[f"{clusters}/{alpha:g}/{gamma}"] = float(after.mean())
-                if _keeps_answers(agreement(f, corrected, kind) - agreed, samples):
+                if keeps_answers(agreement(f, corrected, kind) - agreed, samples):
                     gains[clusters, alpha, number] = before - after
     result = CorrectionFit(
         None,
@@ -203,15 +202,6 @@ def _choose(
         result.loss_after = float(before.mean()) - gain
         result.correction = _fit_all(q, f, space, *chosen[:2], result.gamma, config.shrinkage)
     return result
-
-
-def _keeps_answers(change: Tensor, samples: Tensor) -> bool:
-    """Whether the teacher's answers are kept, from the ``change`` (M,) of each row's agreement: -1, 0 or 1.
-
-    A gain in divergence can be a mere change of confidence that costs right answers: not for sale. Of few rows a handful
-    turns this way and that, so a loss counts from one standard error on.
-    """
-    return float(change.mean()) >= -AGREEMENT_LOSS - standard_error(change, samples)
 
 
 def _cluster_choices(

@@ -16,6 +16,7 @@ from .answers import Kind, divergences
 
 FOLDS = 5
 RESAMPLES = 2000
+AGREEMENT_LOSS = 0.0025  # share of held-out rows that may turn from the teacher's answer, beyond what is chance
 CHUNK = 1 << 24  # floats that are worked on at once
 MANY = 2000  # of more samples the mean is normal, and drawing them again would take minutes
 
@@ -50,6 +51,15 @@ def standard_error(difference: Tensor, samples: Tensor) -> float:
     residual = total - count * float(difference.double().mean())
     kept = len(count)
     return math.sqrt(float((residual**2).sum()) * kept / max(kept - 1, 1)) / len(difference)
+
+
+def keeps_answers(change: Tensor, samples: Tensor) -> bool:
+    """Whether the teacher's answers are kept, from the ``change`` (M,) of each row's agreement, -1 to 1.
+
+    A gain in divergence can be a mere change of confidence that costs right answers: not for sale. Of few rows a handful
+    turns this way and that, so a loss counts from one standard error on.
+    """
+    return float(change.mean()) >= -AGREEMENT_LOSS - standard_error(change, samples)
 
 
 def losses(q: Tensor, f: Tensor, kind: Kind) -> Tensor:

@@ -1,7 +1,8 @@
 """Whether corrections inside a model help it: its answers judge, as a block nearer to float may still lead further astray.
 
 A correction of hidden features is fitted by mean squared error. It stays only if the divergence of the logits from those
-of the float model falls, beyond what the paired bootstrap over samples leaves to chance. These are the samples that it was
+of the float model falls, beyond what the paired bootstrap over samples leaves to chance, and they do not give up its
+answers for that. These are the samples that it was
 fitted on, by the logits, which it was not fitted to: the gain is a little better than it will be on others.
 """
 
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answers import answer_kind
-from .held_out import interval, losses
+from .answers import agreement, answer_kind
+from .held_out import interval, keeps_answers, losses
 from .log import logger
 from .site_rows import SiteRows
 
@@ -40,25 +41,29 @@ class Judge:
         self._rows.expect(teacher, dim, mask, count)
 
     def losses(self, outputs: Iterable[Tensor]) -> Tensor:
-        """How far (M,) a model's logits are on the same batches, as ``answers.py`` measures it."""
+        """How far a model's logits are on the same batches, as ``answers.py`` measures it: (M, 2), the divergence and in
+        how much the answer is another one."""
         found = []
-        for batch, (q, f) in enumerate(zip(outputs, self._rows.teacher, strict=True)):
-            found.append(losses(self._rows.of(q, batch), f, answer_kind(self.problem, f.shape[1])))
+        for batch, (logits, f) in enumerate(zip(outputs, self._rows.teacher, strict=True)):
+            q, kind = self._rows.of(logits, batch), answer_kind(self.problem, f.shape[1])
+            found.append(torch.stack([losses(q, f, kind), 1 - agreement(f, q, kind)], dim=1))
         return torch.cat(found)
 
     def helps(self, name: str, before: Tensor, after: Tensor, fit: dict[str, Any]) -> bool:
-        """Whether the correction at ``name`` is worth its place, from the losses (M,) without and with it.
+        """Whether the correction at ``name`` is worth its place, from the losses (M, 2) without and with it.
 
         ``fit``, the report of its fit, is told: the gain of the answers with its interval, and that it is off if so.
         """
-        gain, low, high = interval(before - after, self._rows.samples, self.seed)
+        gain, low, high = interval((before - after)[:, 0], self._rows.samples, self.seed)
         fit.update(answers_gain=gain, answers_low=low, answers_high=high)
-        if low > 0:
+        keeps = keeps_answers((before - after)[:, 1], self._rows.samples)
+        if low > 0 and keeps:
             return True
-        note = (
-            f"off: nearer to float itself, but the answers' divergence was {float(before.mean()):.5f} without it and "
-        )
-        note += f"{float(after.mean()):.5f} with it"
+        was, now = before.mean(0).tolist(), after.mean(0).tolist()
+        note = "off: nearer to float itself, but "
+        note += f"the answers' divergence was {was[0]:.5f} without it and {now[0]:.5f} with it"
+        if not keeps:
+            note += f", and {100 * was[1]:.2f} and {100 * now[1]:.2f} % of them were not the float model's"
         logger.info("correction at %s: %s", name, note)
         fit.update(clusters=0, alpha=0.0, gamma="", notes=[*fit["notes"], note])
         return False

@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from helpers import global_rng_untouched
-from hf_catquant import CatConfig, cluster_fit
+from hf_catquant import CatConfig, cluster_fit, held_out
 from hf_catquant.cluster_fit import fit
 from hf_catquant.cluster_sums import Sums, solve
 
@@ -256,15 +256,15 @@ def test_unusable_rows():
 def test_a_handful_of_answers_that_turn_is_chance(lost, won, kept):
     change = torch.zeros(512)
     change[:lost], change[lost : lost + won] = -1, 1
-    assert cluster_fit._keeps_answers(change, torch.arange(512)) == kept
+    assert cluster_fit.keeps_answers(change, torch.arange(512)) == kept
 
 
 def test_answers_of_one_sample_are_one_witness():
     """Sixty-four tokens of one text that turn are no more than chance; those of many texts are a loss."""
     change = torch.zeros(512)
     change[:64] = -1
-    assert cluster_fit._keeps_answers(change, torch.arange(512) // 64)
-    assert not cluster_fit._keeps_answers(change, torch.arange(512))
+    assert cluster_fit.keeps_answers(change, torch.arange(512) // 64)
+    assert not cluster_fit.keeps_answers(change, torch.arange(512))
 
 
 def test_divergence_is_not_bought_with_answers(monkeypatch):
@@ -280,5 +280,5 @@ def test_divergence_is_not_bought_with_answers(monkeypatch):
         return float((answers.argmax(1) == f.argmax(1)).float().mean())
 
     assert kept() == 1
-    monkeypatch.setattr(cluster_fit, "AGREEMENT_LOSS", 1.0)
+    monkeypatch.setattr(held_out, "AGREEMENT_LOSS", 1.0)
     assert kept() < 0.5

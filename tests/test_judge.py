@@ -86,6 +86,21 @@ def test_what_harms_the_answers_is_taken_off(monkeypatch):
     assert kl(model, teacher, rows) == pytest.approx(before)
 
 
+def test_a_smaller_divergence_does_not_buy_other_answers():
+    torch.manual_seed(0)
+    wanted = torch.randn(400, 10) * 4
+    faint, near = wanted / 10, wanted.clone()
+    top = wanted[:40].topk(2).indices  # a tenth of the answers change places with the second best
+    near[:40] = wanted[:40].scatter(1, top, wanted[:40].gather(1, top.flip(1)))
+    judge = Judge(seed=0, batches=1)
+    judge.expect(wanted, -1, None, 400)
+    for other, stays in ((near, False), (wanted, True)):
+        fit = {"notes": []}
+        assert judge.helps("x", judge.losses([faint]), judge.losses([other]), fit) is stays
+        assert fit["answers_low"] > 0
+        assert ("0.00 and 10.00 % of them were not the float model's" in "".join(fit["notes"])) is not stays
+
+
 def test_a_fixed_correction_is_not_judged(monkeypatch):
     spoilt(monkeypatch)
     model, teacher, rows = pair()
