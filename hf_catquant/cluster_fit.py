@@ -26,6 +26,7 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GAMMAS = ("std", "ls")
 ROWS_PER_CLUSTER = 64
 MAX_SUMS = 1 << 24  # floats: wider outputs get fewer clusters, so that sums by fold stay small
+ONE_ANSWER = 0.95  # share of rows: of data sorted by class, or of one class alone
 NOISE = 1e-6  # nats, or share of the mean square: differences of loss that are rounding, not a gain
 LARGEST = 1e15  # what is larger is the mark of a class that a model never gives, and its square is no use
 
@@ -161,6 +162,12 @@ def _choose(
 ) -> CorrectionFit:
     folds = folds_of(samples, config.seed)
     before, agreed = losses(q, f, kind), agreement(f, q, kind)
+    if kind == "classes" and _are_one_answer(f):
+        notes.append(
+            f"off: the float model gives one answer to more than {100 * ONE_ANSWER:g} % of {len(f)} rows, and what a "
+            "correction does to the others cannot be judged: calibrate on samples of all classes"
+        )
+        choices = []
     gains: dict[Choice, Tensor] = {}
     candidates: dict[str, float] = {}
     for clusters in choices:
@@ -202,6 +209,10 @@ def _choose(
         result.loss_after = float(before.mean()) - gain
         result.correction = _fit_all(q, f, space, *chosen[:2], result.gamma, config.shrinkage)
     return result
+
+
+def _are_one_answer(teacher: Tensor) -> bool:
+    return float(teacher.argmax(1).bincount().max()) > ONE_ANSWER * len(teacher)
 
 
 def _cluster_choices(

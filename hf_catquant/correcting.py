@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .answers import problem_of
 from .cluster_fit import LEAST_ROWS, UnusableTeacher
 from .config import CatQuantConfig
+from .copies import copies_note, firsts, without_copies
 from .correction import ClusterAffine, attach, detach
 from .fitting import Pairs, Widths, not_run, output_of, resolve_sites, sample_count, several_runs, tensor_of
 from .gather import Gather, Streams
@@ -52,6 +53,10 @@ class Corrections:
             self.left_out("correction: no module returns the model's logits, name one in CatConfig(at=...)")
         self._leave_out_several_runs()
         self._leave_out_what_does_not_run()
+        self._firsts: dict[int, Tensor] = {}
+        if self.names and config.correction is not None and config.correction.may_be_off:
+            self._firsts = dict(zip(batches, firsts(walk.batches[batch] for batch in batches), strict=True))
+            outcome.notes += copies_note(self._firsts.values())
         # Now, while all modules are where they are: units that are finished hide what is in them.
         sites = [*self.names, self.logits]
         self._widths = {name: Widths.of(model.get_submodule(name)) for name in sites if name is not None}
@@ -165,10 +170,13 @@ class Corrections:
         return tensor_of(output_of(self.model, name, self.walk.batches[batch]))
 
     def _rows(self, name: str, batch: int, output: Any) -> tuple[Tensor, int, Tensor | None, int]:
-        """An output as rows are taken of it: the tensor, its dimension of features, what is no padding, its samples."""
+        """An output as rows are taken of it: the tensor, its dimension of features, what is neither padding nor a copy, its
+        samples."""
         value = tensor_of(output)
         dim = self._widths[name].dim(value)
         mask = self.gather.mask(batch, name, value) if dim == -1 and value.dim() == 3 else None
+        if batch in self._firsts:
+            mask = without_copies(mask, self._firsts[batch], value, dim)
         return value, dim, mask, sample_count(self.walk.batches[batch])
 
     def _fit(self, name: str, pairs: Pairs) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import samples
 from .answers import problem_of
+from .copies import copies_note, firsts, without_copies
 from .correction import CatConfig, attach, detach
 from .fitting import (
     Pairs,
@@ -124,17 +125,20 @@ def _fit_sites(
 ) -> dict[str, dict[str, Any]]:
     fits: dict[str, dict[str, Any]] = {}
     judge, losses = None, None
+    new = firsts(data.batches) if config.may_be_off else [None] * len(data.batches)
+    notes = copies_note([first for first in new if first is not None])
     if judged and logits is not None:
         judge = Judge(seed, len(data.batches), problem_of(teacher))
-        for batch in data.batches:
-            judge.expect(*_outputs(teacher, logits, batch), sample_count(batch))
+        for batch, first in zip(data.batches, new, strict=True):
+            judge.expect(*_outputs(teacher, logits, batch, first), sample_count(batch))
         losses = judge.losses(_answers(model, logits, data))
     for name in sorted(sites, key=lambda name: name == logits):  # what judges comes last
         pairs = Pairs(seed, len(data.batches))
-        for batch in data.batches:
-            pairs.expect(*_outputs(teacher, name, batch), sample_count(batch))
+        for batch, first in zip(data.batches, new, strict=True):
+            pairs.expect(*_outputs(teacher, name, batch, first), sample_count(batch))
             pairs.add(tensor_of(output_of(model, name, placed(batch, model))))
         entry, fits[name] = pairs.fit_and_attach(model, name, config, answers=name == logits)
+        fits[name]["notes"] += notes
         if logits is None and entry is not None:
             fits[name]["notes"].append(NOT_JUDGED)
         if judge is not None and losses is not None and logits is not None and entry is not None and name != logits:
@@ -146,11 +150,15 @@ def _fit_sites(
     return fits
 
 
-def _outputs(teacher: nn.Module, name: str, batch: dict[str, Tensor]) -> tuple[Tensor, int, Tensor | None]:
-    """What the module called ``name`` returns, the dimension of its features, and what is no padding."""
+def _outputs(
+    teacher: nn.Module, name: str, batch: dict[str, Tensor], first: Tensor | None
+) -> tuple[Tensor, int, Tensor | None]:
+    """What the module called ``name`` returns, the dimension of its features, and what is no padding nor of samples that are
+    not a ``first``."""
     output = tensor_of(output_of(teacher, name, placed(batch, teacher)))
     dim = correction_dim(teacher.get_submodule(name), output)
     mask = samples.padding_mask(batch, teacher, name, output) if dim == -1 and output.dim() == 3 else None
+    mask = mask if first is None else without_copies(mask, first, output, dim)
     return output, dim, None if mask is None else mask.flatten().to(output.device)
 
 

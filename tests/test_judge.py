@@ -184,7 +184,9 @@ def test_divergences_are_those_of_the_rows_asked_for():
     rows_f, rows_q = (torch.cat([t[i].flatten(0, 1)[masks[i]] for i in range(2)]) for t in (f, q))
     log_p = rows_f.log_softmax(-1)
     wanted = (log_p.exp() * (log_p - rows_q.log_softmax(-1))).sum(-1)
-    torch.testing.assert_close(judge.losses(list(q)), wanted)
+    found = judge.losses(list(q))
+    torch.testing.assert_close(found[:, 0], wanted)
+    torch.testing.assert_close(found[:, 1], (rows_f.argmax(1) != rows_q.argmax(1)).float())
 
 
 def test_the_reason_is_in_the_report(monkeypatch):

@@ -25,7 +25,7 @@ ROWS = [
     "solvers bench similarity",
     "moments bench_plot",
     "correction",
-    "correction_file cluster_space cluster_sums held_out site_rows",
+    "correction_file cluster_space cluster_sums copies held_out site_rows",
     "cluster_fit judge",
     "layers",
     "lora_merge lora_targets",
