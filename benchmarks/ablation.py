@@ -14,7 +14,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -130,7 +129,7 @@ def run(
         model, bits = peer(bench, more["peer"])
     else:
         model = ours(bench, case, samples, off, weights, group_size, more)
-        bits = weight_bits([asdict(layer) for layer in report(model).layers])
+        bits = weight_bits(report(model).to_dict())
     seconds = round(time.perf_counter() - start, 1)
     row = bench.evaluate(model).rows[1]
     cosine = float(embedding_cosines(bench, model).mean()) if case.column == "sentence" else None

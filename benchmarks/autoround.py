@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -178,7 +178,7 @@ def one(bench: Bench, subject: Subject, bits: int, name: str, run: Any, how: tup
     row = bench.evaluate(model.eval()).rows[1]
     stored = stored_bits(bits, subject.group_size) if run is peer else bits + 16 / subject.group_size
     if run is ours:
-        stored = weight_bits([asdict(layer) for layer in report(model).layers])
+        stored = weight_bits(report(model).to_dict())
     print(f"{bench.case.model}, {bits} bits, {name}: {row.metric:.3f}", flush=True)
     what = {"model": bench.case.model, "bits": bits, "what": name, "stored": stored}
     cost = {"seconds": seconds, "peak_bytes": peak}

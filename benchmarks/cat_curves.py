@@ -133,7 +133,7 @@ def write_page() -> None:
         "How many answers a correction may turn was decided with these images in view, and DeiT-Tiny's gain is smaller on",
         "400 others; where errors of logits are pure noise the divergence falls and top-1 may fall with it",
         "([lab notes](lab-notes.md)). It is judged on the calibration data: where test data are of another kind, the",
-        "divergence on them may rise.",
+        "divergence on them may rise and accuracy fall: calibrate on all classes.",
         "",
         "![gain against images](cat.png)",
         "",

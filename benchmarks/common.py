@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,9 +106,16 @@ class Bench:
         return list(as_samples(rows, self.processor, self.case.column))
 
 
-def weight_bits(layers: list[dict]) -> float:
-    """Stored bits a weight, scales and offsets included, of the layers that are not int8 as those outside the blocks are."""
-    chosen = [layer for layer in layers if layer["weights"] != "int8"]
+def weight_bits(found: dict[str, Any]) -> float:
+    """Stored bits a weight inside the repeated blocks, scales and offsets included, from the fields of a report.
+
+    Without mixed formats, layers in int8 are those outside the blocks; mixed ones may have made one inside int8, and the
+    report says what all inside take.
+    """
+    for note in found["notes"]:
+        if match := re.fullmatch(r"mixed formats: .*; ([\d.]+) bits a weight", note):
+            return float(match.group(1))
+    chosen = [layer for layer in found["layers"] if layer["weights"] != "int8"]
     sizes = [layer["shape"][0] * layer["shape"][1] for layer in chosen]
     return sum(layer["bits"] * size for layer, size in zip(chosen, sizes, strict=True)) / sum(sizes)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def run(encoder: Encoder, name: str, weights: str, group_size: int, off: list[st
         weights, group_size = "-", 0
     else:
         model = ours(encoder, CASE, encoder.calibration, off, weights, group_size, more)
-        bits = weight_bits([asdict(layer) for layer in report(model).layers])
+        bits = weight_bits(report(model).to_dict())
     seconds, peak = round(time.perf_counter() - start, 1), memory.peak()
     found = embedding_cosines(encoder, model)
     print(f"{name}: {bits:.3g} bits, cosine {float(found.mean()):.4f}", flush=True)

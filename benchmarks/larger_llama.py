@@ -16,7 +16,6 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def ours(model: nn.Module, samples: list[dict], bench: Bench, weights: str, **ho
     """hf_catquant: the model, and the stored bits of a weight inside the blocks."""
     data = {} if how.get("solver") == "rtn" else {"dataset": samples}
     model = quantize(model, CatQuantConfig(weights, 128, correction=None, num_samples=len(samples), **data, **how))
-    return model, weight_bits([asdict(layer) for layer in report(model).layers])
+    return model, weight_bits(report(model).to_dict())
 
 
 def peer(

@@ -118,7 +118,7 @@ def run(case: Case, weights: str, how: list[str], data: Path) -> dict:
         "seed": 0,
         "seconds": round(seconds, 1),
         "peak_bytes": peak,
-        "weight_bits": weight_bits(report["layers"]),
+        "weight_bits": weight_bits(report),
         "evaluation": result,
         **second,
         "report": {name: report[name] for name in kept},
