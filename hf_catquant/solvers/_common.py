@@ -67,22 +67,22 @@ def check_moments(moments: Moments | None, weight: Tensor, solver: str) -> Momen
         shape = (runs, columns) if name.endswith("mean") else (runs, columns, columns)
         if tuple(value.shape) != shape:
             raise ValueError(f"moments.{name} must be {shape} for weight {rows, columns}, got {tuple(value.shape)}")
-        check_finite(f"moments.{name}", value)
+        check_finite(f"moments.{name}", value, ": squares of the layer's inputs, so look for huge values in the data")
     if moments.count < 1:
         raise ValueError(f"moments.count must be at least 1, got {moments.count}")
     gram, cross, mean, float_mean = (value.to(weight.device, torch.float32) for value in moments[:4])
     return Moments(gram, cross, mean, float_mean, moments.count)
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity.
+def check_finite(name: str, value: Tensor, why: str = "") -> None:
+    """Refuse NaN and infinity; ``why`` ends the message.
 
     Raises:
         ValueError: counting them.
     """
     bad = value.numel() - sum(int(torch.isfinite(value[rows]).sum()) for rows in row_slices(value))
     if bad:
-        raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values that are NaN or infinite")
+        raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values that are NaN or infinite{why}")
 
 
 class Rows(Protocol):
