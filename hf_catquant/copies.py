@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .fitting import sample_count
 from .log import logger
 
 
@@ -20,7 +21,7 @@ def firsts(batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
     seen: set[bytes] = set()
     found = []
     for batch in batches:
-        count = len(next(iter(batch.values())))
+        count = sample_count(batch)
         new = []
         for sample in range(count):
             digest = _digest(batch, sample, count)

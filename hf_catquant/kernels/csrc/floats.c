@@ -25,7 +25,7 @@ static int end_of_section(const cq_layout *w, int first, int *columns)
 static void lay_out(job *j, const held_rows *held, int64_t index)
 {
     const cq_layout *w = j->w;
-    int64_t first = held->first + index * CQ_FLOAT_ROWS, size = cq_size_of(j->dtype), columns = w->columns;
+    int64_t first = (held->first + index) * CQ_FLOAT_ROWS, size = cq_size_of(j->dtype), columns = w->columns;
     float *rows = cq_scratch(1, (size_t)(CQ_FLOAT_ROWS * columns) * 4), *to = (float *)held->memory;
     if (rows == NULL) {
         atomic_store(&j->state, CQ_NO_MEMORY);
@@ -67,7 +67,7 @@ static void sum_floats(const job *j, const held_rows *held, int64_t from, int64_
 /* Multiplies some chunks that are held by the runs `from` to `end`. */
 static void multiply_runs(job *j, const held_rows *held, int64_t first, int64_t chunks, int64_t from, int64_t end)
 {
-    const int64_t most = chunks * CQ_FLOAT_ROWS, at = held->first + first * CQ_FLOAT_ROWS;
+    const int64_t most = chunks * CQ_FLOAT_ROWS, at = (held->first + first) * CQ_FLOAT_ROWS;
     const int64_t rows = j->rows - at < most ? j->rows - at : most;
     float *sums = cq_scratch(1, (size_t)(most * FLOAT_RUNS + SECTION + CQ_MAX_BLOCK + 32) * CQ_LANES * 4);
     if (sums == NULL)
@@ -75,16 +75,15 @@ static void multiply_runs(job *j, const held_rows *held, int64_t first, int64_t 
     for (int64_t to; sums != NULL && from < end; from = to) {
         to = end - from < FLOAT_RUNS ? end : from + FLOAT_RUNS;
         sum_floats(j, held, from, to, first, chunks, sums);
-        for (int64_t run = from, row = from * CQ_LANES; run < to; ++run, row += CQ_LANES)
-            cq_put(j, sums + (run - from) * most * CQ_LANES, at, (int)rows, row,
-                   (int)(j->w->rows - row < CQ_LANES ? j->w->rows - row : CQ_LANES));
+        for (int64_t run = from; run < to; ++run)
+            cq_put(j, sums + (run - from) * most * CQ_LANES, at, (int)rows, run);
     }
 }
 
 /* The chunks from `first`, `chunks` at most, with memory of this thread for them; 0 if there is none. */
 static int hold(job *j, held_rows *held, int64_t first, int64_t chunks)
 {
-    held->first = first * CQ_FLOAT_ROWS;
+    held->first = first;
     held->chunks = j->chunks - first < chunks ? j->chunks - first : chunks;
     held->memory = cq_scratch(0, (size_t)(held->chunks * CQ_FLOAT_ROWS * j->w->columns) * 4);
     if (held->memory == NULL)

@@ -103,19 +103,28 @@ static int fill_lines(const job *j, const cq_lines *held)
     return 1;
 }
 
-void cq_put(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
+/* Rows of w in a run: the last one may have fewer than 16. */
+static int rows_of(const cq_layout *w, int64_t run)
 {
-    int64_t size = cq_size_of(j->dtype);
+    int64_t left = w->rows - run * CQ_LANES;
+    return left < CQ_LANES ? (int)left : CQ_LANES;
+}
+
+void cq_put(const job *j, float *result, int64_t first, int filled, int64_t run)
+{
+    int64_t size = cq_size_of(j->dtype), row = run * CQ_LANES;
     const void *bias = j->bias == NULL ? NULL : j->bias + row * cq_size_of(j->bias_dtype);
     for (int m = 0; m < filled; ++m)
         j->path->store(result + m * CQ_LANES, bias, j->bias_dtype, j->out + ((first + m) * j->out_stride + row) * size,
-                       j->dtype, count);
+                       j->dtype, rows_of(j->w, run));
 }
 
 /* As cq_put(), CQ_WINDOW_ROWS at most, into channels (batch, rows of w, positions): positions lie side by side. */
-static void put_channels(const job *j, float *result, int64_t first, int filled, int64_t row, int count)
+static void put_channels(const job *j, float *result, int64_t first, int filled, int64_t run)
 {
     int64_t size = cq_size_of(j->dtype), positions = j->window->out_height * j->window->out_width;
+    int64_t row = run * CQ_LANES;
+    int count = rows_of(j->w, run);
     float shift[CQ_LANES] = {0};
     if (j->bias != NULL)
         j->path->widen(j->bias + row * cq_size_of(j->bias_dtype), j->bias_dtype, count, shift);
@@ -135,8 +144,6 @@ static void multiply_runs(job *j, const held_rows *held, int64_t from, int64_t t
     float result[CQ_WINDOW_ROWS * CQ_LANES];
     int most = together(j);
     for (int64_t run = from; run < to; ++run) {
-        int64_t row = run * CQ_LANES;
-        int count = (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES);
         for (int64_t c = 0; c < held->chunks; c += most) {
             int filled = 0;
             for (int i = 0; i < most && c + i < held->chunks; ++i) {
@@ -144,7 +151,7 @@ static void multiply_runs(job *j, const held_rows *held, int64_t from, int64_t t
                 j->path->run(w, run, &chunk, result + i * j->chunk_rows * CQ_LANES);
                 filled += chunk.filled;
             }
-            (j->window == NULL ? cq_put : put_channels)(j, result, (held->first + c) * j->chunk_rows, filled, row, count);
+            (j->window == NULL ? cq_put : put_channels)(j, result, (held->first + c) * j->chunk_rows, filled, run);
         }
     }
 }
@@ -207,8 +214,7 @@ static void lookup_task(void *context, int64_t index)
     for (int64_t run = w->runs * index / j->spans, done; run < to; run += done) {
         done = cq_lookup_runs(w, run, to - run, &chunk, j->tables, result);
         for (int64_t i = 0; i < done; ++i) {
-            int64_t row = (run + i) * CQ_LANES;
-            cq_put(j, result + i * CQ_LANES, 0, 1, row, (int)(w->rows - row < CQ_LANES ? w->rows - row : CQ_LANES));
+            cq_put(j, result + i * CQ_LANES, 0, 1, run + i);
         }
     }
 }

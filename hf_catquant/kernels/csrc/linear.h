@@ -36,8 +36,8 @@ static inline int cq_size_of(int dtype)
     return dtype == CQ_FLOAT32 ? 4 : 2;
 }
 
-/* Stores results (filled, 16) of the rows of x from `first`, plus bias, for the rows of w from `row`. */
-void cq_put(const job *j, float *result, int64_t first, int filled, int64_t row, int count);
+/* Stores results (filled, 16) of a run and the rows of x from `first`, plus bias. */
+void cq_put(const job *j, float *result, int64_t first, int filled, int64_t run);
 
 /* Multiplies rows by runs, both as floats; where the path has such products. */
 int cq_multiply_as_floats(job *j, int threads);
