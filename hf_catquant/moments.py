@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .solvers import Moments
 
 _BAND = 256  # rows or columns of a square that are rotated at once
+_SUMMED = 512  # rows of a square that are summed at once: more repeat more of the gram, fewer are slow products
 
 
 class MomentSums:
@@ -22,22 +24,32 @@ class MomentSums:
     def add(self, float_rows: Tensor, rows: Tensor) -> None:
         """Add rows x of the float stream and x~ of the quantized stream, (B, M, K) each, row by row the same tokens."""
         x, y = float_rows.float(), rows.float()
-        # One after the other: a part of many columns is as large as its sum.
-        parts = (lambda: y.transpose(1, 2) @ y, lambda: x.transpose(1, 2) @ y, lambda: y.sum(1), lambda: x.sum(1))
         self.count += x.shape[1]
         if self._sums is None:
-            self._sums = tuple(part() for part in parts)
-        else:
-            for total, part in zip(self._sums, parts, strict=True):
-                total += part()
+            runs, _, columns = y.shape
+            shapes = (runs, columns, columns), (runs, columns, columns), (runs, columns), (runs, columns)
+            self._sums = tuple(y.new_zeros(shape) for shape in shapes)
+        gram, cross, mean, float_mean = self._sums
+        # The gram is symmetric: half of it will do.
+        for band in _bands(y.shape[2]):
+            gram[:, band, band.start :].baddbmm_(y[..., band].mT, y[..., band.start :])
+            cross[:, band].baddbmm_(x[..., band].mT, y)
+        mean += y.sum(1)
+        float_mean += x.sum(1)
 
     def result(self) -> Moments | None:
         """The moments, or None if no row came. Ask once: the sums become the moments."""
         if self._sums is None or self.count == 0:
             return None
         gram, cross, mean, float_mean = (total.div_(self.count) for total in self._sums)
+        for band in _bands(gram.shape[2]):
+            gram[:, band.stop :, band] = gram[:, band, band.stop :].mT
         self._sums = None  # they are the moments now
         return Moments(gram, cross, mean, float_mean, self.count)
+
+
+def _bands(columns: int) -> Iterator[slice]:
+    return (slice(start, min(start + _SUMMED, columns)) for start in range(0, columns, _SUMMED))
 
 
 def rotated(moments: Moments | None) -> Moments | None:
@@ -70,9 +82,12 @@ class ChannelSums:
 
     def add(self, x: Tensor) -> None:
         """Add a batch (B, C, ...)."""
-        values = x.double().transpose(0, 1).flatten(1)
-        first, second = values.sum(1), values.square().sum(1)
-        self.count += values.shape[1]
+        values = x.float().reshape(*x.shape[:2], -1)
+        # In float32 deviations from the mean of few positions are exact enough; what they add up to is float64.
+        var, mean = (t.double() for t in torch.var_mean(values, dim=2, correction=0))
+        positions = values.shape[2]
+        first, second = (t.sum(0) * positions for t in (mean, var + mean.square()))
+        self.count += len(values) * positions
         self._first = first if self._first is None else self._first + first
         self._second = second if self._second is None else self._second + second
 

@@ -142,8 +142,18 @@ def test_channel_sums_equal_the_dense_computation(shape, generator):
         sums.add(part)
     mean, var = sums.result()
     flat = x.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(mean, flat.mean(1))
-    torch.testing.assert_close(var, flat.var(1, unbiased=False))
+    torch.testing.assert_close(mean, flat.mean(1), rtol=1e-6, atol=0)  # each run's own deviations are float32
+    torch.testing.assert_close(var, flat.var(1, unbiased=False), rtol=1e-6, atol=0)
+
+
+def test_channels_far_from_zero_keep_their_variance(generator):
+    """Of squares in float32 nothing would be left of it."""
+    x = torch.randn(6, 3, 20, 20, generator=generator) + 3000
+    sums = ChannelSums()
+    for part in x.split(2):
+        sums.add(part)
+    expected = x.double().transpose(0, 1).flatten(1).var(1, unbiased=False)
+    torch.testing.assert_close(sums.result()[1], expected, rtol=1e-4, atol=0)
 
 
 @torch.no_grad()
@@ -191,6 +201,18 @@ def test_moments_of_rotated_rows(activations, generator):
     torch.testing.assert_close(found.float_mean[0], y.mean(0))
     assert found.count == 12
     torch.testing.assert_close(plain.float_mean[0], x.view(-1, 12).mean(0))
+
+
+def test_moments_of_more_columns_than_are_summed_at_once(generator):
+    pairs = torch.randn(3, 2, 2, 9, 1100, generator=generator)  # batches of two runs, in both streams
+    sums = MomentSums()
+    for x, y in pairs:
+        sums.add(x, y)
+    found = sums.result()
+    x, y = (torch.cat(list(side), 1) for side in pairs.unbind(1))
+    torch.testing.assert_close(found.gram, y.mT @ y / 27, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cross, x.mT @ y / 27, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.gram[:, :512, 512:], found.gram[:, 512:, :512].mT)
 
 
 def test_moments_are_rotated_where_they_lie(generator):
