@@ -50,7 +50,7 @@ test-all: $(STAMP)
 CSRC := hf_catquant/kernels/csrc
 NATIVE := build/native
 NATIVE_FLAGS := -std=c11 -D_GNU_SOURCE -O1 -g -pthread -fopenmp-simd -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -DPRODUCTS_A_THREAD=1 -I$(CSRC)
-NATIVE_COMMON := $(addprefix $(CSRC)/,bits.c decode.c float_rows.c floats.c layout.c linear.c measure.c path_scalar.c pool.c scratch.c unpack.c)
+NATIVE_COMMON := $(addprefix $(CSRC)/,bits.c columns.c decode.c float_rows.c floats.c layout.c linear.c measure.c path_scalar.c pool.c scratch.c unpack.c)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 AVX2 := -mavx2 -mfma -mf16c
 AVX512 := $(AVX2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni
@@ -73,6 +73,8 @@ endif
 	$(NATIVE)/products
 	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(CSRC)/bits.c $(CSRC)/pool.c tests/native/bits.c -o $(NATIVE)/bits
 	$(NATIVE)/bits
+	$(CC) $(NATIVE_FLAGS) $(SANITIZE) $(CSRC)/columns.c $(CSRC)/pool.c tests/native/columns.c -o $(NATIVE)/columns -lm
+	$(NATIVE)/columns
 	@if command -v $(ARM_CC) > /dev/null && command -v $(firstword $(ARM_RUN)) > /dev/null; then \
 		set -ex; \
 		$(ARM_CC) $(NATIVE_FLAGS) -march=armv8.2-a+dotprod -c $(CSRC)/path_neon.c -o $(NATIVE)/neon.o; \
@@ -82,6 +84,8 @@ endif
 		$(ARM_RUN) -cpu cortex-a53 $(NATIVE)/products-arm; \
 		$(ARM_CC) $(NATIVE_FLAGS) $(CSRC)/bits.c $(CSRC)/pool.c tests/native/bits.c -o $(NATIVE)/bits-arm; \
 		$(ARM_RUN) $(NATIVE)/bits-arm; \
+		$(ARM_CC) $(NATIVE_FLAGS) $(CSRC)/columns.c $(CSRC)/pool.c tests/native/columns.c -o $(NATIVE)/columns-arm -lm; \
+		$(ARM_RUN) $(NATIVE)/columns-arm; \
 	else echo "the NEON kernels are not run: there is no $(ARM_CC) with qemu-aarch64 here"; fi
 
 check: $(STAMP)

@@ -38,6 +38,7 @@ PATHS = {
 }
 EVERYWHERE = [
     "bits.c",
+    "columns.c",
     "decode.c",
     "float_rows.c",
     "floats.c",

@@ -94,6 +94,16 @@ class Activation(ctypes.Structure):
     )
 
 
+class Columns(ctypes.Structure):
+    """``cq_columns``: a block of columns of a matrix whose levels are being chosen."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scale", "offset", "square")),
+        *((name, ctypes.c_int64) for name in ("columns", "rows", "first", "last", "down", "across")),
+        *((name, ctypes.c_float) for name in ("lowest", "step", "most")),
+    )
+
+
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "cq_has_path": (_INT, (_INT,)),
@@ -130,6 +140,8 @@ _SIGNATURES = {
         None,
         (_INT, _POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
     ),
+    "cq_descend": (None, (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT)),
+    "cq_feed_back": (None, (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT)),
     "cq_unpack": (None, (_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _INT)),
 }
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..formats import Format
+from ..kernels import columns
 from ._grid import divisor, nearest_level
 
-_BLOCK = 128
+_BLOCK = columns.BLOCK
 
 
 class ColumnGrid(NamedTuple):
@@ -50,15 +51,31 @@ def feed_back(target: Tensor, lower: Tensor, grid: ColumnGrid, fmt: Format) -> T
         fmt: the format.
     """
     levels, error = torch.empty_like(target), torch.zeros_like(target)
-    pivot = lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)
     for end in range(target.shape[1], 0, -_BLOCK):
-        start = max(0, end - _BLOCK)
-        carried = lower[:, end:, start:end].mT @ error[:, end:]
-        for k in range(end - 1, start - 1, -1):
-            levels[:, k] = grid.nearest(k, target[:, k] + carried[:, k - start] / pivot[:, k], fmt)
-            error[:, k] = target[:, k] - grid.scale[:, k] * levels[:, k] - grid.offset[:, k]
-            carried[:, : k - start].addcmul_(lower[:, k, start:k, None], error[:, k, None])
+        block = slice(max(0, end - _BLOCK), end)
+        carried = lower[:, end:, block].mT @ error[:, end:]
+        if not columns.feed_back(target, lower, carried, *grid, fmt, block, levels, error):
+            _feed_back(target, lower, carried, grid, fmt, block, levels, error)
     return levels
+
+
+def _feed_back(
+    target: Tensor,
+    lower: Tensor,
+    carried: Tensor,
+    grid: ColumnGrid,
+    fmt: Format,
+    block: slice,
+    levels: Tensor,
+    error: Tensor,
+) -> None:
+    """Put levels and errors of the columns of ``block`` where they belong. ``carried`` (B, columns, n) is overwritten."""
+    pivot = lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    for k in range(block.stop - 1, block.start - 1, -1):
+        at = k - block.start
+        levels[:, k] = grid.nearest(k, target[:, k] + carried[:, at] / pivot[:, k], fmt)
+        error[:, k] = target[:, k] - grid.scale[:, k] * levels[:, k] - grid.offset[:, k]
+        carried[:, :at].addcmul_(lower[:, k, block.start : k, None], error[:, k, None])
 
 
 def descend(slope: Tensor, gram: Tensor, levels: Tensor, grid: ColumnGrid, fmt: Format) -> Tensor:
@@ -73,14 +90,31 @@ def descend(slope: Tensor, gram: Tensor, levels: Tensor, grid: ColumnGrid, fmt: 
         grid: the grid.
         fmt: the format.
     """
-    new, pivot = levels.clone(), gram.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    new = levels.clone()
     for start in range(0, levels.shape[1], _BLOCK):
-        end = min(start + _BLOCK, levels.shape[1])
-        change = torch.empty_like(levels[:, start:end])
-        for k in range(start, end):
-            value = grid.scale[:, k] * levels[:, k] + grid.offset[:, k]
-            new[:, k] = grid.nearest(k, value + slope[:, k] / pivot[:, k], fmt)
-            change[:, k - start] = grid.scale[:, k] * (new[:, k] - levels[:, k])
-            slope[:, k + 1 : end].addcmul_(gram[:, k + 1 : end, k, None], change[:, k - start, None], value=-1)
-        slope[:, end:] -= gram[:, end:, start:end] @ change
+        block = slice(start, min(start + _BLOCK, levels.shape[1]))
+        change = torch.empty_like(levels[:, block], memory_format=torch.contiguous_format)
+        if not columns.descend(slope, gram, levels, *grid, fmt, block, new, change):
+            _descend(slope, gram, levels, grid, fmt, block, new, change)
+        slope[:, block.stop :] -= gram[:, block.stop :, block] @ change
     return new
+
+
+def _descend(
+    slope: Tensor,
+    gram: Tensor,
+    levels: Tensor,
+    grid: ColumnGrid,
+    fmt: Format,
+    block: slice,
+    new: Tensor,
+    change: Tensor,
+) -> None:
+    """Put new levels, and the change of values (B, columns, n), of the columns of ``block`` where they belong."""
+    pivot = gram.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    for k in range(block.start, block.stop):
+        value = grid.scale[:, k] * levels[:, k] + grid.offset[:, k]
+        new[:, k] = grid.nearest(k, value + slope[:, k] / pivot[:, k], fmt)
+        change[:, k - block.start] = grid.scale[:, k] * (new[:, k] - levels[:, k])
+        later = slice(k + 1, block.stop)
+        slope[:, later].addcmul_(gram[:, later, k, None], change[:, k - block.start, None], value=-1)
