@@ -181,9 +181,8 @@ def write_page() -> None:
         "other, then the whole engine without each of them, then what can follow it. Accuracy in percent on the test rows,",
         "perplexity for stories260K, 95 % intervals; KL from the float model; cosine of mean-pooled sentence embeddings",
         "of the test sentences (MiniLM is the one fine-tuned on SST-2 here). Other libraries first, for comparison. Until",
-        "2026-11-21 a rotation, where it was on, was that of every layer. Without the grid weighted by the inputs, or",
-        "without coordinate descent, the engine ends with a smaller divergence on two models of three, and a larger one",
-        "on the language model, which is why they stay on; neither was left out on images.",
+        "2026-11-21 a rotation, where it was on, was that of every layer. These are one run each, and the draw of the",
+        "samples moves a divergence by as much as many a step is worth: [ablation-draws.md](ablation-draws.md) has several.",
     ]
     results = read(RESULTS)
     order = [name for name, *_ in plan()]

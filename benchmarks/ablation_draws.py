@@ -117,7 +117,7 @@ def write_page() -> None:
         "Above zero: what the solver does is better. The spread is what the draw alone moves the divergence by.",
         "",
     ]
-    head = ["what", *(f"{model} ({draws(results, model)} draws)" for model in models), "mean"]
+    head = ["what, and how many draws", *(f"{model} ({draws(results, model)})" for model in models), "mean"]
     rows = [["spread of all steps, %", *(spread(results, model) for model in models), ""]]
     for what in (name for name in changes() if any(r["what"] == name for r in results)):
         logs = [gains([r for r in results if r["model"] == model], what) for model in models]

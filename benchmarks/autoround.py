@@ -120,7 +120,9 @@ SEVERAL = {
     ),
     "minilm-l6-sst2": (
         "AutoRound, 1000 steps",
+        "AutoRound's for 2 bits, 1000 steps of 8 texts",
         "hf_catquant ternary, group 192, rotated, reconstruct, 800 steps a block",
+        "hf_catquant ternary mixed to 1.85, reconstruct, 800 steps a block",
     ),
 }
 
