@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import ablation
+import ablation_draws
 import autoround
 import cat_curves
 import cat_places
@@ -159,6 +160,16 @@ TABLES = (
         rows=lambda model: [RANK_1],
         more=(*RANK_1_OF, "--rows", RANK_1),
         where=(("weights", "int2"),),
+    ),
+    *(
+        Table(
+            "ablation_draws.py",
+            ABLATED,
+            field="what",
+            rows=lambda model: [ablation_draws.WHOLE, *ablation_draws.changes()],
+            where=(("draw", draw),),
+        )
+        for draw in ablation_draws.DRAWS
     ),
     Table("cat_curves.py", ("resnet", "mobilenet", "deit"), field="weights", rows=cat_curves.ways_of),
     Table("cat_places.py", TRANSFORMERS, field="place", rows=lambda model: cat_places.PLACES),
