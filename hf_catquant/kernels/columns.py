@@ -79,7 +79,8 @@ def _run(
     evenly = all(b - a == step for a, b in zip(fmt.levels, fmt.levels[1:], strict=False))
     whole = all(t.is_contiguous() for t in (scale, offset, *matrices)) and square.stride(0) == count**2
     known = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (square, scale, offset, *matrices))
-    if native.PATH == "reference" or not (evenly and whole and known):
+    fits = columns.stop - columns.start <= BLOCK
+    if native.PATH == "reference" or not (evenly and whole and known and fits):
         return False
     block = native.Columns(
         *(t.data_ptr() for t in (scale, offset, square)),

@@ -87,16 +87,17 @@ def test_results_are_the_same_for_any_number_of_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("what", ["float64", "strided", "levels apart unevenly"])
+@pytest.mark.parametrize("what", ["float64", "strided", "levels apart unevenly", "too many columns"])
 def test_what_the_library_does_not_serve_is_torchs(what):
     fmt = get_format("ternary")
-    gram, target, scale, offset, levels = problem((1, 12, 6), fmt, torch.Generator().manual_seed(2))
+    count = 129 if what == "too many columns" else 12
+    gram, target, scale, offset, levels = problem((1, count, 6), fmt, torch.Generator().manual_seed(2))
     new, change = torch.zeros_like(levels), torch.zeros_like(levels)
     if what == "float64":
         target = target.double()
     elif what == "strided":
         target = target.mT.contiguous().mT
-    else:
+    elif what == "levels apart unevenly":
         fmt = Format("uneven", (-1.0, 0.0, 0.5), 5, 1, True)
-    assert not columns.descend(target, gram, levels, scale, offset, fmt, slice(0, 12), new, change)
+    assert not columns.descend(target, gram, levels, scale, offset, fmt, slice(0, count), new, change)
     assert not change.any()
