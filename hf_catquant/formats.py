@@ -39,6 +39,12 @@ class Format:
         return len(self.levels)
 
     @property
+    def level_step(self) -> float | None:
+        """What neighbouring levels are apart, None where that differs."""
+        step = self.levels[1] - self.levels[0]
+        return step if all(b - a == step for a, b in zip(self.levels, self.levels[1:], strict=False)) else None
+
+    @property
     def storage_bits(self) -> float:
         """Bits that one code takes in a full storage word (1.6 for ternary: 5 codes in a byte)."""
         return 8 * self.nbytes / self.digits

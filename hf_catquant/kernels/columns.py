@@ -75,17 +75,16 @@ def _run(
     matrices: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> bool:
     runs, count, rows = scale.shape
-    lowest, step = fmt.levels[0], fmt.levels[1] - fmt.levels[0]
-    evenly = all(b - a == step for a, b in zip(fmt.levels, fmt.levels[1:], strict=False))
+    step = fmt.level_step
     whole = all(t.is_contiguous() for t in (scale, offset, *matrices)) and square.stride(0) == count**2
     known = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (square, scale, offset, *matrices))
     fits = columns.stop - columns.start <= BLOCK
-    if native.PATH == "reference" or not (evenly and whole and known and fits):
+    if native.PATH == "reference" or step is None or not (whole and known and fits):
         return False
     block = native.Columns(
         *(t.data_ptr() for t in (scale, offset, square)),
         *(count, rows, columns.start, columns.stop, *square.stride()[1:]),
-        *(lowest, step, fmt.radix - 1),
+        *(fmt.levels[0], step, fmt.radix - 1),
     )
     function = getattr(native.loaded(), name)
     pointers = (t.data_ptr() for t in matrices)

@@ -74,8 +74,8 @@ def divisor(scale: Tensor) -> Tensor:
 
 def nearest_level(values: Tensor, fmt: Format) -> Tensor:
     """The level nearest to each value, float32 in the shape of ``values``."""
-    first, step = fmt.levels[0], fmt.levels[1] - fmt.levels[0]
-    if all(b - a == step for a, b in zip(fmt.levels, fmt.levels[1:], strict=False)):
+    first, step = fmt.levels[0], fmt.level_step
+    if step is not None:
         return ((values - first) / step).round_().clamp_(0, fmt.radix - 1).mul_(step).add_(first)
     levels = torch.tensor(fmt.levels, device=values.device)
     return levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)]
